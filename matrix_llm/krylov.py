@@ -1,0 +1,194 @@
+"""e_y^T log(Q) e_y and its gradient by Lanczos, without ever forming the (D, D) matrix Q.
+
+Q = sum_j q_j e_j e_j^T is known only through products. k steps of Lanczos from v_1 = e_y give an orthonormal basis
+V_k = [v_1 .. v_k] and the tridiagonal T_k = V_k^T Q V_k, and then (Golub & Meurant, Gauss quadrature)
+
+    -e_y^T log(Q) e_y  ~  -e_1^T log(T_k) e_1
+    d/dq_j             ~  -u_j^T M_k u_j,   u_j = V_k^T e_j,   M_k = Dlog_{T_k}[e_1 e_1^T]
+    d/de_j             ~  -2 q_j V_k M_k u_j,  and -2 V_k log(T_k) e_1 more on the target's row
+
+(low-rank Frechet derivative: Kandolf, Koskela, Relton, Schweitzer 2021). The u_j are by-products of the recurrence, so
+the gradient needs no further product with E. It is the gradient of the exact quantity, approximated; it is not the
+derivative of the k-step value. Both converge to the exact ones as k grows.
+
+Legend: C positions of one chunk, V vocabulary, S head tokens of a position, D embedding width, K Lanczos steps.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from matrix_llm.information import log_divided_differences
+
+# A residual this much smaller than the largest diagonal entry of T is rounding noise: the Krylov space is exhausted.
+BREAKDOWN = {torch.float32: 1e-6, torch.float64: 1e-14}
+# Eigenvalues of T are clamped here before the logarithm. Far below float32's noise, so that the clamp is never a model.
+EIGENVALUE_FLOOR = {torch.float32: 1e-12, torch.float64: 1e-20}
+
+
+class Operator(Protocol):
+    """A batch of C matrices Q, known through products."""
+
+    def project(self, v: Tensor) -> Tensor:
+        """(C, D) -> (C, R): whatever rows of coordinates `quadratic` and `expand` need; V columns for the vocabulary."""
+        ...
+
+    def quadratic(self, v: Tensor, rows: Tensor) -> Tensor:
+        """v^T Q v, (C,)."""
+        ...
+
+    def expand(self, rows: Tensor) -> Tensor:
+        """Q v, (C, D)."""
+        ...
+
+
+class VocabularyOperator:
+    """Q = sum over the whole vocabulary of q_j e_j e_j^T: two products with E a step, one in the last."""
+
+    def __init__(
+        self,
+        q: Tensor,  # (C, V) probabilities
+        embeddings: Tensor,  # (V, D) unit or zero rows
+    ) -> None:
+        self.q, self.embeddings = q, embeddings
+
+    def project(self, v: Tensor) -> Tensor:
+        return v @ self.embeddings.T
+
+    def quadratic(self, v: Tensor, rows: Tensor) -> Tensor:
+        return torch.einsum("cv,cv,cv->c", self.q, rows, rows)
+
+    def expand(self, rows: Tensor) -> Tensor:
+        return (self.q * rows) @ self.embeddings
+
+
+class HeadTailOperator:
+    """Q with the likeliest tokens S exact and the rest of the mass spread evenly over the other tokens.
+
+    Let tau = 1 - sum_S q_j, and C the mean of e_j e_j^T over the V tokens (one (D, D) matrix, tr C = 1). Spreading tau
+    evenly over the V - |S| tokens outside S gives
+
+        Q = sum_{j in S} (q_j - rho) e_j e_j^T + rho V C,      rho = tau / (V - |S|).
+
+    This is the Q of a genuine distribution, so tr Q = 1, Q is PSD, MCE <= CE, and MCE = CE on orthonormal rows, all
+    exactly. A step touches |S| + D rows instead of V. `rows` holds the S coordinates e_j . v followed by C v.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,  # (C, S) probabilities of the head tokens
+        embeddings: Tensor,  # (C, S, D) their unit rows
+        tail_moment: Tensor,  # (D, D) mean of e_j e_j^T over the vocabulary's non-zero rows
+        vocabulary: Tensor,  # () how many those are
+    ) -> None:
+        self.embeddings, self.tail_moment = embeddings, tail_moment
+        self.head = q.shape[-1]
+        in_head = (embeddings.abs().amax(-1) > 0).sum(-1)  # zero rows are in no one's moment
+        self.outside = (vocabulary - in_head).clamp(min=1).to(q.dtype)  # (C,) tokens that share the tail
+        self.vocabulary = vocabulary.to(q.dtype)
+        density = (1 - q.sum(-1)).clamp(min=0) / self.outside  # rho
+        self.q = q - density.unsqueeze(-1)
+        self.moment_weight = density * self.vocabulary
+
+    def project(self, v: Tensor) -> Tensor:
+        head = torch.bmm(self.embeddings, v.unsqueeze(-1)).squeeze(-1)
+        return torch.cat([head, v @ self.tail_moment], dim=-1)
+
+    def quadratic(self, v: Tensor, rows: Tensor) -> Tensor:
+        head, tail = rows[:, : self.head], rows[:, self.head :]
+        return torch.einsum("cs,cs,cs->c", self.q, head, head) + self.moment_weight * (v * tail).sum(-1)
+
+    def expand(self, rows: Tensor) -> Tensor:
+        head, tail = rows[:, : self.head], rows[:, self.head :]
+        moved = torch.bmm((self.q * head).unsqueeze(1), self.embeddings).squeeze(1)
+        return torch.addcmul(moved, self.moment_weight.unsqueeze(-1), tail)
+
+    def gradient_in_q(self, result: Quadrature) -> tuple[Tensor, Tensor]:
+        """d/dq_j of -e_y^T log(Q) e_y: (C, S) for the head tokens, (C, 1) shared by all others.
+
+        The tail's shape counts as a constant: dQ/dq_j is e_j e_j^T in the head, and (V C - sum_S e_i e_i^T) / (V - |S|)
+        outside, whose form is the mean of the others' forms.
+        """
+        head_rows, tail_rows = result.rows[..., : self.head], result.rows[..., self.head :]
+        head = forms(head_rows, result.derivative)
+        moment = -(result.derivative * torch.bmm(result.basis, tail_rows.mT)).sum((1, 2))  # -tr(M V_K^T C V_K)
+        tail = (self.vocabulary * moment - head.sum(-1)) / self.outside
+        return head, tail.unsqueeze(-1)
+
+
+class Quadrature(NamedTuple):
+    """What `quadrature` knows about -e_y^T log(Q) e_y after K steps."""
+
+    value: Tensor  # (C,)  -e_1^T log(T) e_1
+    basis: Tensor  # (C, K, D)  rows v_1 .. v_K, zero after breakdown
+    rows: Tensor  # (C, K, R)  what the operator projected
+    derivative: Tensor  # (C, K, K)  M = Dlog_T[e_1 e_1^T], symmetric
+    log_column: Tensor  # (C, K)  log(T) e_1
+
+
+def quadrature(
+    operator: Operator,
+    start: Tensor,  # (C, D) unit rows e_y; a zero row gives value 0
+    steps: int,
+) -> Quadrature:
+    """K steps of Lanczos with full reorthogonalisation, then Gauss quadrature of the logarithm.
+
+    A position whose Krylov space is exhausted (a confident one: q_y = 1) stops there, with alpha = 1 and beta = 0 in the
+    unused rows of T, where log 1 = 0 adds nothing. Nothing is divided by a vanishing beta.
+    """
+    positions, width = start.shape
+    steps = min(steps, width)
+    dtype = start.dtype
+    basis = start.new_zeros(positions, steps, width)
+    alphas, betas, rows = [], [], []
+    alive = (start * start).sum(-1) > 0.5  # e_y is a unit row or, where lm_head has a zero row, zero
+    largest = start.new_zeros(positions)
+    v = start
+    for k in range(steps):
+        basis[:, k] = v
+        projected = operator.project(v)
+        rows.append(projected)
+        alpha = operator.quadratic(v, projected)
+        alphas.append(torch.where(alive, alpha, 1.0))
+        if k == steps - 1:
+            break
+        largest = torch.maximum(largest, alpha)
+        residual = operator.expand(projected)
+        for _ in range(2):  # twice is enough (Kahan & Parlett)
+            seen = basis[:, : k + 1]
+            overlap = torch.bmm(seen, residual.unsqueeze(-1))
+            residual = torch.baddbmm(residual.unsqueeze(-1), seen.mT, overlap, alpha=-1).squeeze(-1)
+        beta = torch.linalg.vector_norm(residual, dim=-1)
+        alive = alive & (beta > BREAKDOWN[dtype] * largest)
+        betas.append(torch.where(alive, beta, 0.0))
+        v = torch.where(alive.unsqueeze(-1), residual / torch.where(alive, beta, 1.0).unsqueeze(-1), 0.0)
+
+    diagonal = torch.stack(alphas, dim=-1).double()
+    t = torch.diag_embed(diagonal)
+    if betas:
+        off = torch.stack(betas, dim=-1).double()
+        t = t + torch.diag_embed(off, offset=1) + torch.diag_embed(off, offset=-1)
+    # eigh refuses NaN on the CPU; such a position gets a NaN value, for the trainer's guard to find and name.
+    broken = ~torch.isfinite(t).all(-1).all(-1)
+    t = torch.where(broken[:, None, None], torch.eye(steps, dtype=t.dtype, device=t.device), t)
+    w, z = torch.linalg.eigh(t)
+    w = w.clamp(min=EIGENVALUE_FLOOR[dtype])
+    log_w = w.log()
+    first = z[:, 0, :]  # e_1 in the eigenbasis
+    value = -(first * first * log_w).sum(-1)
+    kernel = log_divided_differences(w) * first.unsqueeze(-1) * first.unsqueeze(-2)
+    derivative = z @ kernel @ z.mT
+    log_column = torch.bmm(z, (first * log_w).unsqueeze(-1)).squeeze(-1)
+    value = torch.where(broken, torch.nan, value)
+    return Quadrature(value.to(dtype), basis, torch.stack(rows, dim=1), derivative.to(dtype), log_column.to(dtype))
+
+
+def forms(
+    rows: Tensor,  # (C, K, R)
+    derivative: Tensor,  # (C, K, K)
+) -> Tensor:
+    """-u_j^T M u_j for each of the R columns u_j: (C, R)."""
+    return -(rows * torch.bmm(derivative, rows)).sum(1)

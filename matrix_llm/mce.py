@@ -1,0 +1,633 @@
+"""Token-level matrix cross-entropy, and its fusion with the LM head (the paper's section 7, eq. 16).
+
+For one position with target y, predicted distribution q = softmax(logits) and unit rows e_i of the embedding matrix,
+
+    P = e_y e_y^T     Q = sum_j q_j e_j e_j^T     MCE = -tr(P log Q) = -e_y^T log(Q) e_y
+    loss = sum_k CE_k + mce_weight * sum_k MCE_k
+
+(the constant tr Q = 1 is dropped, as in eq. 16). For every position
+
+    -log sum_j q_j (e_j . e_y)^2  <=  MCE  <=  CE,
+
+so MCE forgives mass on tokens whose vectors are close to the target's. Orthonormal rows give MCE = CE, equal rows 0.
+
+Three solvers: "exact", the dense logarithm (the reference, O(D^3) a position); "krylov", exact to any tolerance at a few
+products (krylov.py); "taylor", the paper's series about I, which does not converge here (Q has eigenvalues near 0) and
+stands for ablations.
+
+Legend: N positions, C positions of one chunk, V vocabulary, H hidden width, D embedding width, S head tokens, K steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from matrix_llm.information import matrix_log
+from matrix_llm.krylov import HeadTailOperator, VocabularyOperator, forms, quadrature
+
+__all__ = ["MatrixLossOutput", "linear_matrix_cross_entropy", "token_mce"]
+
+SOLVERS = ("exact", "krylov", "taylor")
+
+# Chosen from the accuracy-against-cost table of docs/accuracy.md: at most 1 % mean error in the value and 5 % in the
+# logits' gradient where CE <= 2.
+DEFAULT_STEPS = 8
+DEFAULT_TOP_K = 128
+DEFAULT_SKETCH_DIM = 512
+SKETCH_SEED = 20240723  # one fixed projection: equal on every rank, every step and every resume
+
+CHUNK_BYTES = 256 * 2**20  # working memory of one chunk of positions
+
+Auto = Literal["auto"]
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How log Q is evaluated; checked once, with every "auto" resolved against the vocabulary and the width."""
+
+    name: str
+    steps: int
+    order: int
+    sketch_dim: int | None
+    top_k: int | None
+
+    @staticmethod
+    def create(
+        name: str,
+        *,
+        vocabulary: int,
+        width: int,
+        steps: int | None,
+        order: int,
+        sketch_dim: int | None | Auto,
+        top_k: int | None | Auto,
+    ) -> Solver:
+        if name not in SOLVERS:
+            raise ValueError(f"solver={name!r} is unknown. Use 'krylov' (the default), 'exact' (the reference) or 'taylor'.")
+        steps = DEFAULT_STEPS if steps is None else steps
+        for key, value in {"steps": steps, "order": order, "sketch_dim": sketch_dim, "top_k": top_k}.items():
+            if not (value is None or value == "auto" or (isinstance(value, int) and value >= 1)):
+                raise ValueError(f"{key}={value!r}, but it must be an integer of at least 1.")
+        if name != "krylov":
+            if isinstance(top_k, int):
+                raise ValueError(f"top_k={top_k} is a form of solver='krylov'; solver={name!r} reads the whole vocabulary. Leave it out.")
+            return Solver(name, steps, order, sketch_dim if isinstance(sketch_dim, int) else None, None)
+        if sketch_dim == "auto":
+            sketch_dim = DEFAULT_SKETCH_DIM if width > DEFAULT_SKETCH_DIM else None
+        if top_k == "auto":
+            top_k = DEFAULT_TOP_K if vocabulary > 4 * DEFAULT_TOP_K else None
+        if top_k is not None and top_k >= vocabulary:
+            top_k = None
+        return Solver(name, steps, order, sketch_dim, top_k)
+
+    def bytes_per_position(self, vocabulary: int, width: int, itemsize: int) -> int:
+        """Working memory of one position beside its logits."""
+        if self.name == "exact":
+            return itemsize * width * (3 * vocabulary + 6 * width)
+        if self.name == "taylor":
+            return itemsize * 4 * self.order * vocabulary
+        if self.top_k is None:
+            return itemsize * 2 * self.steps * vocabulary
+        return itemsize * (self.top_k * (2 * width + 3 * self.steps) + 4 * self.steps * width)
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """The unit rows e_j (zero where the given row is zero), and the vocabulary's second moment when the solver needs it."""
+
+    rows: Tensor  # (V, D)
+    tail_moment: Tensor | None  # (D, D) mean of e_j e_j^T over non-zero rows: trace 1; a constant, no gradient
+    nonzero: Tensor | None  # () how many rows that is
+
+    @property
+    def fixed(self) -> tuple[Tensor | None, Tensor | None]:
+        """What carries no gradient."""
+        return self.tail_moment, self.nonzero
+
+
+def unit_rows(
+    embeddings: Tensor,  # (V, D) any float dtype, any norm
+    *,
+    dtype: torch.dtype,
+    sketch_dim: int | None = None,
+) -> Tensor:
+    """Rows scaled to norm 1 in `dtype`; a zero row stays zero. With a sketch, rows of embeddings @ R, R (D, r) N(0, 1/r).
+
+    MCE depends on E only through the cosines e_i . e_j, which a random projection keeps (Johnson & Lindenstrauss).
+    Differentiable; the gradient of a zero row is zero.
+    """
+    e = embeddings.to(dtype)
+    if sketch_dim is not None:
+        generator = torch.Generator().manual_seed(SKETCH_SEED)
+        sketch = torch.randn(e.shape[1], sketch_dim, generator=generator, dtype=torch.float64)
+        e = e @ sketch.to(e.device, dtype)
+    norm = torch.linalg.vector_norm(e, dim=-1, keepdim=True)
+    zero = norm == 0
+    return e * torch.where(zero, 0.0, 1.0 / torch.where(zero, 1.0, norm))
+
+
+def prepare_embeddings(embeddings: Tensor, solver: Solver, dtype: torch.dtype) -> Embeddings:
+    rows = unit_rows(embeddings, dtype=dtype, sketch_dim=solver.sketch_dim)
+    if solver.top_k is None:
+        return Embeddings(rows, None, None)
+    detached = rows.detach()
+    nonzero = (detached.abs().amax(-1) > 0).sum().clamp(min=1)
+    return Embeddings(rows, detached.T @ detached / nonzero, nonzero)
+
+
+class _ChunkTerms(NamedTuple):
+    """MCE of one chunk and its gradient in q, as `base` everywhere except at the tokens `ids`, where it is `at_ids`."""
+
+    value: Tensor  # (C,)
+    base: Tensor | None  # (C, V), or (C, 1) where all tokens but `ids` share one
+    ids: Tensor | None  # (C, S)
+    at_ids: Tensor | None  # (C, S)
+    q_ids: Tensor | None  # (C, S)
+
+
+def _solve_chunk(
+    solver: Solver,
+    q: Tensor,  # (C, V)
+    labels: Tensor,  # (C,)
+    embeddings: Embeddings,
+    *,
+    want_gradient: bool,
+    row_weight: Tensor | None,  # (C,) weight of each position in the gradient of E
+    grad_rows: Tensor | None,  # (V, D) the gradient of E is added here
+) -> _ChunkTerms:
+    e, target = embeddings.rows, embeddings.rows[labels]
+    if solver.name != "krylov":
+        return _solve_dense(solver, q, labels, e, want_gradient, row_weight, grad_rows)
+
+    if solver.top_k is None:
+        result = quadrature(VocabularyOperator(q, e), target, solver.steps)
+        base = forms(result.rows, result.derivative) if want_gradient else None
+        terms = _ChunkTerms(result.value, base, None, None, None)
+        if grad_rows is not None:
+            weighted = -2 * row_weight[:, None] * q
+            moved = torch.bmm(result.derivative, result.basis)  # (C, K, D): rows of (V_K M)^T
+            for k in range(moved.shape[1]):
+                grad_rows.addmm_((weighted * result.rows[:, k]).T, moved[:, k])
+    else:
+        ids = q.topk(solver.top_k, dim=-1, sorted=True).indices
+        missing = ~(ids == labels[:, None]).any(-1)
+        ids[:, -1] = torch.where(missing, labels, ids[:, -1])  # the target belongs to the head
+        q_head = q.gather(1, ids)
+        operator = HeadTailOperator(q_head, e[ids], embeddings.tail_moment, embeddings.nonzero)
+        result = quadrature(operator, target, solver.steps)
+        at_ids, base = operator.gradient_in_q(result) if want_gradient else (None, None)
+        terms = _ChunkTerms(result.value, base, ids, at_ids, q_head)
+        if grad_rows is not None:
+            moved = torch.bmm(result.derivative, result.basis)
+            head_rows = result.rows[..., : solver.top_k]
+            per_token = torch.bmm((-2 * row_weight[:, None, None] * q_head.unsqueeze(1) * head_rows).mT, moved)  # (C, S, D)
+            grad_rows.index_add_(0, ids.flatten(), per_token.flatten(0, 1))
+    if grad_rows is not None:
+        on_target = torch.bmm(result.log_column.unsqueeze(1), result.basis).squeeze(1)
+        grad_rows.index_add_(0, labels, -2 * row_weight[:, None] * on_target)
+    return terms
+
+
+def _solve_dense(
+    solver: Solver,
+    q: Tensor,
+    labels: Tensor,
+    e: Tensor,
+    want_gradient: bool,
+    row_weight: Tensor | None,
+    grad_rows: Tensor | None,
+) -> _ChunkTerms:
+    """The reference: autograd through the definition. "exact" takes the (D, D) logarithm, "taylor" the series about I."""
+    with torch.enable_grad():
+        q = q.detach().requires_grad_(want_gradient)
+        e = e.detach().requires_grad_(grad_rows is not None)
+        target = e[labels]
+        if solver.name == "exact":
+            big_q = (q.unsqueeze(-1) * e).mT @ e  # (C, D, D)
+            log_q = matrix_log((big_q + big_q.mT) / 2)
+            value = -torch.einsum("ci,cij,cj->c", target, log_q, target)
+        else:
+            value, x = torch.zeros_like(q[:, 0]), target
+            for m in range(1, solver.order + 1):  # x = (I - Q)^m e_y
+                x = x - (q * (x @ e.T)) @ e
+                value = value + (target * x).sum(-1) / m
+        base = None
+        if want_gradient:
+            (base,) = torch.autograd.grad(value.sum(), q, retain_graph=grad_rows is not None)
+        if grad_rows is not None:
+            (gradient,) = torch.autograd.grad(value, e, row_weight)
+            grad_rows.add_(gradient)
+    return _ChunkTerms(value.detach(), base, None, None, None)
+
+
+def _add_logit_gradient_(
+    grad: Tensor,  # (C, V), updated in place
+    q: Tensor,  # (C, V)
+    terms: _ChunkTerms,
+    scale: float,
+) -> None:
+    """grad += scale * q o (g - sum_i q_i g_i), the chain rule through the softmax."""
+    if terms.base is None:
+        raise AssertionError("the solver was not asked for a gradient")
+    if terms.ids is None:
+        mean = (q * terms.base).sum(-1, keepdim=True)
+        grad.addcmul_(q, terms.base - mean, value=scale)
+        return
+    correction = terms.q_ids * (terms.at_ids - terms.base)  # relative to the shared tail gradient
+    mean = terms.base + correction.sum(-1, keepdim=True)
+    grad.addcmul_(q, terms.base - mean, value=scale)
+    grad.scatter_add_(1, terms.ids, scale * correction)
+
+
+def _chunk_size(positions: int, bytes_per_position: int) -> int:
+    return max(1, min(positions, CHUNK_BYTES // max(1, bytes_per_position)))
+
+
+def _check_labels(labels: Tensor, vocabulary: int, positions: int) -> None:
+    if labels.ndim != 1 or labels.shape[0] != positions:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}, but {positions} positions need ({positions},).")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"labels are {labels.dtype}, but token ids are integers.")
+    if labels.numel() == 0:
+        return
+    if labels.is_cuda:  # no host synchronisation: the kernel asserts
+        torch._assert_async(((labels >= 0) & (labels < vocabulary)).all(), "a label lies outside the vocabulary")
+    elif labels.min() < 0 or labels.max() >= vocabulary:
+        wrong = int(torch.nonzero((labels < 0) | (labels >= vocabulary))[0])
+        raise ValueError(
+            f"label {int(labels[wrong])} at position {wrong} lies outside the vocabulary of {vocabulary}. "
+            "The tokenizer may hold more tokens than the model has rows; resize the embeddings, or mask the position with ignore_index."
+        )
+
+
+class _TokenMCE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, rows: Tensor, labels: Tensor, fixed: tuple, solver: Solver, chunk: int) -> Tensor:
+        want_logits = ctx.needs_input_grad[0]
+        embeddings = Embeddings(rows, *fixed)
+        values, grads = [], []
+        for start in range(0, logits.shape[0], chunk):
+            z, y = logits[start : start + chunk].to(rows.dtype), labels[start : start + chunk]
+            q = torch.softmax(z, dim=-1)
+            terms = _solve_chunk(solver, q, y, embeddings, want_gradient=want_logits, row_weight=None, grad_rows=None)
+            values.append(terms.value)
+            if want_logits:
+                grad = torch.zeros_like(q)
+                _add_logit_gradient_(grad, q, terms, 1.0)
+                grads.append(grad.to(logits.dtype))
+        ctx.solver, ctx.chunk = solver, chunk
+        ctx.save_for_backward(logits, rows, labels, *fixed, torch.cat(grads) if want_logits else None)
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx, grad_value: Tensor):  # type: ignore[override]
+        logits, rows, labels, *fixed, grad_logits = ctx.saved_tensors
+        if grad_logits is not None:
+            grad_logits = (grad_logits * grad_value.unsqueeze(-1)).to(logits.dtype)
+        grad_rows = None
+        if ctx.needs_input_grad[1]:  # a second pass, now that the weight of each position is known
+            grad_rows = torch.zeros_like(rows)
+            for start in range(0, logits.shape[0], ctx.chunk):
+                part = slice(start, start + ctx.chunk)
+                _solve_chunk(
+                    ctx.solver,
+                    torch.softmax(logits[part].to(rows.dtype), dim=-1),
+                    labels[part],
+                    Embeddings(rows, *fixed),
+                    want_gradient=False,
+                    row_weight=grad_value[part],
+                    grad_rows=grad_rows,
+                )
+        return grad_logits, grad_rows, None, None, None, None
+
+
+def token_mce(
+    logits: Tensor,  # (N, V)
+    labels: Tensor,  # (N,)
+    embeddings: Tensor,  # (V, D)
+    *,
+    solver: str = "krylov",
+    steps: int | None = None,
+    order: int = 4,
+    sketch_dim: int | None = None,
+    top_k: int | None = None,
+) -> Tensor:
+    """MCE_n = -e_y^T log(Q_n) e_y for each position n, with Q_n = sum_j softmax(logits_n)_j e_j e_j^T (eq. 16).
+
+    Args:
+        logits: (N, V) any float dtype; the statistics are float32, or float64 for float64 logits. -inf is allowed.
+        labels: (N,) integers in [0, V).
+        embeddings: (V, D) of any norm; rows are scaled to norm 1 inside, a zero row stays zero.
+        solver: "krylov", "exact" or "taylor".
+        steps: Lanczos steps, None for the measured default. "krylov" only.
+        order: terms of the series. "taylor" only.
+        sketch_dim: replace E by normalise(E R) with a fixed Gaussian R (D, sketch_dim); None: no sketch.
+        top_k: "krylov" only: keep this many likeliest tokens (and the target) exactly and spread the rest of the mass
+            evenly over the other tokens; None: the whole vocabulary.
+
+    Returns:
+        (N,) in nats, float32 or float64; 0 where the target's row is zero. Differentiable in logits, and in embeddings
+        where they require grad (the shape of the tail counts as a constant).
+
+    Raises:
+        ValueError: shapes that do not fit, a label outside the vocabulary, NaN or +inf logits, unknown solver.
+
+    >>> orthonormal = torch.eye(3, dtype=torch.float64)
+    >>> token_mce(torch.zeros(1, 3, dtype=torch.float64), torch.tensor([0]), orthonormal)  # = CE = log 3
+    tensor([1.0986], dtype=torch.float64)
+    """
+    if logits.ndim != 2 or embeddings.ndim != 2 or logits.shape[1] != embeddings.shape[0]:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} and embeddings {tuple(embeddings.shape)} do not fit: "
+            "they must be (N, V) and (V, D) with the same V."
+        )
+    positions, vocabulary = logits.shape
+    _check_labels(labels, vocabulary, positions)
+    bad = torch.isnan(logits) | (logits == torch.inf)
+    if bad.any():
+        n, v = (int(i) for i in torch.nonzero(bad)[0])
+        raise ValueError(f"logits[{n}, {v}] is {logits[n, v].item()}, so there is no distribution at position {n}.")
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    chosen = Solver.create(
+        solver, vocabulary=vocabulary, width=embeddings.shape[1], steps=steps, order=order, sketch_dim=sketch_dim, top_k=top_k
+    )
+    if positions == 0:
+        return (logits.sum() + embeddings.sum()).to(dtype) * torch.zeros(0, dtype=dtype, device=logits.device)
+    with torch.autocast(logits.device.type, enabled=False):
+        prepared = prepare_embeddings(embeddings, chosen, dtype)
+        width = prepared.rows.shape[1]
+        itemsize = prepared.rows.element_size()
+        chunk = _chunk_size(positions, 3 * itemsize * vocabulary + chosen.bytes_per_position(vocabulary, width, itemsize))
+        return _TokenMCE.apply(logits, prepared.rows, labels, prepared.fixed, chosen, chunk)
+
+
+class MatrixLossOutput(NamedTuple):
+    """What `linear_matrix_cross_entropy` returns. Per-position fields are detached, zero where the label is ignored."""
+
+    loss: Tensor  # () for "mean" and "sum", (N,) for "none"; carries the gradient
+    cross_entropy: Tensor  # (N,) nats
+    matrix_cross_entropy: Tensor  # (N,) nats
+    entropy: Tensor  # (N,) nats, of the predicted distribution
+    is_top1: Tensor  # (N,) bool: the label is the likeliest token
+
+
+class _HeadOptions(NamedTuple):
+    solver: Solver
+    mce_weight: float
+    logit_scale: float
+    softcap: float | None
+    chunk: int
+    dtype: torch.dtype
+
+
+class _HeadGradients(NamedTuple):
+    hidden: Tensor | None  # (N, H)
+    weight: Tensor | None  # (V, H)
+    bias: Tensor | None  # (V,)
+    rows: Tensor | None  # (V, D)
+
+
+def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b with a float32 (or float64) result: half-precision products accumulate, and stay, in float32."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
+def _head_pass(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H), dtype of hidden
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (N,)
+    embeddings: Embeddings,
+    options: _HeadOptions,
+    row_weight: Tensor,  # (N,) d(objective) / d(loss of position n)
+    needs: tuple[bool, bool, bool, bool],  # gradients of hidden, weight, bias, rows
+) -> tuple[Tensor, Tensor, Tensor, Tensor, _HeadGradients]:
+    """One pass over chunks of positions; the (N, V) logits are never whole.
+
+    1. logits = hidden W^T (+ bias), scaled and soft-capped as the model does
+    2. log-sum-exp -> q, CE, entropy, top-1
+    3. the solver: MCE and its gradient in q
+    4. the logits' gradient, through softmax, cap and scale
+    5. gradients of hidden, weight (accumulated in float32), bias
+    """
+    dtype, scale, cap = options.dtype, options.logit_scale, options.softcap
+    positions, vocabulary = hidden.shape[0], weight.shape[0]
+    device = hidden.device
+    ce, mce, entropy = (torch.empty(positions, dtype=dtype, device=device) for _ in range(3))
+    top1 = torch.empty(positions, dtype=torch.bool, device=device)
+    grads = _HeadGradients(
+        torch.empty_like(hidden) if needs[0] else None,
+        torch.zeros(weight.shape, dtype=dtype, device=device) if needs[1] else None,
+        torch.zeros(vocabulary, dtype=dtype, device=device) if needs[2] else None,
+        torch.zeros_like(embeddings.rows) if needs[3] else None,
+    )
+    want_logits = any(needs[:3])
+    for start in range(0, positions, options.chunk):
+        part = slice(start, start + options.chunk)
+        h, y = hidden[part], labels[part]
+        logits = _mm(h, weight.T, dtype)
+        if bias is not None:
+            logits += bias
+        if scale != 1.0:
+            logits *= scale
+        capped = None
+        if cap is not None:
+            capped = (logits / cap).tanh_()
+            logits = capped * cap
+        log_z = logits.logsumexp(-1)
+        of_label = logits.gather(1, y[:, None]).squeeze(1)
+        top1[part] = of_label >= logits.amax(-1)
+        ce[part] = log_z - of_label
+        q = (logits - log_z[:, None]).exp_()
+        entropy[part] = log_z - (q * logits.clamp(min=torch.finfo(dtype).min)).sum(-1)
+        terms = _solve_chunk(
+            options.solver,
+            q,
+            y,
+            embeddings,
+            want_gradient=want_logits and options.mce_weight != 0,
+            row_weight=row_weight[part] * options.mce_weight,
+            grad_rows=grads.rows,
+        )
+        mce[part] = terms.value
+        if not want_logits:
+            continue
+        grad = q.clone() if options.mce_weight != 0 else q
+        grad.scatter_add_(1, y[:, None], torch.full_like(of_label, -1.0)[:, None])
+        if options.mce_weight != 0:
+            _add_logit_gradient_(grad, q, terms, options.mce_weight)
+        grad *= row_weight[part, None]
+        if capped is not None:
+            grad *= 1 - capped * capped
+        if scale != 1.0:
+            grad *= scale
+        if grads.bias is not None:
+            grads.bias.add_(grad.sum(0))
+        grad = grad.to(hidden.dtype)
+        if grads.hidden is not None:
+            grads.hidden[part] = grad @ weight
+        if grads.weight is not None:
+            if grad.dtype == dtype:
+                grads.weight.addmm_(grad.T, h)
+            else:
+                grads.weight.add_(_mm(grad.T, h, dtype))
+    return ce, mce, entropy, top1, grads
+
+
+class _LinearMCE(torch.autograd.Function):
+    """The loss is a weighted sum over positions, so "mean" and "sum" make their gradient in the forward pass and scale it
+    in the backward pass; nothing of size (N, V) is saved and no product is repeated. "none" learns its weights only in
+    the backward pass and takes a second pass there."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, rows, fixed, labels, options, summed, grad_enabled):
+        needs = tuple(grad_enabled and n for n in ctx.needs_input_grad[:4])
+        compute_weight = weight.to(hidden.dtype)
+        ones = torch.ones(hidden.shape[0], dtype=options.dtype, device=hidden.device)
+        ce, mce, entropy, top1, grads = _head_pass(
+            hidden,
+            compute_weight,
+            bias,
+            labels,
+            Embeddings(rows, *fixed),
+            options,
+            ones,
+            needs if summed else (False, False, False, False),
+        )
+        loss = ce + options.mce_weight * mce
+        ctx.options, ctx.summed, ctx.dtypes = options, summed, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        if summed:
+            ctx.save_for_backward(*grads)
+        else:
+            ctx.save_for_backward(hidden, weight, bias, rows, labels, *fixed)
+        ctx.mark_non_differentiable(ce, mce, entropy, top1)
+        return (loss.sum() if summed else loss), ce, mce, entropy, top1
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):  # type: ignore[override]
+        if ctx.summed:
+            hidden, weight, bias, rows = (None if g is None else g * grad_loss for g in ctx.saved_tensors)
+        else:
+            hidden, weight, bias, rows, labels, *fixed = ctx.saved_tensors
+            *_, grads = _head_pass(
+                hidden,
+                weight.to(hidden.dtype),
+                bias,
+                labels,
+                Embeddings(rows, *fixed),
+                ctx.options,
+                grad_loss.to(ctx.options.dtype),
+                ctx.needs_input_grad[:4],
+            )
+            hidden, weight, bias, rows = grads
+        cast = [None if g is None else g.to(d) for g, d in zip((hidden, weight, bias), ctx.dtypes, strict=True)]
+        return (*cast, rows, None, None, None, None, None)
+
+
+def linear_matrix_cross_entropy(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (N,)
+    *,
+    bias: Tensor | None = None,
+    embeddings: Tensor | None = None,
+    mce_weight: float = 1.0,
+    solver: str = "krylov",
+    steps: int | None = None,
+    order: int = 4,
+    sketch_dim: int | None | Auto = "auto",
+    top_k: int | None | Auto = "auto",
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+) -> MatrixLossOutput:
+    """CE + mce_weight * MCE straight from hidden states, never holding the (N, V) logits whole.
+
+    logits = softcap * tanh(logit_scale * (hidden W^T + bias) / softcap), or without the cap where softcap is None.
+
+    Args:
+        hidden: (N, H) float64, float32, bfloat16 or float16. Statistics are float32 (float64 for float64 input), and
+            half-precision products accumulate in float32.
+        weight: (V, H) the LM head; cast to hidden's dtype for the products (float32 master weights under autocast).
+        labels: (N,) integers in [0, V), or ignore_index; ignored positions are dropped before the first product.
+        bias: (V,) shifts the logits; it is no part of e_i.
+        embeddings: (V, D) the vectors e_i, of any norm; None: the LM head's rows, detached. Give `weight` itself to let
+            gradients through (beware: MCE is 0 where all rows are equal, so that rewards collapse).
+        mce_weight: 0 leaves plain cross-entropy; MCE is still measured.
+        solver, steps, order: see `token_mce`.
+        sketch_dim: width of the random projection of E, None: no sketch. "auto": 512 where E is wider ("krylov").
+        top_k: tokens kept exactly per position, None: the whole vocabulary. "auto": the measured default where the
+            vocabulary is more than four times that ("krylov").
+        reduction: "mean" over the positions that count, "sum", or "none".
+
+    Returns:
+        `MatrixLossOutput`. With every label ignored the loss is a zero still connected to the graph.
+
+    Raises:
+        ValueError: shapes that do not fit, a label outside the vocabulary, unknown solver or reduction.
+
+    >>> h, w = torch.zeros(2, 3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    >>> linear_matrix_cross_entropy(h, w, torch.tensor([0, -100])).loss  # CE + MCE = 2 log 3: orthonormal rows
+    tensor(2.1972, dtype=torch.float64)
+    """
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit: they must be (N, H) and (V, H). "
+            "An empty weight means that the head is sharded and must be gathered first (matrix_llm.head does that)."
+        )
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction={reduction!r} is unknown. Use 'mean', 'sum' or 'none'.")
+    if not (math.isfinite(mce_weight) and mce_weight >= 0):
+        raise ValueError(f"mce_weight={mce_weight}, but the weight of a loss term is a finite number of at least 0.")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap}, but logits are divided by it: give a positive number, or None.")
+    vocabulary, positions = weight.shape[0], hidden.shape[0]
+    source = weight.detach() if embeddings is None else embeddings
+    if source.ndim != 2 or source.shape[0] != vocabulary:
+        raise ValueError(f"embeddings {tuple(source.shape)} must have one row for each of the {vocabulary} rows of weight.")
+    if labels.shape != (positions,):
+        raise ValueError(f"labels has shape {tuple(labels.shape)}, but {positions} positions need ({positions},).")
+    chosen = Solver.create(
+        solver, vocabulary=vocabulary, width=source.shape[1], steps=steps, order=order, sketch_dim=sketch_dim, top_k=top_k
+    )
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    keep = labels != ignore_index
+    kept_hidden, kept_labels = hidden[keep], labels[keep]
+    _check_labels(kept_labels, vocabulary, kept_labels.shape[0])
+    with torch.autocast(hidden.device.type, enabled=False):
+        prepared = prepare_embeddings(source, chosen, dtype)
+        itemsize = prepared.rows.element_size()
+        per_position = 4 * itemsize * vocabulary + chosen.bytes_per_position(vocabulary, prepared.rows.shape[1], itemsize)
+        options = _HeadOptions(
+            chosen, float(mce_weight), float(logit_scale), softcap, _chunk_size(max(1, kept_hidden.shape[0]), per_position), dtype
+        )
+        loss, ce, mce, entropy, top1 = _LinearMCE.apply(
+            kept_hidden,
+            weight,
+            bias,
+            prepared.rows,
+            prepared.fixed,
+            kept_labels,
+            options,
+            reduction != "none",
+            torch.is_grad_enabled(),
+        )
+
+    def spread(values: Tensor) -> Tensor:
+        return torch.zeros(positions, dtype=values.dtype, device=values.device).masked_scatter(keep, values)
+
+    if reduction == "mean":
+        loss = loss / max(1, kept_hidden.shape[0])
+    elif reduction == "none":
+        loss = spread(loss)
+    return MatrixLossOutput(loss, spread(ce), spread(mce), spread(entropy), spread(top1))
