@@ -32,8 +32,10 @@ EIGENVALUE_FLOOR = {torch.float32: 1e-12, torch.float64: 1e-20}
 class Operator(Protocol):
     """A batch of C matrices Q, known through products."""
 
-    def project(self, v: Tensor) -> Tensor:
-        """(C, D) -> (C, R): whatever rows of coordinates `quadratic` and `expand` need; V columns for the vocabulary."""
+    width: int  # R
+
+    def project(self, v: Tensor, out: Tensor) -> None:
+        """Fill `out` (C, R) with whatever coordinates of v (C, D) `quadratic` and `expand` need."""
         ...
 
     def quadratic(self, v: Tensor, rows: Tensor) -> Tensor:
@@ -54,12 +56,13 @@ class VocabularyOperator:
         embeddings: Tensor,  # (V, D) unit or zero rows
     ) -> None:
         self.q, self.embeddings = q, embeddings
+        self.width = embeddings.shape[0]
 
-    def project(self, v: Tensor) -> Tensor:
-        return v @ self.embeddings.T
+    def project(self, v: Tensor, out: Tensor) -> None:
+        torch.mm(v, self.embeddings.T, out=out)
 
     def quadratic(self, v: Tensor, rows: Tensor) -> Tensor:
-        return torch.einsum("cv,cv,cv->c", self.q, rows, rows)
+        return (self.q * rows).mul_(rows).sum(-1)
 
     def expand(self, rows: Tensor) -> Tensor:
         return (self.q * rows) @ self.embeddings
@@ -86,6 +89,7 @@ class HeadTailOperator:
     ) -> None:
         self.embeddings, self.tail_moment = embeddings, tail_moment
         self.head = q.shape[-1]
+        self.width = self.head + tail_moment.shape[0]
         in_head = (embeddings.abs().amax(-1) > 0).sum(-1)  # zero rows are in no one's moment
         self.outside = (vocabulary - in_head).clamp(min=1).to(q.dtype)  # (C,) tokens that share the tail
         self.vocabulary = vocabulary.to(q.dtype)
@@ -93,13 +97,13 @@ class HeadTailOperator:
         self.q = q - density.unsqueeze(-1)
         self.moment_weight = density * self.vocabulary
 
-    def project(self, v: Tensor) -> Tensor:
-        head = torch.bmm(self.embeddings, v.unsqueeze(-1)).squeeze(-1)
-        return torch.cat([head, v @ self.tail_moment], dim=-1)
+    def project(self, v: Tensor, out: Tensor) -> None:
+        out[:, : self.head] = torch.bmm(self.embeddings, v.unsqueeze(-1)).squeeze(-1)
+        out[:, self.head :] = v @ self.tail_moment
 
     def quadratic(self, v: Tensor, rows: Tensor) -> Tensor:
         head, tail = rows[:, : self.head], rows[:, self.head :]
-        return torch.einsum("cs,cs,cs->c", self.q, head, head) + self.moment_weight * (v * tail).sum(-1)
+        return (self.q * head).mul_(head).sum(-1) + self.moment_weight * (v * tail).sum(-1)
 
     def expand(self, rows: Tensor) -> Tensor:
         head, tail = rows[:, : self.head], rows[:, self.head :]
@@ -143,28 +147,32 @@ def quadrature(
     steps = min(steps, width)
     dtype = start.dtype
     basis = start.new_zeros(positions, steps, width)
-    alphas, betas, rows = [], [], []
+    rows = start.new_empty(positions, steps, operator.width)
+    alphas: list[Tensor] = []
+    betas: list[Tensor] = []
     alive = (start * start).sum(-1) > 0.5  # e_y is a unit row or, where lm_head has a zero row, zero
     largest = start.new_zeros(positions)
-    v = start
+    v, before, beta = start, torch.zeros_like(start), largest
     for k in range(steps):
         basis[:, k] = v
-        projected = operator.project(v)
-        rows.append(projected)
-        alpha = operator.quadratic(v, projected)
-        alphas.append(torch.where(alive, alpha, 1.0))
+        operator.project(v, rows[:, k])
         if k == steps - 1:
+            alphas.append(torch.where(alive, operator.quadratic(v, rows[:, k]), 1.0))
             break
+        residual = operator.expand(rows[:, k])
+        alpha = (v * residual).sum(-1)
+        alphas.append(torch.where(alive, alpha, 1.0))
         largest = torch.maximum(largest, alpha)
-        residual = operator.expand(projected)
-        for _ in range(2):  # twice is enough (Kahan & Parlett)
-            seen = basis[:, : k + 1]
-            overlap = torch.bmm(seen, residual.unsqueeze(-1))
-            residual = torch.baddbmm(residual.unsqueeze(-1), seen.mT, overlap, alpha=-1).squeeze(-1)
+        # The three-term recurrence, then once more against every earlier vector: rounding would let them creep back in.
+        residual.addcmul_(v, alpha.unsqueeze(-1), value=-1).addcmul_(before, beta.unsqueeze(-1), value=-1)
+        seen = basis[:, : k + 1]
+        overlap = torch.bmm(seen, residual.unsqueeze(-1))
+        residual = torch.baddbmm(residual.unsqueeze(-1), seen.mT, overlap, alpha=-1).squeeze(-1)
         beta = torch.linalg.vector_norm(residual, dim=-1)
         alive = alive & (beta > BREAKDOWN[dtype] * largest)
-        betas.append(torch.where(alive, beta, 0.0))
-        v = torch.where(alive.unsqueeze(-1), residual / torch.where(alive, beta, 1.0).unsqueeze(-1), 0.0)
+        beta = torch.where(alive, beta, 0.0)
+        betas.append(beta)
+        before, v = v, torch.where(alive.unsqueeze(-1), residual / torch.where(alive, beta, 1.0).unsqueeze(-1), 0.0)
 
     diagonal = torch.stack(alphas, dim=-1).double()
     t = torch.diag_embed(diagonal)
@@ -183,7 +191,7 @@ def quadrature(
     derivative = z @ kernel @ z.mT
     log_column = torch.bmm(z, (first * log_w).unsqueeze(-1)).squeeze(-1)
     value = torch.where(broken, torch.nan, value)
-    return Quadrature(value.to(dtype), basis, torch.stack(rows, dim=1), derivative.to(dtype), log_column.to(dtype))
+    return Quadrature(value.to(dtype), basis, rows, derivative.to(dtype), log_column.to(dtype))
 
 
 def forms(
@@ -191,4 +199,8 @@ def forms(
     derivative: Tensor,  # (C, K, K)
 ) -> Tensor:
     """-u_j^T M u_j for each of the R columns u_j: (C, R)."""
-    return -(rows * torch.bmm(derivative, rows)).sum(1)
+    moved = torch.bmm(derivative, rows)
+    total = moved[:, 0] * rows[:, 0]
+    for k in range(1, rows.shape[1]):
+        total.addcmul_(moved[:, k], rows[:, k])
+    return total.neg_()

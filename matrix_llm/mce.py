@@ -11,9 +11,7 @@ For one position with target y, predicted distribution q = softmax(logits) and u
 
 so MCE forgives mass on tokens whose vectors are close to the target's. Orthonormal rows give MCE = CE, equal rows 0.
 
-Three solvers: "exact", the dense logarithm (the reference, O(D^3) a position); "krylov", exact to any tolerance at a few
-products (krylov.py); "taylor", the paper's series about I, which does not converge here (Q has eigenvalues near 0) and
-stands for ablations.
+How log Q is evaluated is solvers.py's matter.
 
 Legend: N positions, C positions of one chunk, V vocabulary, H hidden width, D embedding width, S head tokens, K steps.
 """
@@ -21,227 +19,16 @@ Legend: N positions, C positions of one chunk, V vocabulary, H hidden width, D e
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from matrix_llm.information import matrix_log
-from matrix_llm.krylov import HeadTailOperator, VocabularyOperator, forms, quadrature
+from matrix_llm.solvers import Auto, Embeddings, Solver, add_logit_gradient_, prepare_embeddings, solve_chunk
 
 __all__ = ["MatrixLossOutput", "linear_matrix_cross_entropy", "token_mce"]
 
-SOLVERS = ("exact", "krylov", "taylor")
-
-# Chosen from the accuracy-against-cost table of docs/accuracy.md: at most 1 % mean error in the value and 5 % in the
-# logits' gradient where CE <= 2.
-DEFAULT_STEPS = 8
-DEFAULT_TOP_K = 128
-DEFAULT_SKETCH_DIM = 512
-SKETCH_SEED = 20240723  # one fixed projection: equal on every rank, every step and every resume
-
 CHUNK_BYTES = 256 * 2**20  # working memory of one chunk of positions
-
-Auto = Literal["auto"]
-
-
-@dataclass(frozen=True)
-class Solver:
-    """How log Q is evaluated; checked once, with every "auto" resolved against the vocabulary and the width."""
-
-    name: str
-    steps: int
-    order: int
-    sketch_dim: int | None
-    top_k: int | None
-
-    @staticmethod
-    def create(
-        name: str,
-        *,
-        vocabulary: int,
-        width: int,
-        steps: int | None,
-        order: int,
-        sketch_dim: int | None | Auto,
-        top_k: int | None | Auto,
-    ) -> Solver:
-        if name not in SOLVERS:
-            raise ValueError(f"solver={name!r} is unknown. Use 'krylov' (the default), 'exact' (the reference) or 'taylor'.")
-        steps = DEFAULT_STEPS if steps is None else steps
-        for key, value in {"steps": steps, "order": order, "sketch_dim": sketch_dim, "top_k": top_k}.items():
-            if not (value is None or value == "auto" or (isinstance(value, int) and value >= 1)):
-                raise ValueError(f"{key}={value!r}, but it must be an integer of at least 1.")
-        if name != "krylov":
-            if isinstance(top_k, int):
-                raise ValueError(f"top_k={top_k} is a form of solver='krylov'; solver={name!r} reads the whole vocabulary. Leave it out.")
-            return Solver(name, steps, order, sketch_dim if isinstance(sketch_dim, int) else None, None)
-        if sketch_dim == "auto":
-            sketch_dim = DEFAULT_SKETCH_DIM if width > DEFAULT_SKETCH_DIM else None
-        if top_k == "auto":
-            top_k = DEFAULT_TOP_K if vocabulary > 4 * DEFAULT_TOP_K else None
-        if top_k is not None and top_k >= vocabulary:
-            top_k = None
-        return Solver(name, steps, order, sketch_dim, top_k)
-
-    def bytes_per_position(self, vocabulary: int, width: int, itemsize: int) -> int:
-        """Working memory of one position beside its logits."""
-        if self.name == "exact":
-            return itemsize * width * (3 * vocabulary + 6 * width)
-        if self.name == "taylor":
-            return itemsize * 4 * self.order * vocabulary
-        if self.top_k is None:
-            return itemsize * 2 * self.steps * vocabulary
-        return itemsize * (self.top_k * (2 * width + 3 * self.steps) + 4 * self.steps * width)
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """The unit rows e_j (zero where the given row is zero), and the vocabulary's second moment when the solver needs it."""
-
-    rows: Tensor  # (V, D)
-    tail_moment: Tensor | None  # (D, D) mean of e_j e_j^T over non-zero rows: trace 1; a constant, no gradient
-    nonzero: Tensor | None  # () how many rows that is
-
-    @property
-    def fixed(self) -> tuple[Tensor | None, Tensor | None]:
-        """What carries no gradient."""
-        return self.tail_moment, self.nonzero
-
-
-def unit_rows(
-    embeddings: Tensor,  # (V, D) any float dtype, any norm
-    *,
-    dtype: torch.dtype,
-    sketch_dim: int | None = None,
-) -> Tensor:
-    """Rows scaled to norm 1 in `dtype`; a zero row stays zero. With a sketch, rows of embeddings @ R, R (D, r) N(0, 1/r).
-
-    MCE depends on E only through the cosines e_i . e_j, which a random projection keeps (Johnson & Lindenstrauss).
-    Differentiable; the gradient of a zero row is zero.
-    """
-    e = embeddings.to(dtype)
-    if sketch_dim is not None:
-        generator = torch.Generator().manual_seed(SKETCH_SEED)
-        sketch = torch.randn(e.shape[1], sketch_dim, generator=generator, dtype=torch.float64)
-        e = e @ sketch.to(e.device, dtype)
-    norm = torch.linalg.vector_norm(e, dim=-1, keepdim=True)
-    zero = norm == 0
-    return e * torch.where(zero, 0.0, 1.0 / torch.where(zero, 1.0, norm))
-
-
-def prepare_embeddings(embeddings: Tensor, solver: Solver, dtype: torch.dtype) -> Embeddings:
-    rows = unit_rows(embeddings, dtype=dtype, sketch_dim=solver.sketch_dim)
-    if solver.top_k is None:
-        return Embeddings(rows, None, None)
-    detached = rows.detach()
-    nonzero = (detached.abs().amax(-1) > 0).sum().clamp(min=1)
-    return Embeddings(rows, detached.T @ detached / nonzero, nonzero)
-
-
-class _ChunkTerms(NamedTuple):
-    """MCE of one chunk and its gradient in q, as `base` everywhere except at the tokens `ids`, where it is `at_ids`."""
-
-    value: Tensor  # (C,)
-    base: Tensor | None  # (C, V), or (C, 1) where all tokens but `ids` share one
-    ids: Tensor | None  # (C, S)
-    at_ids: Tensor | None  # (C, S)
-    q_ids: Tensor | None  # (C, S)
-
-
-def _solve_chunk(
-    solver: Solver,
-    q: Tensor,  # (C, V)
-    labels: Tensor,  # (C,)
-    embeddings: Embeddings,
-    *,
-    want_gradient: bool,
-    row_weight: Tensor | None,  # (C,) weight of each position in the gradient of E
-    grad_rows: Tensor | None,  # (V, D) the gradient of E is added here
-) -> _ChunkTerms:
-    e, target = embeddings.rows, embeddings.rows[labels]
-    if solver.name != "krylov":
-        return _solve_dense(solver, q, labels, e, want_gradient, row_weight, grad_rows)
-
-    if solver.top_k is None:
-        result = quadrature(VocabularyOperator(q, e), target, solver.steps)
-        base = forms(result.rows, result.derivative) if want_gradient else None
-        terms = _ChunkTerms(result.value, base, None, None, None)
-        if grad_rows is not None:
-            weighted = -2 * row_weight[:, None] * q
-            moved = torch.bmm(result.derivative, result.basis)  # (C, K, D): rows of (V_K M)^T
-            for k in range(moved.shape[1]):
-                grad_rows.addmm_((weighted * result.rows[:, k]).T, moved[:, k])
-    else:
-        ids = q.topk(solver.top_k, dim=-1, sorted=True).indices
-        missing = ~(ids == labels[:, None]).any(-1)
-        ids[:, -1] = torch.where(missing, labels, ids[:, -1])  # the target belongs to the head
-        q_head = q.gather(1, ids)
-        operator = HeadTailOperator(q_head, e[ids], embeddings.tail_moment, embeddings.nonzero)
-        result = quadrature(operator, target, solver.steps)
-        at_ids, base = operator.gradient_in_q(result) if want_gradient else (None, None)
-        terms = _ChunkTerms(result.value, base, ids, at_ids, q_head)
-        if grad_rows is not None:
-            moved = torch.bmm(result.derivative, result.basis)
-            head_rows = result.rows[..., : solver.top_k]
-            per_token = torch.bmm((-2 * row_weight[:, None, None] * q_head.unsqueeze(1) * head_rows).mT, moved)  # (C, S, D)
-            grad_rows.index_add_(0, ids.flatten(), per_token.flatten(0, 1))
-    if grad_rows is not None:
-        on_target = torch.bmm(result.log_column.unsqueeze(1), result.basis).squeeze(1)
-        grad_rows.index_add_(0, labels, -2 * row_weight[:, None] * on_target)
-    return terms
-
-
-def _solve_dense(
-    solver: Solver,
-    q: Tensor,
-    labels: Tensor,
-    e: Tensor,
-    want_gradient: bool,
-    row_weight: Tensor | None,
-    grad_rows: Tensor | None,
-) -> _ChunkTerms:
-    """The reference: autograd through the definition. "exact" takes the (D, D) logarithm, "taylor" the series about I."""
-    with torch.enable_grad():
-        q = q.detach().requires_grad_(want_gradient)
-        e = e.detach().requires_grad_(grad_rows is not None)
-        target = e[labels]
-        if solver.name == "exact":
-            big_q = (q.unsqueeze(-1) * e).mT @ e  # (C, D, D)
-            log_q = matrix_log((big_q + big_q.mT) / 2)
-            value = -torch.einsum("ci,cij,cj->c", target, log_q, target)
-        else:
-            value, x = torch.zeros_like(q[:, 0]), target
-            for m in range(1, solver.order + 1):  # x = (I - Q)^m e_y
-                x = x - (q * (x @ e.T)) @ e
-                value = value + (target * x).sum(-1) / m
-        base = None
-        if want_gradient:
-            (base,) = torch.autograd.grad(value.sum(), q, retain_graph=grad_rows is not None)
-        if grad_rows is not None:
-            (gradient,) = torch.autograd.grad(value, e, row_weight)
-            grad_rows.add_(gradient)
-    return _ChunkTerms(value.detach(), base, None, None, None)
-
-
-def _add_logit_gradient_(
-    grad: Tensor,  # (C, V), updated in place
-    q: Tensor,  # (C, V)
-    terms: _ChunkTerms,
-    scale: float,
-) -> None:
-    """grad += scale * q o (g - sum_i q_i g_i), the chain rule through the softmax."""
-    if terms.base is None:
-        raise AssertionError("the solver was not asked for a gradient")
-    if terms.ids is None:
-        mean = (q * terms.base).sum(-1, keepdim=True)
-        grad.addcmul_(q, terms.base - mean, value=scale)
-        return
-    correction = terms.q_ids * (terms.at_ids - terms.base)  # relative to the shared tail gradient
-    mean = terms.base + correction.sum(-1, keepdim=True)
-    grad.addcmul_(q, terms.base - mean, value=scale)
-    grad.scatter_add_(1, terms.ids, scale * correction)
 
 
 def _chunk_size(positions: int, bytes_per_position: int) -> int:
@@ -274,11 +61,11 @@ class _TokenMCE(torch.autograd.Function):
         for start in range(0, logits.shape[0], chunk):
             z, y = logits[start : start + chunk].to(rows.dtype), labels[start : start + chunk]
             q = torch.softmax(z, dim=-1)
-            terms = _solve_chunk(solver, q, y, embeddings, want_gradient=want_logits, row_weight=None, grad_rows=None)
+            terms = solve_chunk(solver, q, y, embeddings, want_gradient=want_logits, row_weight=None, grad_rows=None)
             values.append(terms.value)
             if want_logits:
                 grad = torch.zeros_like(q)
-                _add_logit_gradient_(grad, q, terms, 1.0)
+                add_logit_gradient_(grad, q, terms, 1.0)
                 grads.append(grad.to(logits.dtype))
         ctx.solver, ctx.chunk = solver, chunk
         ctx.save_for_backward(logits, rows, labels, *fixed, torch.cat(grads) if want_logits else None)
@@ -294,7 +81,7 @@ class _TokenMCE(torch.autograd.Function):
             grad_rows = torch.zeros_like(rows)
             for start in range(0, logits.shape[0], ctx.chunk):
                 part = slice(start, start + ctx.chunk)
-                _solve_chunk(
+                solve_chunk(
                     ctx.solver,
                     torch.softmax(logits[part].to(rows.dtype), dim=-1),
                     labels[part],
@@ -449,7 +236,7 @@ def _head_pass(
         ce[part] = log_z - of_label
         q = (logits - log_z[:, None]).exp_()
         entropy[part] = log_z - (q * logits.clamp(min=torch.finfo(dtype).min)).sum(-1)
-        terms = _solve_chunk(
+        terms = solve_chunk(
             options.solver,
             q,
             y,
@@ -464,7 +251,7 @@ def _head_pass(
         grad = q.clone() if options.mce_weight != 0 else q
         grad.scatter_add_(1, y[:, None], torch.full_like(of_label, -1.0)[:, None])
         if options.mce_weight != 0:
-            _add_logit_gradient_(grad, q, terms, options.mce_weight)
+            add_logit_gradient_(grad, q, terms, options.mce_weight)
         grad *= row_weight[part, None]
         if capped is not None:
             grad *= 1 - capped * capped
@@ -515,10 +302,10 @@ class _LinearMCE(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[override]
         if ctx.summed:
-            hidden, weight, bias, rows = (None if g is None else g * grad_loss for g in ctx.saved_tensors)
+            made = [None if g is None else g * grad_loss for g in ctx.saved_tensors]
         else:
             hidden, weight, bias, rows, labels, *fixed = ctx.saved_tensors
-            *_, grads = _head_pass(
+            grads = _head_pass(
                 hidden,
                 weight.to(hidden.dtype),
                 bias,
@@ -527,10 +314,10 @@ class _LinearMCE(torch.autograd.Function):
                 ctx.options,
                 grad_loss.to(ctx.options.dtype),
                 ctx.needs_input_grad[:4],
-            )
-            hidden, weight, bias, rows = grads
-        cast = [None if g is None else g.to(d) for g, d in zip((hidden, weight, bias), ctx.dtypes, strict=True)]
-        return (*cast, rows, None, None, None, None, None)
+            )[-1]
+            made = [*grads]
+        cast = [None if g is None else g.to(d) for g, d in zip(made[:3], ctx.dtypes, strict=True)]
+        return (*cast, made[3], None, None, None, None, None)
 
 
 def linear_matrix_cross_entropy(
@@ -544,8 +331,8 @@ def linear_matrix_cross_entropy(
     solver: str = "krylov",
     steps: int | None = None,
     order: int = 4,
-    sketch_dim: int | None | Auto = "auto",
-    top_k: int | None | Auto = "auto",
+    sketch_dim: int | Auto | None = "auto",
+    top_k: int | Auto | None = "auto",
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -566,8 +353,8 @@ def linear_matrix_cross_entropy(
         mce_weight: 0 leaves plain cross-entropy; MCE is still measured.
         solver, steps, order: see `token_mce`.
         sketch_dim: width of the random projection of E, None: no sketch. "auto": 512 where E is wider ("krylov").
-        top_k: tokens kept exactly per position, None: the whole vocabulary. "auto": the measured default where the
-            vocabulary is more than four times that ("krylov").
+        top_k: tokens kept exactly per position, None: the whole vocabulary. "auto": 128 where the vocabulary is
+            larger than 8,192 ("krylov").
         reduction: "mean" over the positions that count, "sum", or "none".
 
     Returns:
@@ -600,6 +387,8 @@ def linear_matrix_cross_entropy(
     chosen = Solver.create(
         solver, vocabulary=vocabulary, width=source.shape[1], steps=steps, order=order, sketch_dim=sketch_dim, top_k=top_k
     )
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype == torch.float32:
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))  # what autocast does to the LM head's own product
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     keep = labels != ignore_index
     kept_hidden, kept_labels = hidden[keep], labels[keep]

@@ -1,0 +1,495 @@
+"""The settings of a run: three dataclasses, and the strict reader of a flat YAML recipe with command-line overrides.
+
+Everything is checked here, before a weight or a row is loaded: names, types, ranges, and combinations that would train wrongly in silence.
+
+>>> # recipes/tiny.yaml: "mce_weight: 1.0" and so on, one flat mapping
+>>> # load_recipe("recipes/tiny.yaml", ["--learning-rate", "2e-5", "--packing"]).training.learning_rate == 2e-5
+"""
+
+import dataclasses
+import difflib
+import enum
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import SFTConfig
+
+from matrix_llm.data import local_path, looks_local
+from matrix_llm.prompts import resolve_template
+
+
+class RecipeError(ValueError):
+    """A setting that cannot work. The message names the key, its value, the reason and the way out."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- the settings
+# A field's name is its key in the recipe and its flag on the command line.
+
+
+@dataclass
+class MatrixConfig(SFTConfig):
+    """trl.SFTConfig plus the matrix cross-entropy. With mce_weight = 0 it means what SFTConfig means.
+
+    Two defaults differ: `logging_nan_inf_filter` is False (True logs a NaN loss as 0.0), and an unset `bf16` stays off where SFTConfig
+    would refuse to be built (no bf16 GPU, and `use_cpu` not given).
+    """
+
+    mce_weight: float = 1.0  # loss = CE + mce_weight * MCE; 0 is plain SFT, at no extra cost
+    mce_solver: str = field(default="krylov", metadata={"choices": ["exact", "krylov", "taylor"]})
+    mce_steps: int | None = None  # Krylov steps; None: the library's measured default
+    mce_order: int = 4  # order of the Taylor solver
+    mce_sketch_dim: int | str | None = "auto"  # width the embeddings are sketched to; None: no sketch
+    mce_top_k: int | str | None = "auto"  # tokens of the vocabulary kept apart from the shared tail; None: all of them
+    mce_embeddings: str = "lm_head"  # which token vectors: "lm_head", "input", or a path to a .safetensors
+    mce_embedding_grad: bool = False  # True: the gradient also flows through the token vectors of the MCE
+    effective_rank_steps: int = 0  # log the effective rank of the LM head every so many steps; 0: at start and end only
+    logging_nan_inf_filter: bool = False
+
+    def __post_init__(self):
+        if self.bf16 is None and not self.fp16 and not self.use_cpu and not is_torch_bf16_gpu_available():
+            self.bf16 = False
+        self._check_mce()
+        super().__post_init__()
+
+    def _check_mce(self) -> None:
+        _check_range("mce_weight", self.mce_weight)
+        for name in ("mce_steps", "mce_order", "effective_rank_steps"):
+            _check_range(name, getattr(self, name))
+        _check_choice("mce_solver", self.mce_solver, ["exact", "krylov", "taylor"])
+        for name in ("mce_sketch_dim", "mce_top_k"):
+            value = getattr(self, name)
+            if not (value is None or value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)):
+                raise RecipeError(f'{name}={value!r} is not a size. Give "auto", null for none, or an integer of at least 1.')
+        if self.mce_embeddings not in ("lm_head", "input"):
+            if not self.mce_embeddings.endswith(".safetensors"):
+                _check_choice("mce_embeddings", self.mce_embeddings, ["lm_head", "input"], also="a path to a .safetensors file")
+            if not (file := Path(self.mce_embeddings).expanduser()).is_file():
+                raise RecipeError(f"mce_embeddings={self.mce_embeddings!r}: no file at {file.absolute()}. Correct the path.")
+            if self.mce_embedding_grad:
+                raise RecipeError(
+                    f"mce_embedding_grad=True with mce_embeddings={self.mce_embeddings!r}: vectors read from a file are no parameter of "
+                    "the model, so their gradient goes nowhere. Leave mce_embedding_grad at false, or use lm_head or input."
+                )
+        if self.mce_weight > 0:
+            for name, clash, reason in [
+                ("label_smoothing_factor", self.label_smoothing_factor > 0, "MCE is defined against the one true token"),
+                ("loss_type", self.loss_type == "dft", "it reweights each token's CE by its probability, and MCE has no such form"),
+                ("use_liger_kernel", self.use_liger_kernel, "its fused loss replaces the forward that computes MCE"),
+            ]:
+                if clash:
+                    raise RecipeError(
+                        f"mce_weight={self.mce_weight} together with {name}={getattr(self, name)!r} cannot work: {reason}. "
+                        f"Remove {name}, or set mce_weight to 0."
+                    )
+
+
+@dataclass
+class ModelArguments:
+    """Which model and tokenizer, and what of it is trained. Exactly one of model_name_or_path and model_config is given."""
+
+    model_name_or_path: str | None = None  # a folder or a Hub id
+    model_revision: str = "main"
+    model_config: dict | None = None  # a model from scratch, e.g. {"model_type": "llama", "hidden_size": 64, ...}
+    tokenizer_name_or_path: str | None = None  # default: the model's own
+    tokenizer_vocab_size: int | None = None  # train a byte-level BPE of this size on the training text (from scratch only)
+    dtype: str = field(default="float32", metadata={"choices": ["float32", "bfloat16", "float16", "auto"]})  # of the master weights
+    attn_implementation: str | None = None
+    use_peft: bool = False
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    lora_target_modules: list[str] | str | None = None
+    lora_modules_to_save: list[str] | None = None
+    load_in_4bit: bool = False  # QLoRA: the frozen base in 4 bits, through bitsandbytes
+
+    def __post_init__(self):
+        if (self.model_name_or_path is None) == (self.model_config is None):
+            given = "both are" if self.model_config is not None else "neither is"
+            raise RecipeError(
+                f"model_name_or_path and model_config: {given} given, but a model is either loaded or built from scratch. Give exactly one."
+            )
+        if self.model_config is not None and not isinstance(self.model_config.get("model_type"), str):
+            raise RecipeError(
+                f"model_config={self.model_config!r} does not say which architecture to build. Add model_type, e.g. model_type: llama."
+            )
+        if self.model_config is not None and (self.tokenizer_name_or_path is None) == (self.tokenizer_vocab_size is None):
+            raise RecipeError(
+                "model_config builds a model from scratch, which brings no tokenizer. Give exactly one of tokenizer_vocab_size (train one "
+                "on the training text) and tokenizer_name_or_path."
+            )
+        if self.model_config is None and self.tokenizer_vocab_size is not None:
+            raise RecipeError(
+                f"tokenizer_vocab_size={self.tokenizer_vocab_size} would give a pretrained model token ids it has never seen. "
+                "Remove it, or build the model from scratch with model_config."
+            )
+        if self.load_in_4bit and not self.use_peft:
+            raise RecipeError("load_in_4bit=True freezes the weights, so nothing is left to train. Add use_peft: true.")
+        if self.load_in_4bit and self.model_config is not None:
+            raise RecipeError("load_in_4bit=True freezes a pretrained base, and model_config has none. Give model_name_or_path instead.")
+
+
+@dataclass
+class DataArguments:
+    """Which rows are trained and evaluated on, and how a row becomes tokens. The seeds are `seed` and `data_seed` of the training."""
+
+    dataset: str | None = None  # "builtin", a .json/.jsonl/.parquet file, a folder of them, or a Hub id
+    dataset_config: str | None = None  # the Hub dataset's configuration, e.g. "main" for openai/gsm8k
+    dataset_split: str = "train"
+    eval_dataset: str | None = None  # the same forms
+    eval_split: str = "test"
+    max_train_rows: int | None = None
+    max_eval_rows: int | None = None
+    builtin_rows: int = 20000
+    builtin_eval_rows: int = 200
+    prompt_template: str = "metamath"  # a key of PROMPT_TEMPLATES, or a text holding {instruction} once
+    too_long: str = field(default="drop", metadata={"choices": ["drop", "truncate", "error"]})
+    accuracy_rows: int = 0  # held-out problems decoded greedily before and after training
+    accuracy_max_new_tokens: int = 256
+
+    def __post_init__(self):
+        if self.dataset is None:
+            raise RecipeError('dataset is not given, so there is nothing to train on. Give "builtin", a file, a folder, or a Hub id.')
+        try:
+            resolve_template(self.prompt_template)
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
+        if self.accuracy_rows > 0 and self.eval_dataset is None and self.dataset != "builtin":
+            raise RecipeError(
+                f"accuracy_rows={self.accuracy_rows} needs held-out problems, but no eval_dataset is given. "
+                "Give one, or set accuracy_rows to 0."
+            )
+
+
+@dataclass
+class Recipe:
+    model: ModelArguments
+    data: DataArguments
+    training: MatrixConfig
+    path: Path
+    resolved: dict[str, Any]  # the keys actually given, YAML and overrides merged: what recipe.yaml in the output directory holds
+
+
+# ------------------------------------------------------------------------------------------------------------------- ranges
+
+_POSITIVE = (lambda x: x > 0, "above 0")
+_COUNT = (lambda x: x >= 1, "at least 1")
+_NOT_NEGATIVE = (lambda x: x >= 0, "at least 0")
+_FRACTION = (lambda x: 0 <= x < 1, "at least 0 and below 1")
+
+_RANGES = {
+    **dict.fromkeys(["learning_rate", "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "adam_epsilon"], _POSITIVE),
+    **dict.fromkeys(["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length"], _COUNT),
+    **dict.fromkeys(["mce_steps", "mce_order", "lora_r", "lora_alpha", "save_total_limit", "dataset_num_proc"], _COUNT),
+    **dict.fromkeys(["max_train_rows", "max_eval_rows", "builtin_rows", "builtin_eval_rows", "accuracy_max_new_tokens"], _COUNT),
+    **dict.fromkeys(["mce_weight", "effective_rank_steps", "accuracy_rows", "weight_decay", "warmup_steps"], _NOT_NEGATIVE),
+    **dict.fromkeys(["max_grad_norm", "seed", "data_seed", "dataloader_num_workers"], _NOT_NEGATIVE),
+    **dict.fromkeys(["lora_dropout", "label_smoothing_factor", "adam_beta1", "adam_beta2"], _FRACTION),
+    "max_steps": (lambda x: x == -1 or x >= 1, "-1 (num_train_epochs decides) or at least 1"),
+    "tokenizer_vocab_size": (lambda x: x >= 260, "at least 260: 256 bytes and 3 special tokens, and one merge"),
+}
+
+
+def _check_range(key: str, value: Any) -> None:
+    if value is None or isinstance(value, (bool, str)) or key not in _RANGES:
+        return
+    holds, wanted = _RANGES[key]
+    if not (math.isfinite(value) and holds(value)):
+        raise RecipeError(f"{key}={value!r} cannot work: it must be {wanted}.")
+
+
+def _nearest(name: str, names) -> str:
+    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def _check_choice(key: str, value: Any, choices: Sequence[str], also: str = "") -> None:
+    if value not in choices:
+        also = f", or {also}" if also else ""
+        raise RecipeError(f"{key}={value!r} is not one of {', '.join(map(str, choices))}{also}.{_nearest(value, choices)}")
+
+
+# ------------------------------------------------------------------------------------------------------------------ names
+
+_HINTS = {
+    "warmup_ratio": "transformers 5 removed it: write `warmup_steps: 0.03` for 3 % of the steps",
+    "overwrite_output_dir": "transformers 5 removed it: give another output_dir, or resume_from_checkpoint to go on",
+    "logging_dir": "transformers 5 removed it: logs go to output_dir",
+    "group_by_length": "transformers 5 removed it: write `train_sampling_strategy: group_by_length`",
+    "evaluation_strategy": "it is called eval_strategy now",
+    "max_seq_length": "it is called max_length now",
+    "torch_dtype": "it is called dtype now",
+    "no_cuda": "it is called use_cpu now",
+    "per_gpu_train_batch_size": "it is called per_device_train_batch_size now",
+    "push_to_hub_model_id": "it is called hub_model_id now",
+    "save_safetensors": "transformers 5 removed it: weights are always saved as safetensors",
+    "dataset_name": "it is called dataset here",
+    "optimizer": "it is called optim",
+    "lr": "it is called learning_rate",
+    "epochs": "it is called num_train_epochs",
+    "batch_size": "it is called per_device_train_batch_size",
+    "config_name": "the dataset's configuration is dataset_config, a model from scratch is model_config",
+    **dict.fromkeys(["scheduler", "lr_scheduler", "scheduler_type", "lr_schedule"], "write `lr_scheduler_type: cosine` (or linear, ...)"),
+    **dict.fromkeys(["warmup", "num_warmup_steps"], "write `warmup_steps: 100`, or a fraction of all steps: `warmup_steps: 0.03`"),
+}
+
+_PARTS = {"model": ModelArguments, "data": DataArguments, "training": MatrixConfig}
+_TYPES: dict[str, Any] = {name: hint for part in _PARTS.values() for name, hint in typing.get_type_hints(part).items()}
+_FIELDS = {f.name: (part, f) for part, cls in _PARTS.items() for f in dataclasses.fields(cls) if f.init}
+
+
+def _check_name(key: Any, where: str) -> None:
+    if key in _FIELDS:
+        return
+    if key in _HINTS:
+        raise RecipeError(f"{where}: {key!r} is not a setting: {_HINTS[key]}.")
+    nested = " A recipe is one flat mapping: use a comment for a section." if key in ("model", "data", "training", "train", "loss") else ""
+    raise RecipeError(f"{where}: {key!r} is not a setting.{nested or _nearest(key, _FIELDS)}")
+
+
+# ------------------------------------------------------------------------------------------------------------------ values
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """`int | str | None` -> [int, str, NoneType]; a Literal gives its type."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [part for each in typing.get_args(annotation) for part in _alternatives(each)]
+    if typing.get_origin(annotation) is typing.Literal:
+        return [type(each) for each in typing.get_args(annotation)]
+    return [annotation]
+
+
+_ORDER: list[type] = [type(None), bool, int, float, dict, list, enum.Enum, str, object]  # of trying: "64" is an integer before it is a text
+_WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "a text", dict: "a mapping", list: "a list", type(None): "null"}
+
+
+def _class_of(kind: Any) -> type:
+    return typing.get_origin(kind) or kind
+
+
+def _from_text(text: str, origin: Any, text_allowed: bool) -> Any:
+    """What a word of the command line means where `origin` is wanted; a plain text stays one where a text is allowed as well."""
+    if origin is list and not text.startswith("["):
+        if text_allowed and not re.fullmatch(r"[\w.-]+(, *[\w.-]+)+", text):
+            return text
+        return [part.strip() for part in text.split(",")]  # --lora_target_modules q_proj,v_proj
+    if origin is type(None) and text.lower() == "none" and not text_allowed:
+        return None
+    return yaml.safe_load(text)
+
+
+def _convert(value: Any, kind: Any, from_text: bool, text_allowed: bool) -> Any:
+    """`value` as `kind`, or ValueError. YAML 1.1 reads 2e-5 as a text, so a text that spells a number is one where a number is wanted."""
+    origin = _class_of(kind)
+    if from_text and origin in (bool, dict, list, type(None)):
+        value = _from_text(value, origin, text_allowed)
+    if origin is int and isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value):
+        return int(value)
+    if origin is float and (isinstance(value, str) or type(value) in (int, float)):
+        return value if type(value) is int else float(value)
+    if issubclass(origin, enum.Enum) and isinstance(value, str):
+        return origin(value).value
+    if origin is list and isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return value
+    if origin in (bool, int, str, dict, type(None)) and type(value) is origin:  # `type is`: True is no int
+        return value
+    raise ValueError
+
+
+def _check_value(key: str, value: Any, where: str, from_text: bool) -> Any:
+    """The value in the type that the dataclass wants, checked against its choices and its range."""
+    kinds = _alternatives(_TYPES[key])
+    choices = list(_FIELDS[key][1].metadata.get("choices") or [])
+    for kind in kinds:
+        if issubclass(_class_of(kind), enum.Enum):
+            choices = [each.value for each in kind]
+    if value is False and "no" in [*choices, _FIELDS[key][1].default]:
+        value = "no"  # YAML 1.1 reads a bare `no` as False: eval_strategy: no
+    if any(issubclass(_class_of(kind), enum.Enum) for kind in kinds):
+        kinds = [kind for kind in kinds if kind is not str]  # `SchedulerType | str`: the text must be one of the names
+    kinds.sort(key=lambda kind: [issubclass(_class_of(kind), each) for each in _ORDER].index(True))
+    for kind in kinds:
+        try:
+            result = _convert(value, kind, from_text, text_allowed=str in kinds)
+            break
+        except (ValueError, TypeError, yaml.YAMLError):
+            continue
+    else:
+        if choices:
+            _check_choice(f"{where}: {key}", value, choices)
+        wanted = " or ".join(dict.fromkeys(_WORDS.get(_class_of(k), _class_of(k).__name__) for k in kinds))
+        hint = " Put it in quotes." if str in kinds and isinstance(value, (int, float)) else ""
+        raise RecipeError(f"{where}: {key}={value!r} is {_WORDS.get(type(value), type(value).__name__)}, but {key} must be {wanted}.{hint}")
+    if isinstance(result, float) and not math.isfinite(result):
+        raise RecipeError(f"{where}: {key}={result!r} cannot work: it must be finite.")
+    if choices and result is not None:
+        _check_choice(f"{where}: {key}", result, choices)
+    try:
+        _check_range(key, result)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------------- reading
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, which YAML readers otherwise let win in silence."""
+
+    def construct_mapping(self, node, deep=False):
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if key in seen:
+                raise RecipeError(f"{self.name} line {line}: {key!r} is given twice, first on line {seen[key]}. Keep one.")
+            seen[key] = line
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The checked settings of a recipe file."""
+    if not path.is_file():
+        beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        there = f" Recipes in that folder: {', '.join(beside)}.{_nearest(path.name, beside)}" if beside else ""
+        raise RecipeError(f"no recipe at {path.absolute()}.{there}")
+    loader = _StrictLoader(path.read_text(encoding="utf-8"))
+    loader.name = str(path)
+    try:
+        root = loader.get_single_node()
+        values = loader.construct_document(root) if root is not None else None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise RecipeError(f"{path} line {mark.line + 1 if mark else '?'}: this is not YAML: {error.problem or error.context}.") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: this is not YAML: {error}.") from None
+    if not isinstance(values, dict):
+        what = "is empty" if values is None else f"holds {_WORDS.get(type(values), type(values).__name__)}"
+        raise RecipeError(f"{path} {what}, but a recipe is one flat mapping of settings, `key: value` a line.")
+    settings = {}
+    for (key_node, _), (key, value) in zip(root.value, values.items(), strict=True):
+        where = f"{path} line {key_node.start_mark.line + 1}"
+        _check_name(key, where)
+        settings[key] = _check_value(key, value, where, from_text=False)
+    return settings
+
+
+def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """["--learning-rate", "1e-4", "--packing"] -> {"learning_rate": 1e-4, "packing": True}"""
+    settings = {}
+    words = list(overrides)
+    while words:
+        flag = words.pop(0)
+        if not flag.startswith("--"):
+            raise RecipeError(f"on the command line: {flag!r} belongs to no setting. Write --key value, or --key=value.")
+        name, equals, value = flag[2:].partition("=")
+        key = name.replace("-", "_")
+        _check_name(key, "on the command line")
+        if not equals and words and not words[0].startswith("--"):
+            value, equals = words.pop(0), "="
+        if not equals and bool not in _alternatives(_TYPES[key]):
+            raise RecipeError(f"on the command line: --{name} has no value. Write --{name} value.")
+        settings[key] = _check_value(key, value if equals else "true", "on the command line", from_text=True)
+    return settings
+
+
+# ------------------------------------------------------------------------------------------------------------ cross-checks
+
+
+def _find(path: str, recipe: Path) -> str:
+    """A relative path as seen from the current directory, or else from the repository that holds the recipe."""
+    if not Path(path).expanduser().exists():
+        for folder in recipe.absolute().parents:
+            if (folder / "pyproject.toml").exists() or (folder / ".git").exists():
+                return str(folder / path) if (folder / path).exists() else path
+    return path
+
+
+def _check_together(model: ModelArguments, data: DataArguments, settings: dict[str, Any]) -> None:
+    mce_weight = settings.get("mce_weight", MatrixConfig.mce_weight)
+    for key in ("dataset", "eval_dataset"):
+        source = getattr(data, key)
+        if source is not None and looks_local(source) and local_path(source) is None:
+            raise RecipeError(f"{key}={source!r}: nothing at {Path(source).expanduser().absolute()}. Correct the path.")
+    name = model.model_name_or_path
+    if name is not None and name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise RecipeError(f"model_name_or_path={name!r}: no folder at {Path(name).expanduser().absolute()}. Correct the path.")
+    targets = model.lora_target_modules or []
+    heads = [targets] if isinstance(targets, str) else [each for each in targets if each.rsplit(".", 1)[-1] in ("lm_head", "embed_out")]
+    if isinstance(targets, str):
+        heads = [] if targets == "all-linear" else [each for each in ("lm_head", "embed_out") if _matches(targets, each)]
+    if model.use_peft and mce_weight > 0 and heads:
+        raise RecipeError(
+            f"mce_weight={mce_weight} needs the LM head, but lora_target_modules puts an adapter on `{heads[0]}`, whose weight the loss "
+            f"reads directly. Remove it, or list `{heads[0]}` under lora_modules_to_save."
+        )
+    idle = [key for key in settings if key.startswith("lora_")]
+    if idle and "use_peft" not in settings:
+        raise RecipeError(f"{', '.join(idle)} given, but use_peft is not, so they would do nothing. Add use_peft: true, or remove them.")
+    if settings.get("eval_strategy", "no") != "no" and data.eval_dataset is None:
+        raise RecipeError(
+            f"eval_strategy={settings['eval_strategy']!r} has no rows to evaluate on. Give eval_dataset, or set eval_strategy to no."
+        )
+    if isinstance(deepspeed := settings.get("deepspeed"), str):
+        if not Path(deepspeed).is_file():
+            raise RecipeError(f"deepspeed={deepspeed!r}: no file at {Path(deepspeed).absolute()}. Correct the path.")
+        try:
+            blocks = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise RecipeError(f"deepspeed={deepspeed!r} line {error.lineno}: this is not JSON: {error.msg}.") from None
+        if "scheduler" in blocks:
+            raise RecipeError(
+                f"deepspeed={deepspeed!r} carries a `scheduler` block, which replaces lr_scheduler_type in silence. Remove the block: the "
+                "recipe decides."
+            )
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise RecipeError(f"lora_target_modules={pattern!r} is not a regular expression: {error}. Give a list of module names.") from None
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run: bool = False) -> Recipe:
+    """Reads a flat YAML recipe, applies `--key value` overrides, checks everything and builds the three dataclasses.
+
+    dry_run=True builds the training settings on the CPU whatever they ask for, so that a machine without a GPU can plan a bf16, DeepSpeed
+    or FSDP run; the returned `training` then carries the recipe's own values, but must not be trained with.
+    """
+    path = Path(path).expanduser()
+    resolved = {**_read_yaml(path), **_read_overrides(overrides)}
+    settings = dict(resolved)
+    settings.setdefault("output_dir", f"runs/{path.stem}")
+    for key in ("dataset", "eval_dataset", "deepspeed", "mce_embeddings", "model_name_or_path", "tokenizer_name_or_path"):
+        if isinstance(settings.get(key), str):
+            settings[key] = _find(settings[key], path)
+    given: dict[str, dict[str, Any]] = {part: {k: v for k, v in settings.items() if _FIELDS[k][0] == part} for part in _PARTS}
+    try:
+        model, data = ModelArguments(**given["model"]), DataArguments(**given["data"])
+        _check_together(model, data, settings)
+        training = _plan(given["training"]) if dry_run else MatrixConfig(**given["training"])
+    except (ValueError, NotImplementedError) as error:
+        raise RecipeError(f"{path}: {error}") from None
+    return Recipe(model=model, data=data, training=training, path=path, resolved=resolved)
+
+
+def _plan(given: dict[str, Any]) -> MatrixConfig:
+    """MatrixConfig for reading only: built without touching a GPU, DeepSpeed or FSDP, then given its own values back."""
+    bf16 = given.get("bf16")
+    if bf16 is None:
+        bf16 = not given.get("fp16", False) and (given.get("use_cpu", False) or is_torch_bf16_gpu_available())
+    hardware = {"use_cpu": True, "bf16": bf16, "tf32": None, "deepspeed": None, "fsdp": None, "fsdp_config": None, "torch_compile": False}
+    training = MatrixConfig(**{**given, **hardware})
+    for key in hardware.keys() - {"bf16"}:
+        setattr(training, key, given.get(key, getattr(MatrixConfig, key)))
+    return training

@@ -1,0 +1,255 @@
+"""`MatrixTrainer`: TRL's `SFTTrainer` with the matrix cross-entropy term. No mathematics here.
+
+What it adds to `SFTTrainer`:
+- the loss (CE + mce_weight * MCE) from `head.py`, divided once by the trained tokens of the whole accumulated batch over
+  all ranks, so that accumulation 1 x 8 equals 8 x 1 and two ranks equal one
+- the logged names `ce, mce, entropy, mean_token_accuracy, tokens_per_second, mfu, peak_memory_gib, effective_rank`,
+  token-weighted over the whole logging window
+- a guard: a non-finite loss stops the run before the optimizer steps, naming the step, the rows and the last checkpoint
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections import defaultdict
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import compute_flops_per_token, get_peak_flops
+
+from matrix_llm.config import MatrixConfig
+from matrix_llm.head import MatrixLossOptions, add_matrix_head, head_effective_rank
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the weights are those of the step before."""
+
+
+class RowIdCollator:
+    """TRL's collator, with the `row_id` of each row kept aside for error messages.
+
+    >>> collator = RowIdCollator(DataCollatorForLanguageModeling(pad_token_id=0))
+    >>> batch = collator([{"input_ids": [1, 2], "labels": [-100, 2], "row_id": 7}])
+    >>> batch["row_id"]
+    tensor([7])
+    """
+
+    def __init__(self, collator: DataCollatorForLanguageModeling) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(examples)
+        if "row_id" in examples[0]:
+            batch["row_id"] = torch.tensor([example["row_id"] for example in examples])
+        return batch
+
+
+class EffectiveRankCallback(TrainerCallback):
+    """Measures the LM head's effective rank at the first and last step, and every `effective_rank_steps` between."""
+
+    def __init__(self, trainer: MatrixTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        every = self.trainer.args.effective_rank_steps
+        if state.global_step in (1, state.max_steps) or (every and state.global_step % every == 0):
+            self.trainer.record_effective_rank()
+
+
+class MatrixTrainer(SFTTrainer):
+    """Drop-in for `trl.SFTTrainer` that trains on CE + mce_weight * MCE. With mce_weight 0 it is `SFTTrainer`.
+
+    Takes `SFTTrainer`'s arguments; `args` is a `MatrixConfig`.
+
+    Raises:
+        ValueError: a combination that would train wrongly in silence (an adapter on `lm_head`, label smoothing, DFT,
+            a custom loss function, sequence parallelism), named with the way out.
+
+    >>> trainer = MatrixTrainer(model, MatrixConfig("runs/x", mce_weight=1.0), train_dataset=rows)  # doctest: +SKIP
+    >>> trainer.train()  # doctest: +SKIP
+    """
+
+    args: MatrixConfig
+    model: PreTrainedModel
+    _signature_columns: Any
+    _tag_names = ["trl", "sft", "matrix-llm"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: MatrixConfig | None = None,
+        *positional,
+        **kwargs,
+    ) -> None:
+        if args is None:
+            args = MatrixConfig("runs/matrix_llm")
+        if not isinstance(args, MatrixConfig):
+            raise TypeError(f"args is a {type(args).__name__}, but MatrixTrainer needs a MatrixConfig (a subclass of trl.SFTConfig).")
+        if args.mce_weight > 0 and kwargs.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func replaces the loss, so mce_weight would do nothing. Set mce_weight=0, or drop the function.")
+        super().__init__(model, args, *positional, **kwargs)
+        if isinstance(self.data_collator, DataCollatorForLanguageModeling):
+            self.data_collator = RowIdCollator(self.data_collator)  # type: ignore[assignment]
+        self._row_ids: Tensor | None = None
+        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        self._clock = (time.perf_counter(), 0)  # since when, and trained how many tokens by then
+        self._flops_per_token: float | None = None
+        base = self._base_model()
+        if args.mce_weight > 0:
+            self._refuse_parallelism()
+            # The loss divides by num_items_in_batch itself, whatever the model's forward would accept.
+            self.model_accepts_loss_kwargs = True
+            add_matrix_head(
+                base,
+                MatrixLossOptions(
+                    args.mce_weight,
+                    args.mce_solver,
+                    args.mce_steps,
+                    args.mce_order,
+                    args.mce_sketch_dim,
+                    args.mce_top_k,
+                    args.mce_embeddings,
+                    args.mce_embedding_grad,
+                ),
+            )
+        self.add_callback(EffectiveRankCallback(self))
+
+    def _base_model(self) -> PreTrainedModel:
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if is_peft_model(model) else model
+
+    def _refuse_parallelism(self) -> None:
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is None:
+            return
+        if parallelism.sp_enabled and parallelism.sp_backend == "deepspeed":
+            raise ValueError(
+                "mce_weight > 0 with DeepSpeed sequence parallelism: Trainer reduces the model's own loss across ranks there, "
+                "without the MCE term. Set mce_weight: 0, or drop sequence parallelism (sp_size: 1)."
+            )
+        if parallelism.tp_enabled:
+            raise ValueError(
+                "mce_weight > 0 with tensor parallelism: each rank holds a slice of the vocabulary, and the loss needs all of it. "
+                "Set tp_size: 1 and shard with ZeRO-3 or FSDP2 instead."
+            )
+
+    # -- data: keep row_id beside the model's inputs --------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "row_id" not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, "row_id"]
+
+    # -- loss ---------------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None):
+        self._row_ids = inputs.pop("row_id", None)
+        if self.args.mce_weight == 0:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+        mode = "train" if self.model.training else "eval"
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        outputs = model(**inputs, use_cache=False, matrix_loss=True)
+        tokens = outputs.label_mask.sum()
+        count = tokens if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=tokens.device)
+        loss = outputs.loss_sum / count.clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages gradients; the count is already over all ranks
+        if self.aux_loss_enabled:
+            # A mean per micro-batch, so it is averaged over the accumulation steps as well.
+            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+
+        self._add(mode, "tokens", tokens)
+        self._add(mode, "ce", outputs.cross_entropy.sum())
+        self._add(mode, "mce", outputs.matrix_cross_entropy.sum())
+        self._add(mode, "entropy", outputs.entropy.sum())
+        self._add(mode, "mean_token_accuracy", outputs.is_top1.sum())
+        if mode == "train":
+            seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else torch.tensor(inputs["input_ids"].numel())
+            self._add(mode, "num_tokens", seen.to(tokens.device))
+        if not return_outputs:
+            return loss
+        with torch.no_grad():  # somebody asked for the logits (compute_metrics): an extra forward, as in SFTTrainer
+            return loss, model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False)
+
+    def _add(self, mode: str, name: str, value: Tensor) -> None:
+        sums = self._sums[mode]
+        value = value.detach().double()
+        sums[name] = sums[name] + value if name in sums else value
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            rows = "unknown (packed)" if self._row_ids is None else self._row_ids.tolist()
+            last = get_last_checkpoint(self.args.output_dir)
+            way_out = f"resume from {last}" if last else "no checkpoint was written yet"
+            raise NonFiniteLossError(
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}, on the data rows {rows}. The optimizer has not "
+                f"stepped, {way_out}. Look at these rows, lower learning_rate, or set max_grad_norm."
+            )
+        return loss
+
+    # -- logs -----------------------------------------------------------------------------------------------------------
+
+    def record_effective_rank(self) -> None:
+        self._metrics["train"]["effective_rank"].append(head_effective_rank(self._base_model()))
+
+    def _reduced(self, mode: str) -> dict[str, float]:
+        """The window's token-weighted means, over all ranks; one collective per log, not one per micro-batch."""
+        sums = self._sums[mode]
+        if not sums:
+            return {}
+        names = sorted(sums)
+        total = self.accelerator.reduce(torch.stack([sums[name] for name in names]).to(self.accelerator.device).float(), "sum")
+        reduced = dict(zip(names, total.tolist(), strict=True))
+        sums.clear()
+        tokens = max(reduced.pop("tokens"), 1.0)
+        if "num_tokens" in reduced:
+            self._total_train_tokens += int(reduced.pop("num_tokens"))
+        return {name: value / tokens for name, value in reduced.items()}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        metrics: defaultdict[str, list[float]] = self._metrics[mode]
+        for name, value in self._reduced(mode).items():
+            metrics[name] = [value]
+        prefix = "eval_" if mode == "eval" else ""
+        loss_key = f"{prefix}loss"
+        if self.args.mce_weight == 0 and loss_key in logs:
+            metrics["ce"] = [logs[loss_key]]
+        if mode == "train" and "loss" in logs:
+            metrics["num_tokens"] = [self._total_train_tokens]
+            metrics.update({name: [value] for name, value in self._speed().items()})
+        super().log(logs, start_time)
+
+    def _speed(self) -> dict[str, float]:
+        now, (since, before) = time.perf_counter(), self._clock
+        self._clock = (now, self._total_train_tokens)
+        rate = (self._total_train_tokens - before) / max(now - since, 1e-9)
+        speed = {"tokens_per_second": rate, "peak_memory_gib": peak_memory_gib(self.accelerator.device)}
+        if self.accelerator.device.type == "cuda":
+            precision = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
+            peak = get_peak_flops(torch.cuda.get_device_name(self.accelerator.device), precision)
+            if peak is not None:
+                if self._flops_per_token is None:
+                    length = self.args.max_length or 1024
+                    self._flops_per_token = compute_flops_per_token(self._base_model().config.get_text_config(), length)
+                speed["mfu"] = 100 * self._flops_per_token * rate / (peak * self.accelerator.num_processes)
+        return {name: value for name, value in speed.items() if math.isfinite(value)}
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this process: the accelerator's allocator, or the resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
