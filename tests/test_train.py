@@ -1,0 +1,212 @@
+"""The command line as a user meets it: a run from start to finish, its bad inputs, its dry run and its resumption."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from matrix_llm.report import read_metrics
+from matrix_llm.train import main
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {
+    "model_config": {
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1,
+        "tie_word_embeddings": False,
+    },
+    "tokenizer_vocab_size": 300, "dataset": "builtin", "builtin_rows": 64, "prompt_template": "plain", "max_length": 256,
+    "max_steps": 4, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 8, "learning_rate": 1e-3, "logging_steps": 1,
+    "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "save_strategy": "no", "disable_tqdm": True,
+}  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(**changes):
+        path = tmp_path / "recipe.yaml"
+        settings = {**TINY, "output_dir": str(tmp_path / "run"), **changes}
+        path.write_text(yaml.safe_dump({k: v for k, v in settings.items() if v is not None}))
+        return str(path)
+
+    return write
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_a_run_leaves_everything_it_promises(recipe, tmp_path, capsys):
+    path = recipe(
+        eval_dataset="builtin", builtin_eval_rows=8, eval_strategy="steps", eval_steps=2, accuracy_rows=4, accuracy_max_new_tokens=4
+    )
+    assert main([path, "--learning_rate", "2e-3"]) == 0
+    out = tmp_path / "run"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert len(tokenizer) == model.get_input_embeddings().num_embeddings
+    assert model.generate(**tokenizer("Question: 1", return_tensors="pt"), max_new_tokens=2).shape[1] > 2
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["learning_rate"] == 2e-3  # overrides are in
+    entries = read_metrics(out / "metrics.jsonl")
+    assert [e["step"] for e in entries if "loss" in e] == [1, 2, 3, 4]
+    assert all(e["loss"] == pytest.approx(e["ce"] + e["mce"], rel=1e-5) for e in entries if "loss" in e)
+    assert [e["step"] for e in entries if "eval_ce" in e][:2] == [2, 4]
+    assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    results = json.loads((out / "results.json").read_text())
+    assert results["accuracy_after"]["total"] == 4
+    assert results["steps"] == 4
+    card = (out / "README.md").read_text()
+    assert "matrix-cross-entropy" in card
+    assert "greedy accuracy after training, 4 held-out problems" in card
+    assert not [p for p in out.iterdir() if p.name.startswith(".") or "partial" in p.name]
+    shown = capsys.readouterr().out
+    assert "effective batch  4 x 1 accumulation x 1 processes = 4 rows" in shown
+    assert "64 of 64 rows kept" in shown
+
+
+def test_dry_run_plans_and_stops(recipe, tmp_path, capsys):
+    assert main([recipe(gradient_accumulation_steps=2), "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    for words in (
+        "effective batch  4 x 2",
+        "optimizer steps  4",
+        "ZeRO-3",
+        "masked |",
+        "TRAINED|",
+        "The answer is:",
+        "mce",
+        "max_steps: 4",
+    ):
+        assert words in shown, words
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "words"),
+    [
+        ({"mce_wieght": 1.0}, [], "mce_weight"),
+        ({"max_steps": "ten"}, [], "max_steps"),
+        ({}, ["--max_steps", "-5"], "max_steps"),
+        ({"dataset": "./missing.jsonl"}, [], "missing.jsonl"),
+        ({"learning_rate": -1.0}, [], "learning_rate"),
+        ({"mce_solver": "lanczos"}, [], "krylov"),
+        ({}, ["--mce_embeddings", "./none.safetensors"], "none.safetensors"),
+        ({}, ["--resume_from_checkpoint", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_a_bad_setting_is_one_line_and_leaves_nothing(recipe, tmp_path, capsys, changes, arguments, words):
+    assert main([recipe(**changes), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert words in captured.err
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ('{"query": "a", "response": "b"}\n{"query": "c", "response": "d"}\n{"query": "e", \n', "line 3"),
+        ('{"query": "a", "response": "b"}\n{"query": "c"}\n', "line 2"),
+        ("", "no rows"),
+        ('{"query": "a", "response": null}\n', "line 1"),
+        ('["a"]\n', "line 1"),
+    ],
+)
+def test_bad_data_is_one_line_with_file_and_line(recipe, tmp_path, capsys, lines, words):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(lines)
+    assert main([recipe(dataset=str(data))]) == 2
+    error = capsys.readouterr().err
+    assert "rows.jsonl" in error
+    assert words in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_too_long_are_counted_and_shown(recipe, tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    rows = [{"query": "a", "response": "The answer is: 1"}] * 8 + [{"query": "word " * 200, "response": "The answer is: 2"}]
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert main([recipe(dataset=str(data), max_steps=1)]) == 0
+    assert "1 rows dropped, longer than max_length" in capsys.readouterr().out
+
+
+def test_an_earlier_run_is_never_written_over(recipe, tmp_path, capsys):
+    path = recipe(max_steps=1)
+    assert main([path]) == 0
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert main([path]) == 2
+    assert "finished run" in capsys.readouterr().err
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing in the program catches it."""
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(recipe, tmp_path, capsys, monkeypatch):
+    saved = {"save_strategy": "steps", "save_steps": 2}
+    assert main([recipe(**saved, output_dir=str(tmp_path / "whole"))]) == 0
+    expected = weights(tmp_path / "whole")
+
+    from matrix_llm.trainer import MatrixTrainer
+
+    step = MatrixTrainer.training_step
+
+    def killed_at_step_4(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise Killed
+        return step(self, *args, **kwargs)
+
+    path = recipe(**saved)
+    monkeypatch.setattr(MatrixTrainer, "training_step", killed_at_step_4)
+    with pytest.raises(Killed):
+        main([path])
+    monkeypatch.undo()
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
+
+    assert main([path]) == 2  # not in silence
+    assert "--resume_from_checkpoint true" in capsys.readouterr().err
+    assert main([path, "--resume_from_checkpoint", "true", "--learning_rate", "5e-3"]) == 2
+    assert "learning_rate: 0.001 then, 0.005 now" in capsys.readouterr().err
+    assert main([path, "--resume_from_checkpoint", "true"]) == 0
+    for name, value in weights(tmp_path / "run").items():
+        assert torch.equal(value, expected[name]), name
+    steps = [e["step"] for e in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in e]
+    assert steps == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_the_script_runs_from_another_folder_and_leaves_the_standard_ssl_alone(recipe, tmp_path):
+    """matrix_llm/ first on sys.path would hide the standard library's ssl behind matrix_llm/ssl, and break every HTTPS client."""
+    probe = (
+        "import runpy, sys; sys.argv = ['train.py', '--help']\n"
+        f"sys.path.insert(0, {str(ROOT / 'matrix_llm')!r})\n"
+        f"try: runpy.run_path({str(ROOT / 'matrix_llm' / 'train.py')!r}, run_name='__main__')\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "import ssl; ssl.SSLContext; print('standard ssl')"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "standard ssl" in done.stdout
+
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--cpu"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "matrix_llm" / "train.py"), recipe(max_steps=1)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_importing_the_package_needs_torch_alone():
+    probe = (
+        "import sys, matrix_llm, matrix_llm.mce, matrix_llm.information\n"
+        "heavy = {'transformers', 'trl', 'datasets', 'peft', 'accelerate', 'deepspeed', 'vllm'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
