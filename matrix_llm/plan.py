@@ -17,11 +17,37 @@ from dataclasses import dataclass
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from matrix_llm.config import Recipe
+from matrix_llm.config import MatrixConfig, Recipe
 from matrix_llm.data import IGNORED, DataReport
 from matrix_llm.mce import CHUNK_BYTES
+from matrix_llm.solvers import Solver
 
 GIB = 2**30
+
+
+def describe_loss(training: MatrixConfig, config: PretrainedConfig) -> str:
+    """The loss with every "auto" resolved, e.g. "CE + 1 x MCE, krylov, 8 steps, top_k 128 of 32016, sketch 512 of 4096"."""
+    if training.mce_weight == 0:
+        return "CE (mce_weight: 0 is plain SFT)"
+    text = config.get_text_config()
+    solver = Solver.create(
+        training.mce_solver,
+        vocabulary=text.vocab_size,
+        width=text.hidden_size,
+        steps=training.mce_steps,
+        order=training.mce_order,
+        sketch_dim=training.mce_sketch_dim,  # type: ignore[arg-type]
+        top_k=training.mce_top_k,  # type: ignore[arg-type]
+    )
+    parts = [f"CE + {training.mce_weight:g} x MCE", solver.name]
+    if solver.name == "krylov":
+        parts.append(f"{solver.steps} steps")
+        parts.append(f"top_k {solver.top_k} of {text.vocab_size}" if solver.top_k else f"the whole vocabulary of {text.vocab_size}")
+    if solver.name == "taylor":
+        parts.append(f"order {solver.order}")
+    parts.append(f"sketch {solver.sketch_dim} of {text.hidden_size}" if solver.sketch_dim else "no sketch")
+    parts.append(f"embeddings {training.mce_embeddings}{', with gradient' if training.mce_embedding_grad else ', detached'}")
+    return ", ".join(parts)
 
 
 @dataclass(frozen=True)

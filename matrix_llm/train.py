@@ -154,15 +154,16 @@ def prepare_data(recipe: Recipe):
 def print_plan(recipe: Recipe, tokenizer, dataset, report) -> None:
     """What --dry_run shows: the recipe as resolved, the step arithmetic, memory per GPU, one row with its mask."""
     from matrix_llm.model import load_config
-    from matrix_llm.plan import masked_sample, plan_memory, plan_steps
+    from matrix_llm.plan import describe_loss, masked_sample, plan_memory, plan_steps
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    config = load_config(recipe.model, tokenizer, trust_remote_code=recipe.training.trust_remote_code)
     steps = plan_steps(recipe, report, processes)
     length = min(recipe.training.max_length or report.longest, max(report.longest, 1))
     if recipe.training.packing and recipe.training.max_length:
         length = recipe.training.max_length
-    config = load_config(recipe.model, tokenizer, trust_remote_code=recipe.training.trust_remote_code)
     say(f"# {recipe.path}, resolved\n{yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True)}")
+    say(f"# loss\n{describe_loss(recipe.training, config)}\n")
     say("# steps\n" + "\n".join(steps.lines()))
     say(f"(for WORLD_SIZE={processes}; set it to plan for more processes)\n")
     say(f"# memory per GPU, estimated, for rows of {length} tokens")
@@ -176,8 +177,8 @@ def train(recipe: Recipe) -> None:
 
     from matrix_llm.accuracy import measure_accuracy
     from matrix_llm.hub import model_card, versions
-    from matrix_llm.model import load_model, lora_config
-    from matrix_llm.plan import plan_steps
+    from matrix_llm.model import load_config, load_model, lora_config
+    from matrix_llm.plan import describe_loss, plan_steps
     from matrix_llm.prompts import resolve_template
     from matrix_llm.report import METRICS, PLOT, MetricsFileCallback, plot_losses, read_metrics
     from matrix_llm.trainer import MatrixTrainer
@@ -196,6 +197,8 @@ def train(recipe: Recipe) -> None:
         say("\n".join(f"=> {line}" for line in part.lines()) if part else "=> no held-out rows")
     say("\n".join(f"=> {line}" for line in plan_steps(recipe, report, training.world_size).lines()))
 
+    config = load_config(recipe.model, tokenizer, trust_remote_code=training.trust_remote_code)
+    say(f"=> loss             {describe_loss(training, config)}")
     model = load_model(recipe.model, tokenizer, seed=training.seed, trust_remote_code=training.trust_remote_code)
     say(f"=> model            {type(model).__name__}, {model.num_parameters():,} parameters, {training.world_size} process(es)")
     trainer = MatrixTrainer(

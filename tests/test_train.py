@@ -78,7 +78,7 @@ def test_dry_run_plans_and_stops(recipe, tmp_path, capsys):
         "masked |",
         "TRAINED|",
         "The answer is:",
-        "mce",
+        "CE + 1 x MCE",
         "max_steps: 4",
     ):
         assert words in shown, words
@@ -129,7 +129,7 @@ def test_bad_data_is_one_line_with_file_and_line(recipe, tmp_path, capsys, lines
 
 def test_rows_too_long_are_counted_and_shown(recipe, tmp_path, capsys):
     data = tmp_path / "rows.jsonl"
-    rows = [{"query": "a", "response": "The answer is: 1"}] * 8 + [{"query": "word " * 200, "response": "The answer is: 2"}]
+    rows = [{"query": "a", "response": "The answer is: 1"}] * 8 + [{"query": "7 1 " * 200, "response": "The answer is: 2"}]
     data.write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert main([recipe(dataset=str(data), max_steps=1)]) == 0
     assert "1 rows dropped, longer than max_length" in capsys.readouterr().out
