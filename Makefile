@@ -1,0 +1,58 @@
+# make demo   set up, generate problems, train a small model with CE + MCE, decode held-out problems before and after
+# make test   set up, then lint, types and every test
+# Both create .venv first. PYTHON=python3.12 make ... chooses the interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := 2.13.0
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint setup setup-test clean
+
+demo: setup
+	rm -rf runs/tiny
+	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --cpu --mixed_precision no --dynamo_backend no \
+		matrix_llm/train.py recipes/tiny.yaml
+
+test: setup-test lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: setup-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(VENV)/.installed
+setup-test: $(VENV)/.installed-test
+
+$(VENV)/.python:
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not installed. Install Python 3.11, 3.12 or 3.13, or run PYTHON=/path/to/python make ..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "error: $$($(PYTHON) --version) is not supported. Use 3.11, 3.12 or 3.13: PYTHON=python3.12 make ..."; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || { echo "error: $(PYTHON) lacks venv. On Debian: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# The plain index first; most machines find a CUDA build of several GB there, and "+cpu" names the small one.
+# macOS has no "+cpu" builds: the plain one is for the CPU.
+$(VENV)/.torch: $(VENV)/.python constraints.txt
+	$(BIN)/python -c 'import torch, sys; sys.exit(torch.__version__.split("+")[0] != "$(TORCH)")' 2>/dev/null || \
+		$(PIP) install -q "torch==$(TORCH)+cpu" 2>/dev/null || \
+		$(PIP) install -q "torch==$(TORCH)+cpu" --index-url $(CPU_WHEELS) --extra-index-url https://pypi.org/simple || \
+		$(PIP) install -q "torch==$(TORCH)"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(PIP) install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) install -q -c constraints.txt -e '.[dev,ssl]'
+	@command -v g++ >/dev/null || echo "note: no C++ compiler (g++); the DeepSpeed tests will be skipped. On Debian: apt-get install g++"
+	$(PIP) install -q -c constraints.txt -e '.[deepspeed]' || echo "note: deepspeed could not be installed; its tests will be skipped"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

@@ -1,0 +1,115 @@
+"""Accuracy against cost of every MCE solver, on the real predictions of a trained model.
+
+    python benchmarks/solver_accuracy.py runs/gsm8k_small rows.jsonl [--positions 2000] [--json table.json]
+
+Takes the hidden states of a model on rows it was not trained on, and compares each solver with the dense logarithm in
+float64, in value and in the gradient in the logits, by the position's cross-entropy. Errors are means over positions of
+|v - v*| / v* and ||g - g*|| / ||g*||, over positions with v* > 0.001 nats (below, both are rounding noise of a confident
+prediction). Time is that of one fused forward and backward pass over the same positions with the solver, divided by the
+same pass with cross-entropy alone (mce_weight 0 and one Krylov step), medians of interleaved repeats.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from matrix_llm.data import build_dataset, load_rows
+from matrix_llm.files import write_text
+from matrix_llm.mce import linear_matrix_cross_entropy, token_mce
+
+BINS = {"CE <= 0.5": (0.0, 0.5), "0.5 to 2": (0.5, 2.0), "CE <= 2": (0.0, 2.0), "CE > 2": (2.0, float("inf"))}
+SOLVERS = {
+    **{f"krylov, vocabulary, {k} steps": {"steps": k} for k in (2, 3, 4, 6, 8, 12)},
+    **{f"krylov, top {s}, {k} steps": {"steps": k, "top_k": s} for s in (32, 64, 128, 256) for k in (4, 8)},
+    **{f"krylov, top 128, 8 steps, sketch {r}": {"steps": 8, "top_k": 128, "sketch_dim": r} for r in (64, 128)},
+    **{f"taylor, order {m}": {"solver": "taylor", "order": m} for m in (4, 16)},
+}
+
+
+def predictions(folder: str, rows: str, template: str, positions: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states (N, H), head weight (V, H) and labels (N,) of the trained positions of unseen rows."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    raw = load_rows(rows, max_rows=200, builtin_rows=200, split="test")
+    data, _ = build_dataset(raw, tokenizer, prompt_template=template, max_length=model.config.max_position_embeddings)
+    hidden, labels = [], []
+    with torch.no_grad():
+        for row in data:
+            state = model.base_model(input_ids=torch.tensor([row["input_ids"]])).last_hidden_state[0, :-1]
+            label = torch.tensor(row["labels"][1:])
+            hidden.append(state[label != -100])
+            labels.append(label[label != -100])
+            if sum(map(len, labels)) >= positions:
+                break
+    return torch.cat(hidden)[:positions], model.get_output_embeddings().weight.detach(), torch.cat(labels)[:positions]
+
+
+def value_and_gradient(logits, labels, weight, kwargs, chunk=64):
+    """MCE (N,) and its gradient in the logits (N, V), in float64."""
+    values, gradients = [], []
+    for start in range(0, len(labels), chunk):
+        z = logits[start : start + chunk].clone().requires_grad_()
+        value = token_mce(z, labels[start : start + chunk], weight, **kwargs)
+        gradients.append(torch.autograd.grad(value.sum(), z)[0])
+        values.append(value.detach())
+    return torch.cat(values), torch.cat(gradients)
+
+
+def seconds(hidden, weight, labels, kwargs) -> float:
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    start = time.perf_counter()
+    linear_matrix_cross_entropy(h, w, labels, **kwargs).loss.backward()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("rows", help="a file of rows, or builtin")
+    parser.add_argument("--template", default="plain")
+    parser.add_argument("--positions", type=int, default=2000)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    hidden, weight, labels = predictions(args.model, args.rows, args.template, args.positions)
+    logits = hidden.double() @ weight.double().T
+    ce = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    exact, exact_gradient = value_and_gradient(logits, labels, weight.double(), {"solver": "exact"}, chunk=8)
+    counted = exact > 1e-3
+    print(f"{len(labels)} positions, V = {weight.shape[0]}, D = {weight.shape[1]}, mean CE {ce.mean():.3f}, mean MCE {exact.mean():.3f}")
+    for name, (low, high) in BINS.items():
+        print(f"  {name}: {int(((ce >= low) & (ce <= high) & counted).sum())} positions")
+
+    plain = {"mce_weight": 0.0, "steps": 1, "top_k": None, "sketch_dim": None}
+    timed = {name: {"sketch_dim": None, "top_k": None, **kwargs} for name, kwargs in SOLVERS.items()}
+    times: dict[str, list[float]] = {name: [] for name in (*timed, "CE")}
+    for repeat in range(args.repeats + 1):
+        for name, kwargs in {**timed, "CE": plain}.items():
+            elapsed = seconds(hidden, weight, labels, kwargs)
+            if repeat:  # the first is the warm-up
+                times[name].append(elapsed)
+    base = statistics.median(times["CE"])
+
+    table = []
+    for name, kwargs in SOLVERS.items():
+        value, gradient = value_and_gradient(logits, labels, weight.double(), kwargs)
+        value_error = (value - exact).abs() / exact
+        gradient_error = (gradient - exact_gradient).norm(dim=1) / exact_gradient.norm(dim=1)
+        row = {"solver": name, "time": statistics.median(times[name]) / base}
+        for label, (low, high) in BINS.items():
+            chosen = (ce >= low) & (ce <= high) & counted
+            row[label] = [value_error[chosen].mean().item(), gradient_error[chosen].mean().item()]
+        table.append(row)
+        errors = "   ".join(f"{label}: {100 * v:.2f} % / {100 * g:.2f} %" for label, (v, g) in ((b, row[b]) for b in BINS))
+        print(f"{name:40} time x {row['time']:.2f}   {errors}", flush=True)
+    if args.json:
+        write_text(args.json, json.dumps({"positions": len(labels), "vocabulary": weight.shape[0], "table": table}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
