@@ -41,17 +41,14 @@ LEGACY_CONFIG_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}  # still unde
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with single digits and <s>, </s>, <pad> as ids 0, 1, 2; it puts <s> in front, and loses no character.
+    """A byte-level BPE (GPT-2's splitting) with <s>, </s>, <pad> as ids 0, 1, 2; it puts <s> in front, and loses no character.
 
-    "12 pens" -> <s> "1" "2" " pens"
+    "12 pens" -> <s> "12" " pens", where the training text has both often enough
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    # Digits apart: a number is a sequence of digits, which small models learn to add where they could not learn "137" as a word.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -3,11 +3,11 @@
 They let a run start with no download: data, tokenizer and a small model can all be made from this file alone.
 Each problem comes in one of MetaMathQA's four styles; here `change` with n=3 pens, p=4 dollars, m=20 dollars:
 
-    GSM_AnsAug     Ana buys 3 pens at 4 dollars each and pays with 20 dollars. How many dollars does Ana get back?
-    GSM_Rephrased  Ana has 20 dollars and buys 3 pens. If each costs 4 dollars, how many dollars does Ana have left?
-    GSM_SV         Ana buys 3 pens at 4 dollars each and pays with x dollars. Ana gets 8 dollars back.
+    GSM_AnsAug     Ana buys 3 pens at 4 dollars each and pays with 20 dollars. How many dollars are left?
+    GSM_Rephrased  Ana has 20 dollars and buys 3 pens. If each costs 4 dollars, how many dollars remain?
+    GSM_SV         Ana buys 3 pens at 4 dollars each and pays with x dollars. 8 dollars are left.
                    What is the value of unknown variable x?
-    GSM_FOBAR      Ana buys 3 pens at 4 dollars each and pays with x dollars. How many dollars does Ana get back?
+    GSM_FOBAR      Ana buys 3 pens at 4 dollars each and pays with x dollars. How many dollars are left?
                    If we know the answer to the above question is 8, what is the value of unknown variable x?
 
     The pens cost 3 * 4 = 12 dollars. The change is 20 - 12 = 8 dollars. The answer is: 8      (the first two)
@@ -62,7 +62,7 @@ NAMES = {
 # fmt: on
 THINGS = ("pens", "books", "apples", "cards", "stamps", "cookies", "shells", "stickers")
 
-SMALLEST, LARGEST = 2, 99  # of every operand and result: 2 keeps the plurals right ("1 dollars")
+SMALLEST, LARGEST = 2, 60  # of every operand and result: 2 keeps the plurals right ("1 dollars")
 TEST_SHARE = 8  # one combination of numbers in this many belongs to the test split
 
 
@@ -108,11 +108,11 @@ class Family:
 FAMILIES = (
     Family(
         name="change",
-        ranges={"n": (2, 9), "p": (2, 9), "m": (10, 99)},
+        ranges={"n": (2, 9), "p": (2, 9), "m": (10, 60)},
         story="{a} buys {n} {things} at {p} dollars each and pays with {m} dollars.",
-        question="How many dollars does {a} get back?",
-        statement="{a} gets {result} dollars back.",
-        rephrased=("{a} has {m} dollars and buys {n} {things}. If each costs {p} dollars, how many dollars does {a} have left?",),
+        question="How many dollars are left?",
+        statement="{result} dollars are left.",
+        rephrased=("{a} has {m} dollars and buys {n} {things}. If each costs {p} dollars, how many dollars remain?",),
         steps=(("cost", "n", "*", "p"), ("result", "m", "-", "cost")),
         inverse={
             "m": (("cost", "n", "*", "p"), ("m", "result", "+", "cost")),
@@ -125,8 +125,8 @@ FAMILIES = (
     ),
     Family(
         name="share",
-        ranges={"f": (2, 50), "g": (2, 50), "n": (2, 9)},
-        story="{a} has {f} {things} and gets {g} more. {a} shares them equally among {n} friends.",
+        ranges={"f": (2, 40), "g": (2, 40), "n": (2, 9)},
+        story="{a} has {f} {things}, gets {g} more and shares all equally among {n} friends.",
         question="How many {things} does each friend get?",
         statement="Each friend gets {result} {things}.",
         rephrased=("With {f} {things} and {g} new ones, {a} makes {n} equal piles. How many {things} are in a pile?",),
@@ -142,8 +142,8 @@ FAMILIES = (
     ),
     Family(
         name="more",
-        ranges={"f": (2, 48), "d": (2, 48)},
-        story="{a} has {f} {things}. {b} has {d} more {things} than {a}.",
+        ranges={"f": (2, 28), "d": (2, 40)},
+        story="{a} has {f} {things} and {b} has {d} more than that.",
         question="How many {things} do they have together?",
         statement="Together they have {result} {things}.",
         rephrased=("{b} owns {d} more {things} than {a}, who owns {f}. How many {things} do both own in total?",),
@@ -156,8 +156,8 @@ FAMILIES = (
     ),
     Family(
         name="fewer",
-        ranges={"f": (4, 60), "d": (2, 50)},
-        story="{a} has {f} {things}. {b} has {d} fewer {things} than {a}.",
+        ranges={"f": (4, 50), "d": (2, 40)},
+        story="{a} has {f} {things} and {b} has {d} fewer than that.",
         question="How many {things} do they have together?",
         statement="Together they have {result} {things}.",
         rephrased=("{b} owns {d} fewer {things} than {a}, who owns {f}. How many {things} do both own in total?",),
@@ -170,10 +170,10 @@ FAMILIES = (
     ),
     Family(
         name="travel",
-        ranges={"v": (2, 12), "t": (2, 9), "w": (2, 60)},
+        ranges={"v": (2, 12), "t": (2, 9), "w": (2, 40)},
         story="{a} cycles {v} miles per hour for {t} hours and then walks {w} miles.",
-        question="How many miles does {a} cover?",
-        statement="{a} covers {result} miles.",
+        question="How many miles is that in all?",
+        statement="That is {result} miles in all.",
         rephrased=("After {t} hours on a bicycle at {v} miles per hour, {a} walks {w} miles more. How long is the whole way in miles?",),
         steps=(("ride", "v", "*", "t"), ("result", "ride", "+", "w")),
         inverse={
@@ -187,10 +187,10 @@ FAMILIES = (
     ),
     Family(
         name="savings",
-        ranges={"s": (2, 12), "t": (2, 9), "g": (2, 60)},
+        ranges={"s": (2, 12), "t": (2, 9), "g": (2, 40)},
         story="{a} has {g} dollars and saves {s} dollars a week for {t} weeks.",
-        question="How many dollars does {a} have then?",
-        statement="{a} then has {result} dollars.",
+        question="How many dollars are there then?",
+        statement="Then there are {result} dollars.",
         rephrased=("For {t} weeks {a} puts {s} dollars a week into a box that held {g} dollars. How many dollars are in the box now?",),
         steps=(("saved", "s", "*", "t"), ("result", "g", "+", "saved")),
         inverse={
@@ -206,8 +206,8 @@ FAMILIES = (
         name="boxes",
         ranges={"n": (2, 9), "p": (2, 9), "k": (2, 9), "q": (2, 9)},
         story="{a} packs {n} boxes of {p} {things} and {k} bags of {q} {things}.",
-        question="How many {things} does {a} pack?",
-        statement="{a} packs {result} {things}.",
+        question="How many {things} is that?",
+        statement="That is {result} {things}.",
         rephrased=("There are {p} {things} in a box and {q} in a bag. {a} buys {n} boxes and {k} bags. How many {things} is that?",),
         steps=(("boxed", "n", "*", "p"), ("bagged", "k", "*", "q"), ("result", "boxed", "+", "bagged")),
         inverse={"p": (("bagged", "k", "*", "q"), ("boxed", "result", "-", "bagged"), ("p", "boxed", "/", "n"))},
@@ -219,10 +219,10 @@ FAMILIES = (
     ),
     Family(
         name="trade",
-        ranges={"f": (4, 99), "g": (2, 60), "h": (2, 60)},
+        ranges={"f": (4, 60), "g": (2, 40), "h": (2, 40)},
         story="{a} had {f} {things}, gave away {g} and then found {h}.",
-        question="How many {things} does {a} have now?",
-        statement="{a} now has {result} {things}.",
+        question="How many {things} are there now?",
+        statement="Now there are {result} {things}.",
         rephrased=("From a box of {f} {things}, {a} takes out {g} and later puts in {h}. How many {things} does it hold?",),
         steps=(("kept", "f", "-", "g"), ("result", "kept", "+", "h")),
         inverse={
@@ -236,11 +236,11 @@ FAMILIES = (
     ),
     Family(
         name="times",
-        ranges={"f": (2, 12), "k": (2, 9), "g": (2, 60)},
+        ranges={"f": (2, 12), "k": (2, 9), "g": (2, 40)},
         story="{a} has {f} {things}. {b} had {k} times as many, but lost {g}.",
-        question="How many {things} does {b} have?",
-        statement="{b} has {result} {things}.",
-        rephrased=("{b} had {k} times the {f} {things} of {a} before losing {g}. How many {things} does {b} still have?",),
+        question="How many {things} are left?",
+        statement="{result} {things} are left.",
+        rephrased=("{b} had {k} times the {f} {things} of {a} before losing {g}. How many {things} does that leave?",),
         steps=(("many", "f", "*", "k"), ("result", "many", "-", "g")),
         inverse={
             "g": (("many", "f", "*", "k"), ("g", "many", "-", "result")),
@@ -253,7 +253,7 @@ FAMILIES = (
     ),
     Family(
         name="reading",
-        ranges={"p": (2, 12), "t": (2, 9), "m": (10, 99)},
+        ranges={"p": (2, 12), "t": (2, 9), "m": (10, 60)},
         story="{a} reads {p} pages a day for {t} days. The book has {m} pages.",
         question="How many pages are left?",
         statement="There are {result} pages left.",

@@ -31,10 +31,9 @@ def save_llama(folder, rows: int, dtype=torch.float32, **changes) -> str:
 # ------------------------------------------------------------------------------------------------------------ tokenizer
 
 
-def test_trained_tokenizer_splits_digits_and_survives_saving(tmp_path):
+def test_trained_tokenizer_loses_no_character_and_survives_saving(tmp_path):
     tokenizer = load_tokenizer(scratch(), texts=SENTENCES)
     assert len(tokenizer) == 300
-    assert tokenizer.convert_ids_to_tokens(tokenizer("pens 137")["input_ids"])[-3:] == ["1", "3", "7"]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.padding_side) == (0, 1, 2, "right")
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
