@@ -47,8 +47,8 @@ class MatrixConfig(SFTConfig):
     mce_solver: str = field(default="krylov", metadata={"choices": ["exact", "krylov", "taylor"]})
     mce_steps: int | None = None  # Krylov steps; None: the library's measured default
     mce_order: int = 4  # order of the Taylor solver
-    mce_sketch_dim: int | str | None = "auto"  # width the embeddings are sketched to; None: no sketch
-    mce_top_k: int | str | None = "auto"  # tokens of the vocabulary kept apart from the shared tail; None: all of them
+    mce_sketch_dim: int | None = None  # width the embeddings are sketched to; None: no sketch
+    mce_top_k: int | None = None  # likeliest tokens kept exactly, the rest spread evenly; None: the whole vocabulary
     mce_embeddings: str = "lm_head"  # which token vectors: "lm_head", "input", or a path to a .safetensors
     mce_embedding_grad: bool = False  # True: the gradient also flows through the token vectors of the MCE
     effective_rank_steps: int = 0  # log the effective rank of the LM head every so many steps; 0: at start and end only
@@ -67,8 +67,8 @@ class MatrixConfig(SFTConfig):
         _check_choice("mce_solver", self.mce_solver, ["exact", "krylov", "taylor"])
         for name in ("mce_sketch_dim", "mce_top_k"):
             value = getattr(self, name)
-            if not (value is None or value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)):
-                raise RecipeError(f'{name}={value!r} is not a size. Give "auto", null for none, or an integer of at least 1.')
+            if not (value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)):
+                raise RecipeError(f"{name}={value!r} is not a size. Give null for none, or an integer of at least 1.")
         if self.mce_embeddings not in ("lm_head", "input"):
             if not self.mce_embeddings.endswith(".safetensors"):
                 _check_choice("mce_embeddings", self.mce_embeddings, ["lm_head", "input"], also="a path to a .safetensors file")

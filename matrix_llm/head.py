@@ -42,8 +42,8 @@ class MatrixLossOptions:
     solver: str
     steps: int | None
     order: int
-    sketch_dim: int | str | None
-    top_k: int | str | None
+    sketch_dim: int | None
+    top_k: int | None
     embeddings: str  # "lm_head", "input", or the path of a .safetensors file
     embedding_grad: bool
 
@@ -226,8 +226,8 @@ def add_matrix_head(model: PreTrainedModel, options: MatrixLossOptions) -> None:
                 solver=options.solver,
                 steps=options.steps,
                 order=options.order,
-                sketch_dim=options.sketch_dim,  # type: ignore[arg-type]
-                top_k=options.top_k,  # type: ignore[arg-type]
+                sketch_dim=options.sketch_dim,
+                top_k=options.top_k,
                 logit_scale=scale,
                 softcap=softcap,
                 reduction="sum",

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from matrix_llm.solvers import Auto, Embeddings, Solver, add_logit_gradient_, prepare_embeddings, solve_chunk
+from matrix_llm.solvers import Embeddings, Solver, add_logit_gradient_, prepare_embeddings, solve_chunk
 
 __all__ = ["MatrixLossOutput", "linear_matrix_cross_entropy", "token_mce"]
 
@@ -140,9 +140,7 @@ def token_mce(
         n, v = (int(i) for i in torch.nonzero(bad)[0])
         raise ValueError(f"logits[{n}, {v}] is {logits[n, v].item()}, so there is no distribution at position {n}.")
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    chosen = Solver.create(
-        solver, vocabulary=vocabulary, width=embeddings.shape[1], steps=steps, order=order, sketch_dim=sketch_dim, top_k=top_k
-    )
+    chosen = Solver.create(solver, vocabulary=vocabulary, steps=steps, order=order, sketch_dim=sketch_dim, top_k=top_k)
     if positions == 0:
         return (logits.sum() + embeddings.sum()).to(dtype) * torch.zeros(0, dtype=dtype, device=logits.device)
     with torch.autocast(logits.device.type, enabled=False):
@@ -331,8 +329,8 @@ def linear_matrix_cross_entropy(
     solver: str = "krylov",
     steps: int | None = None,
     order: int = 4,
-    sketch_dim: int | Auto | None = "auto",
-    top_k: int | Auto | None = "auto",
+    sketch_dim: int | None = None,
+    top_k: int | None = None,
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -351,10 +349,7 @@ def linear_matrix_cross_entropy(
         embeddings: (V, D) the vectors e_i, of any norm; None: the LM head's rows, detached. Give `weight` itself to let
             gradients through (beware: MCE is 0 where all rows are equal, so that rewards collapse).
         mce_weight: 0 leaves plain cross-entropy; MCE is still measured.
-        solver, steps, order: see `token_mce`.
-        sketch_dim: width of the random projection of E, None: no sketch. "auto": 512 where E is wider ("krylov").
-        top_k: tokens kept exactly per position, None: the whole vocabulary. "auto": 128 where the vocabulary is
-            larger than 8,192 ("krylov").
+        solver, steps, order, sketch_dim, top_k: see `token_mce`.
         reduction: "mean" over the positions that count, "sum", or "none".
 
     Returns:
@@ -384,9 +379,7 @@ def linear_matrix_cross_entropy(
         raise ValueError(f"embeddings {tuple(source.shape)} must have one row for each of the {vocabulary} rows of weight.")
     if labels.shape != (positions,):
         raise ValueError(f"labels has shape {tuple(labels.shape)}, but {positions} positions need ({positions},).")
-    chosen = Solver.create(
-        solver, vocabulary=vocabulary, width=source.shape[1], steps=steps, order=order, sketch_dim=sketch_dim, top_k=top_k
-    )
+    chosen = Solver.create(solver, vocabulary=vocabulary, steps=steps, order=order, sketch_dim=sketch_dim, top_k=top_k)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype == torch.float32:
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))  # what autocast does to the LM head's own product
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32

