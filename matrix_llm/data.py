@@ -212,6 +212,10 @@ def _check_row(row: Any, form: str, where: str) -> dict[str, Any]:
     for name in FORMS[form]:
         if not isinstance(row[name], str):
             raise DataError(f"{where}: `{name}` is {_describe(row[name])}, but it must be a text.")
+        try:
+            row[name].encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{where}: `{name}` holds half of a surrogate pair, which is no text. Correct its escape sequences.") from None
         if not row[name].strip():
             raise DataError(f"{where}: `{name}` is empty. Fill it in, or remove the row.")
     return {name: row[name] for name in FORMS[form]}

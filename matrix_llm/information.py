@@ -18,6 +18,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = [
     "effective_rank",
@@ -87,10 +88,10 @@ def _psd_eigh(name: str, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Eigenvalues (..., n) ascending, eigenvectors (..., n, n), and the floor (..., 1) below which one counts as zero."""
     _check_finite(name, a)
     tolerance = torch.finfo(a.dtype).eps ** 0.5
-    asymmetry = (a - a.mT).abs().amax()
-    if asymmetry > tolerance * a.abs().amax():
+    asymmetry = (a - a.mT).abs().amax((-2, -1))
+    if (asymmetry > tolerance * a.abs().amax((-2, -1))).any():
         raise ValueError(
-            f"{name} is not symmetric: its largest |a - a.T| is {asymmetry.item():.3g}. Pass (a + a.T) / 2, or method='taylor'."
+            f"{name} is not symmetric: its largest |a - a.T| is {asymmetry.max().item():.3g}. Pass (a + a.T) / 2, or method='taylor'."
         )
     w, u = torch.linalg.eigh(a)
     largest = w[..., -1:].clamp(min=0)
@@ -121,6 +122,7 @@ class _PSDLog(torch.autograd.Function):
         return (u * w.log().unsqueeze(-2)) @ u.mT, w.detach(), u, null
 
     @staticmethod
+    @once_differentiable  # the saved eigenpairs are constants here: a second derivative would be wrong in silence
     def backward(ctx, grad: Tensor, *_: Tensor | None) -> Tensor:  # type: ignore[override]
         w, u, null = ctx.saved_tensors
         # The function is constant below the floor, so two null directions do not interact: derivative 0, not 1 / 0.

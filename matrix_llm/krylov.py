@@ -150,7 +150,7 @@ def quadrature(
     rows = start.new_empty(positions, steps, operator.width)
     alphas: list[Tensor] = []
     betas: list[Tensor] = []
-    alive = (start * start).sum(-1) > 0.5  # e_y is a unit row or, where lm_head has a zero row, zero
+    alive = ~((start * start).sum(-1) < 0.5)  # e_y is a unit row, zero where lm_head has a zero row, or NaN, which must stay NaN
     largest = start.new_zeros(positions)
     v, before, beta = start, torch.zeros_like(start), largest
     for k in range(steps):

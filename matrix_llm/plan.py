@@ -44,7 +44,7 @@ def describe_loss(training: MatrixConfig, config: PretrainedConfig) -> str:
         parts.append(f"top_k {solver.top_k} of {text.vocab_size}" if solver.top_k else f"the whole vocabulary of {text.vocab_size}")
     if solver.name == "taylor":
         parts.append(f"order {solver.order}")
-    parts.append(f"sketch {solver.sketch_dim} of {text.hidden_size}" if solver.sketch_dim else "no sketch")
+    parts.append(f"sketch {solver.sketch_dim}" if solver.sketch_dim else "no sketch")
     parts.append(f"embeddings {training.mce_embeddings}{', with gradient' if training.mce_embedding_grad else ', detached'}")
     return ", ".join(parts)
 

@@ -9,6 +9,7 @@ Legend: N positions, C positions of one chunk, V vocabulary, D embedding width, 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -50,7 +51,8 @@ class Solver:
             raise ValueError(f"solver={name!r} is unknown. Use 'krylov' (the default), 'exact' (the reference) or 'taylor'.")
         steps = DEFAULT_STEPS if steps is None else steps
         for key, value in {"steps": steps, "order": order, "sketch_dim": sketch_dim, "top_k": top_k}.items():
-            if not (value is None or (isinstance(value, int) and value >= 1)):
+            optional = key in ("sketch_dim", "top_k") and value is None
+            if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{key}={value!r}, but it must be an integer of at least 1.")
         if name != "krylov" and top_k is not None:
             raise ValueError(f"top_k={top_k} is a form of solver='krylov'; solver={name!r} reads the whole vocabulary. Leave it out.")
@@ -83,6 +85,12 @@ class Embeddings:
         return self.tail_moment, self.nonzero
 
 
+@functools.lru_cache(maxsize=4)
+def _sketch(width: int, sketch_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(SKETCH_SEED)
+    return torch.randn(width, sketch_dim, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
 def unit_rows(
     embeddings: Tensor,  # (V, D) any float dtype, any norm
     *,
@@ -95,10 +103,10 @@ def unit_rows(
     Differentiable; the gradient of a zero row is zero.
     """
     e = embeddings.to(dtype)
+    largest = e.detach().abs().amax(-1, keepdim=True)  # so that squares neither overflow nor vanish, whatever the rows' norms
+    e = e / torch.where(largest > 0, largest, 1.0)
     if sketch_dim is not None:
-        generator = torch.Generator().manual_seed(SKETCH_SEED)
-        sketch = torch.randn(e.shape[1], sketch_dim, generator=generator, dtype=torch.float64)
-        e = e @ sketch.to(e.device, dtype)
+        e = e @ _sketch(e.shape[1], sketch_dim, dtype, e.device)
     norm = torch.linalg.vector_norm(e, dim=-1, keepdim=True)
     zero = norm == 0
     return e * torch.where(zero, 0.0, 1.0 / torch.where(zero, 1.0, norm))
@@ -178,6 +186,8 @@ def _solve_dense(
     grad_rows: Tensor | None,
 ) -> ChunkTerms:
     """The reference: autograd through the definition. "exact" takes the (D, D) logarithm, "taylor" the series about I."""
+    broken = ~torch.isfinite(q).all(-1)  # eigh refuses NaN; such a position gets a NaN value, for the trainer's guard to name
+    q = torch.where(broken[:, None], 1 / q.shape[-1], q)
     with torch.enable_grad():
         q = q.detach().requires_grad_(want_gradient)
         e = e.detach().requires_grad_(grad_rows is not None)
@@ -197,7 +207,7 @@ def _solve_dense(
         if grad_rows is not None:
             (gradient,) = torch.autograd.grad(value, e, row_weight)
             grad_rows.add_(gradient)
-    return ChunkTerms(value.detach(), base, None, None, None)
+    return ChunkTerms(torch.where(broken, torch.nan, value.detach()), base, None, None, None)
 
 
 def add_logit_gradient_(

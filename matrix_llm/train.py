@@ -48,6 +48,14 @@ class HeldOutProblem:
     answer: str
 
 
+PARTIAL = "results.partial.json"
+GATHER = "stage3_gather_16bit_weights_on_model_save"
+
+
+def _from_last(value: str | bool | None) -> bool:
+    return value is True or (isinstance(value, str) and value.lower() in ("true", "1", "yes"))
+
+
 def say(text: str) -> None:
     """Print on the first process only."""
     if int(os.environ.get("RANK", "0")) == 0:
@@ -68,19 +76,30 @@ def check_output_dir(recipe: Recipe) -> None:
     parent = next(p for p in (output, *output.absolute().parents) if p.exists())
     if not os.access(parent, os.W_OK):
         raise RecipeError(f"output_dir={str(output)!r} cannot be written: {parent} is read-only. Choose another output_dir.")
-    checkpoints = sorted(output.glob("checkpoint-*"), key=lambda p: p.stat().st_mtime)
+    from matrix_llm.trainer import last_complete_checkpoint
+
+    last = last_complete_checkpoint(output)
+    if [*output.glob("*.safetensors")]:
+        raise RecipeError(f"output_dir={str(output)!r} holds the weights of a finished run. Choose another output_dir, or remove it.")
     if not resume:
-        weights = [*output.glob("*.safetensors")]
-        if checkpoints:
+        if last is not None:
             raise RecipeError(
-                f"output_dir={str(output)!r} holds {checkpoints[-1].name} of an earlier run. "
+                f"output_dir={str(output)!r} holds {last.name} of an earlier run. "
                 "Add --resume_from_checkpoint true to go on with it, or choose another output_dir."
             )
-        if weights:
-            raise RecipeError(f"output_dir={str(output)!r} holds the weights of a finished run. Choose another output_dir, or remove it.")
         return
-    if isinstance(resume, str) and resume.lower() not in ("true", "1", "yes") and not Path(resume).is_dir():
+    if not _from_last(resume) and not Path(str(resume)).is_dir():
         raise RecipeError(f"resume_from_checkpoint={resume!r}: no such folder. Give true (the last checkpoint) or a checkpoint's path.")
+    if last is None and _from_last(resume):
+        say(f"=> no whole checkpoint in {output}, so the run starts from the beginning")
+        return
+    partial = output / PARTIAL
+    before_processes = json.loads(partial.read_text(encoding="utf-8")).get("processes") if partial.is_file() else None
+    if before_processes not in (None, recipe.training.world_size):
+        raise RecipeError(
+            f"cannot resume {str(output)!r} with {recipe.training.world_size} processes: it was started with {before_processes}, and "
+            "the effective batch would change. Launch as many, or start anew in another output_dir."
+        )
     stored = output / "recipe.yaml"
     if not stored.is_file():
         return
@@ -173,6 +192,7 @@ def print_plan(recipe: Recipe, tokenizer, dataset, report) -> None:
 
 def train(recipe: Recipe) -> None:
     """Steps 4 to 6 of the module's list."""
+    from huggingface_hub import HfApi
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     from matrix_llm.accuracy import measure_accuracy
@@ -181,7 +201,7 @@ def train(recipe: Recipe) -> None:
     from matrix_llm.plan import describe_loss, plan_steps
     from matrix_llm.prompts import resolve_template
     from matrix_llm.report import METRICS, PLOT, MetricsFileCallback, plot_losses, read_metrics
-    from matrix_llm.trainer import MatrixTrainer
+    from matrix_llm.trainer import MatrixTrainer, last_complete_checkpoint
 
     training = recipe.training
     started = time.perf_counter()
@@ -210,7 +230,9 @@ def train(recipe: Recipe) -> None:
         peft_config=lora_config(recipe.model),
         callbacks=[MetricsFileCallback()],
     )
-    results: dict[str, Any] = {"train_rows": report.rows_kept, "data": asdict(report)}
+    if is_deepspeed_zero3_enabled() and not trainer.accelerator.deepspeed_config["zero_optimization"].get(GATHER):
+        raise RecipeError(f"the DeepSpeed config shards weights (stage 3) without {GATHER}: the run could not save them. Set it to true.")
+    results: dict[str, Any] = {"train_rows": report.rows_kept, "data": asdict(report), "processes": training.world_size}
 
     def measure(when: str) -> None:
         if not problems:
@@ -227,19 +249,23 @@ def train(recipe: Recipe) -> None:
         for problem, response in zip(problems[:2], found.responses[:2], strict=False):
             say(f"   Q: {problem.query}\n   A:{response}\n   gold: {problem.answer}")
 
-    resumed = bool(training.resume_from_checkpoint)
-    earlier = output / "results.partial.json"
-    if resumed and earlier.is_file():
+    resume: str | None = str(training.resume_from_checkpoint) if training.resume_from_checkpoint else None
+    if _from_last(resume):
+        last = last_complete_checkpoint(output)
+        resume = str(last) if last else None
+    earlier = output / PARTIAL
+    if resume and earlier.is_file():
         results |= json.loads(earlier.read_text(encoding="utf-8"))  # accuracy before training cannot be measured again
     else:
         measure("before")
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
+        recipe.resolved.pop("resume_from_checkpoint", None)  # how it was started, not what it is
         write_text(output / "recipe.yaml", yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True))
         write_text(earlier, json.dumps(results))
 
     clock = time.perf_counter()
-    trainer.train(resume_from_checkpoint=_resume(training.resume_from_checkpoint))
+    trainer.train(resume_from_checkpoint=resume)
     results["train_seconds"] = round(time.perf_counter() - clock, 1)
     results["steps"] = trainer.state.global_step
     if held_out:
@@ -247,7 +273,12 @@ def train(recipe: Recipe) -> None:
     measure("after")
 
     staging = output / ".saving"
-    trainer.save_model(str(staging))
+    if trainer.is_world_process_zero():
+        shutil.rmtree(staging, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_fsdp_enabled:  # accelerate's default for FSDP2 is sharded, and Trainer then writes nothing here
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(staging), _internal_call=True)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         for file in sorted(staging.iterdir()):
@@ -261,14 +292,10 @@ def train(recipe: Recipe) -> None:
         write_text(output / "README.md", str(model_card(recipe, entries, results)))
         earlier.unlink(missing_ok=True)
         say(f"=> {output}/ holds the weights, tokenizer, recipe.yaml, {METRICS}, results.json, {PLOT} and README.md")
-    if training.push_to_hub:
-        trainer.push_to_hub()
-
-
-def _resume(value: str | bool | None) -> str | bool | None:
-    if isinstance(value, str) and value.lower() in ("true", "1", "yes"):
-        return True
-    return value
+        if training.push_to_hub:
+            HfApi(token=training.hub_token).upload_folder(
+                repo_id=str(trainer.hub_model_id), folder_path=output, ignore_patterns=["checkpoint-*", ".*"], commit_message="matrix_llm"
+            )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,23 +10,32 @@ What it adds to `SFTTrainer`:
 
 from __future__ import annotations
 
+import logging
 import math
 import resource
 import time
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import compute_flops_per_token, get_peak_flops
 
 from matrix_llm.config import MatrixConfig
 from matrix_llm.head import MatrixLossOptions, add_matrix_head, head_effective_rank
+
+logger = logging.getLogger(__name__)
+
+
+def last_complete_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint-N whose trainer_state.json, written last, is there; one cut off by a kill is passed over."""
+    found = [p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdigit() and (p / "trainer_state.json").is_file()]
+    return max(found, key=lambda p: int(p.name[11:]), default=None)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -52,14 +61,20 @@ class RowIdCollator:
         return batch
 
 
-class EffectiveRankCallback(TrainerCallback):
-    """Measures the LM head's effective rank at the first and last step, and every `effective_rank_steps` between."""
+class WatchCallback(TrainerCallback):
+    """Starts the throughput clock with training, and measures the LM head's effective rank at the first and last step and
+    every `effective_rank_steps` between. Plain SFT (mce_weight 0, effective_rank_steps 0) is spared the latter."""
 
     def __init__(self, trainer: MatrixTrainer) -> None:
         self.trainer = trainer
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self.trainer.restart_clock()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         every = self.trainer.args.effective_rank_steps
+        if not every and self.trainer.args.mce_weight == 0:
+            return
         if state.global_step in (1, state.max_steps) or (every and state.global_step % every == 0):
             self.trainer.record_effective_rank()
 
@@ -77,6 +92,7 @@ class MatrixTrainer(SFTTrainer):
     >>> trainer.train()  # doctest: +SKIP
     """
 
+    _clock: tuple[float, int]
     args: MatrixConfig
     model: PreTrainedModel
     _signature_columns: Any
@@ -100,27 +116,31 @@ class MatrixTrainer(SFTTrainer):
             self.data_collator = RowIdCollator(self.data_collator)  # type: ignore[assignment]
         self._row_ids: Tensor | None = None
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
-        self._clock = (time.perf_counter(), 0)  # since when, and trained how many tokens by then
+        self.restart_clock()
         self._flops_per_token: float | None = None
-        base = self._base_model()
         if args.mce_weight > 0:
             self._refuse_parallelism()
             # The loss divides by num_items_in_batch itself, whatever the model's forward would accept.
             self.model_accepts_loss_kwargs = True
-            add_matrix_head(
-                base,
-                MatrixLossOptions(
-                    args.mce_weight,
-                    args.mce_solver,
-                    args.mce_steps,
-                    args.mce_order,
-                    args.mce_sketch_dim,
-                    args.mce_top_k,
-                    args.mce_embeddings,
-                    args.mce_embedding_grad,
-                ),
-            )
-        self.add_callback(EffectiveRankCallback(self))
+        options = MatrixLossOptions(
+            args.mce_weight,
+            args.mce_solver,
+            args.mce_steps,
+            args.mce_order,
+            args.mce_sketch_dim,
+            args.mce_top_k,
+            args.mce_embeddings,
+            args.mce_embedding_grad,
+        )
+        self._has_matrix_head = True
+        try:
+            add_matrix_head(self._base_model(), options)
+        except ValueError as error:
+            if args.mce_weight > 0:
+                raise
+            self._has_matrix_head = False  # plain SFT needs no MCE; evaluation then reports SFTTrainer's figures alone
+            logger.warning("MCE will not be measured on held-out rows: %s", error)
+        self.add_callback(WatchCallback(self))
 
     def _base_model(self) -> PreTrainedModel:
         model = self.accelerator.unwrap_model(self.model)
@@ -152,10 +172,13 @@ class MatrixTrainer(SFTTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None):
         self._row_ids = inputs.pop("row_id", None)
-        if self.args.mce_weight == 0:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
         mode = "train" if self.model.training else "eval"
+        # Plain SFT trains as SFTTrainer does; its held-out rows are measured like everybody's, so that runs compare.
+        if self.args.mce_weight == 0 and (mode == "train" or not self._has_matrix_head):
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            self._check_finite(result[0] if return_outputs else result, mode)
+            return result
+
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         outputs = model(**inputs, use_cache=False, matrix_loss=True)
@@ -169,6 +192,7 @@ class MatrixTrainer(SFTTrainer):
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
 
+        self._check_finite(loss, mode)
         self._add(mode, "tokens", tokens)
         self._add(mode, "ce", outputs.cross_entropy.sum())
         self._add(mode, "mce", outputs.matrix_cross_entropy.sum())
@@ -187,17 +211,24 @@ class MatrixTrainer(SFTTrainer):
         value = value.detach().double()
         sums[name] = sums[name] + value if name in sums else value
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            rows = "unknown (packed)" if self._row_ids is None else self._row_ids.tolist()
-            last = get_last_checkpoint(self.args.output_dir)
-            way_out = f"resume from {last}" if last else "no checkpoint was written yet"
-            raise NonFiniteLossError(
-                f"The loss is {loss.item()} at step {self.state.global_step + 1}, on the data rows {rows}. The optimizer has not "
-                f"stepped, {way_out}. Look at these rows, lower learning_rate, or set max_grad_norm."
-            )
-        return loss
+    def _check_finite(self, loss: Tensor, mode: str) -> None:
+        """Before the backward pass, since DeepSpeed steps inside it."""
+        if mode == "eval" or torch.isfinite(loss):
+            return
+        rows = "unknown (packed)" if self._row_ids is None else self._row_ids.tolist()
+        last = last_complete_checkpoint(Path(str(self.args.output_dir)))
+        way_out = f"resume from {last}" if last else "no checkpoint was written yet"
+        raise NonFiniteLossError(
+            f"The loss is {loss.item()} at step {self.state.global_step + 1}, on the data rows {rows}. The optimizer has not "
+            f"stepped, {way_out}. Look at these rows, lower learning_rate, or set max_grad_norm."
+        )
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        start = time.perf_counter()
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:  # throughput is that of training
+            self._clock = (self._clock[0] + time.perf_counter() - start, self._clock[1])
 
     # -- logs -----------------------------------------------------------------------------------------------------------
 
@@ -225,12 +256,16 @@ class MatrixTrainer(SFTTrainer):
             metrics[name] = [value]
         prefix = "eval_" if mode == "eval" else ""
         loss_key = f"{prefix}loss"
-        if self.args.mce_weight == 0 and loss_key in logs:
+        if self.args.mce_weight == 0 and loss_key in logs and "ce" not in metrics:
             metrics["ce"] = [logs[loss_key]]
         if mode == "train" and "loss" in logs:
             metrics["num_tokens"] = [self._total_train_tokens]
             metrics.update({name: [value] for name, value in self._speed().items()})
         super().log(logs, start_time)
+
+    def restart_clock(self) -> None:
+        """Since when, and trained how many tokens by then."""
+        self._clock = (time.perf_counter(), self._total_train_tokens)
 
     def _speed(self) -> dict[str, float]:
         now, (since, before) = time.perf_counter(), self._clock

@@ -230,3 +230,10 @@ def test_messages_without_a_usable_chat_template_are_refused(tiny_tokenizer):
 )
 def test_malformed_messages_are_named(tmp_path, messages, said):
     assert said in refusal(jsonl(tmp_path / "m.jsonl", [{"messages": MESSAGES}, {"messages": messages}]))
+
+
+def test_half_a_surrogate_pair_is_named_with_its_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"query": "a", "response": "b"}\n{"query": "\\ud83d", "response": "b"}\n')
+    with pytest.raises(DataError, match=r"line 2: `query` holds half of a surrogate pair"):
+        load_rows(str(path))

@@ -236,6 +236,20 @@ def test_bad_input_is_named(call, words):
         call()
 
 
+def test_each_matrix_of_a_batch_is_checked_by_itself():
+    batch = torch.stack([torch.tensor([[1.0, 0.5], [0.0, 1.0]]), 1e9 * torch.eye(2)])
+    with pytest.raises(ValueError, match="not symmetric"):
+        matrix_log(batch)
+    assert matrix_entropy(torch.zeros(0, 3, 3)).shape == (0,)
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong():
+    a = psd(3).requires_grad_()
+    (grad,) = torch.autograd.grad(matrix_entropy(a), a, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_half_precision_is_refused_with_the_way_out():
     with pytest.raises(TypeError, match=r"\.float\(\)"):
         matrix_log(torch.eye(2, dtype=torch.bfloat16))

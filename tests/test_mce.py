@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from matrix_llm import mce
-from matrix_llm.information import matrix_cross_entropy
+from matrix_llm.information import matrix_cross_entropy, matrix_log
 from matrix_llm.mce import linear_matrix_cross_entropy, token_mce
 
 F64 = torch.float64
@@ -94,6 +94,53 @@ def test_head_and_tail_converge_to_exact_as_the_head_grows():
             errors.append(((got[i] - exact[i]).norm() / exact[i].norm()).item())
         assert all(later < earlier for earlier, later in itertools.pairwise(errors)), errors
         assert errors[-1] < 1e-10
+
+
+@pytest.mark.parametrize("zero_rows", [(), (0, 5, 9)])
+def test_head_and_tail_is_exact_for_the_distribution_with_an_even_tail(zero_rows):
+    """The dense MCE of a genuine distribution: the head's q as it is, the rest of the mass evenly on the other non-zero rows."""
+    logits, labels, embeddings = problem(n=3, v=40, d=9, zero_rows=zero_rows)
+    labels[0], labels[1] = logits[0].argmin(), (logits[1].argmax() if not zero_rows else 7)  # the first is forced into the head
+    top_k, z = 12, logits.requires_grad_()
+    e = F.normalize(embeddings, dim=-1)
+    q = z.softmax(-1)
+    ids = q.detach().topk(top_k).indices
+    missing = ~(ids == labels[:, None]).any(-1)
+    assert missing[0]
+    ids[missing, -1] = labels[missing]
+    head = torch.zeros_like(q).scatter(1, ids, 1.0)
+    others = (1 - head) * (embeddings.norm(dim=1) > 0)
+    even = q * head + (1 - (q * head).sum(-1, keepdim=True)) * others / others.sum(-1, keepdim=True)
+    big_q = torch.einsum("nv,vi,vj->nij", even, e, e)
+    expected = -torch.einsum("ni,nij,nj->n", e[labels], matrix_log(big_q), e[labels])
+    got = token_mce(z, labels, embeddings, steps=99, top_k=top_k)
+    torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)
+    a, b = (torch.autograd.grad(x.sum(), z)[0] for x in (got, expected))
+    torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("entropy", [0.7, 1.7])
+def test_the_default_holds_one_percent_in_the_value_and_five_in_the_gradient(entropy):
+    """Where CE <= 2, on vectors with a power-law spectrum and labels drawn from the predictions (table in docs/solvers.md)."""
+    g = torch.Generator().manual_seed(0)
+    v, d, n = 1000, 64, 200
+    embeddings = torch.randn(v, d, dtype=F64, generator=g) * torch.arange(1, d + 1, dtype=F64) ** -0.5
+    hidden = torch.randn(n, d, dtype=F64, generator=g) @ torch.diag(torch.arange(1, d + 1, dtype=F64) ** -0.5)
+    logits = hidden @ embeddings.T
+    low, high = 0.1, 50.0
+    for _ in range(40):  # the temperature of this mean entropy
+        scale = (low + high) / 2
+        found = torch.distributions.Categorical(logits=scale * logits).entropy().mean()
+        low, high = (scale, high) if found > entropy else (low, scale)
+    logits = scale * logits
+    labels = torch.multinomial(logits.softmax(-1), 1, generator=g).squeeze(1)
+    keep = F.cross_entropy(logits, labels, reduction="none") <= 2
+    exact, exact_grad, _ = value_and_gradients(logits[keep], labels[keep], embeddings, solver="exact")
+    value, grad, _ = value_and_gradients(logits[keep], labels[keep], embeddings)
+    counted = exact > 1e-3
+    assert counted.sum() > 50
+    assert ((value - exact).abs() / exact)[counted].mean() < 0.01
+    assert ((grad - exact_grad).norm(dim=1) / exact_grad.norm(dim=1))[counted].mean() < 0.05
 
 
 def test_the_head_always_holds_the_target():
@@ -210,6 +257,18 @@ def test_embedding_norms_do_not_matter():
     logits, labels, embeddings = problem()
     scaled = embeddings * torch.logspace(-6, 6, 37, dtype=F64).unsqueeze(1)
     torch.testing.assert_close(token_mce(logits, labels, scaled), token_mce(logits, labels, embeddings))
+
+
+@pytest.mark.parametrize("norm", [1e-30, 1e25])
+def test_float32_rows_of_any_norm_neither_vanish_nor_overflow(norm):
+    logits, labels, embeddings = (x.float() if x.is_floating_point() else x for x in problem())
+    torch.testing.assert_close(token_mce(logits, labels, norm * embeddings), token_mce(logits, labels, embeddings))
+
+
+def test_a_broken_row_gives_nan_and_not_zero():
+    logits, labels, embeddings = problem()
+    embeddings[labels[2]] = torch.nan
+    assert torch.isnan(token_mce(logits, labels, embeddings)[2])
 
 
 def test_sketch_is_deterministic_and_keeps_the_value_roughly():
@@ -448,6 +507,8 @@ def test_no_grad_makes_no_gradient_buffers():
         ({"mce_weight": -1.0}, "mce_weight=-1.0"),
         ({"mce_weight": float("nan")}, "mce_weight=nan"),
         ({"steps": 0}, "steps=0"),
+        ({"steps": True}, "steps=True"),
+        ({"top_k": "auto"}, "top_k='auto'"),
         ({"solver": "exact", "top_k": 5}, "top_k=5"),
         ({"softcap": 0.0}, "softcap=0.0"),
         ({"embeddings": torch.zeros(3, 4)}, "37 rows"),
@@ -467,6 +528,12 @@ def test_non_finite_logits_are_named(bad):
         token_mce(logits, labels, embeddings)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_labels_of_any_integer_type(dtype):
+    logits, labels, embeddings = problem()
+    assert torch.equal(token_mce(logits, labels.to(dtype), embeddings), token_mce(logits, labels, embeddings))
+
+
 def test_minus_infinity_removes_a_token():
     logits, labels, embeddings = problem()
     labels[:] = 0
@@ -474,9 +541,10 @@ def test_minus_infinity_removes_a_token():
     torch.testing.assert_close(token_mce(logits, labels, embeddings), token_mce(logits[:, :5], labels, embeddings[:5]))
 
 
-def test_nan_hidden_states_give_a_nan_loss_for_the_guard_to_find():
+@pytest.mark.parametrize("kwargs", [{}, {"solver": "exact"}, {"solver": "taylor"}, {"top_k": 8}], ids=str)
+def test_nan_hidden_states_give_a_nan_loss_for_the_guard_to_find(kwargs):
     tensors = head()
     tensors["hidden"][3, 0] = torch.nan
-    out = linear_matrix_cross_entropy(tensors["hidden"], tensors["weight"], tensors["labels"])
+    out = linear_matrix_cross_entropy(tensors["hidden"], tensors["weight"], tensors["labels"], **kwargs)
     assert torch.isnan(out.matrix_cross_entropy).nonzero().flatten().tolist() == [3]
     assert torch.isnan(out.loss)

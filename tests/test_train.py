@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -144,6 +145,13 @@ def test_an_earlier_run_is_never_written_over(recipe, tmp_path, capsys):
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
 
 
+def test_resuming_without_a_checkpoint_starts_afresh_and_says_so(recipe, tmp_path, capsys):
+    (tmp_path / "run" / "checkpoint-7").mkdir(parents=True)  # a kill left this before trainer_state.json was written
+    assert main([recipe(max_steps=1), "--resume_from_checkpoint", "true"]) == 0
+    assert "no whole checkpoint" in capsys.readouterr().out
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
 class Killed(BaseException):
     """Stands for the end of the process: nothing in the program catches it."""
 
@@ -183,14 +191,14 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(recipe, tmp_path
 @pytest.mark.slow
 def test_the_script_runs_from_another_folder_and_leaves_the_standard_ssl_alone(recipe, tmp_path):
     """matrix_llm/ first on sys.path would hide the standard library's ssl behind matrix_llm/ssl, and break every HTTPS client."""
-    probe = (
-        "import runpy, sys; sys.argv = ['train.py', '--help']\n"
-        f"sys.path.insert(0, {str(ROOT / 'matrix_llm')!r})\n"
-        f"try: runpy.run_path({str(ROOT / 'matrix_llm' / 'train.py')!r}, run_name='__main__')\n"
-        "except SystemExit as stop: assert stop.code == 0\n"
-        "import ssl; ssl.SSLContext; print('standard ssl')"
-    )
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=tmp_path, check=False)
+    copy = tmp_path / "copy" / "matrix_llm"
+    shutil.copytree(ROOT / "matrix_llm", copy)
+    (copy / "ssl").mkdir(exist_ok=True)
+    (copy / "ssl" / "__init__.py").write_text("")  # stands in for the image side, whether or not it is there
+    probe = "\nimport ssl; ssl.SSLContext; print('standard ssl')\n"
+    script = copy / "train.py"
+    script.write_text(script.read_text().replace("\nimport json\n", probe + "import json\n", 1))
+    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert "standard ssl" in done.stdout
 

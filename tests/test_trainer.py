@@ -236,6 +236,7 @@ def test_evaluation_reports_ce_and_mce_without_logits(tmp_path, tiny_tokenizer):
         eval_dataset=data,
         processing_class=tiny_tokenizer,
     )
+    trainer.model.lm_head.register_forward_hook(lambda *_: pytest.fail("the LM head ran: logits were made"))
     metrics = trainer.evaluate()
     logged = trainer.state.log_history[-1]
     model = tiny_model()
@@ -248,6 +249,23 @@ def test_evaluation_reports_ce_and_mce_without_logits(tmp_path, tiny_tokenizer):
     assert logged["eval_ce"] == pytest.approx(total / tokens, rel=1e-5)  # token-weighted, not a mean of batch means
     assert logged["eval_mce"] < logged["eval_ce"]
     assert set(metrics) >= {"eval_loss", "eval_runtime"}
+
+
+def test_held_out_figures_compare_across_weights(tmp_path, tiny_tokenizer):
+    """Plain SFT is measured on held-out rows like every other run: token means, MCE included."""
+    logged = []
+    for weight in (0.0, 1.0):
+        trainer = MatrixTrainer(
+            tiny_model(),
+            MatrixConfig(**config(tmp_path, mce_weight=weight, per_device_eval_batch_size=4)),
+            train_dataset=rows(),
+            eval_dataset=rows(7, seed=3),
+            processing_class=tiny_tokenizer,
+        )
+        trainer.evaluate()
+        logged.append(trainer.state.log_history[-1])
+    for key in ("eval_ce", "eval_mce", "eval_entropy", "eval_mean_token_accuracy"):
+        assert logged[0][key] == pytest.approx(logged[1][key], rel=1e-6)
 
 
 def test_packed_rows_have_the_same_per_token_loss(tmp_path, tiny_tokenizer):
@@ -283,13 +301,13 @@ def test_an_all_masked_micro_batch_adds_nothing(tmp_path, tiny_tokenizer):
     assert all((p.grad == 0).all() for p in trainer.model.parameters())
 
 
-@pytest.mark.parametrize("mce_weight", [0.0, 1.0])
-def test_a_non_finite_loss_stops_the_run_and_names_the_rows(tmp_path, tiny_tokenizer, mce_weight):
+@pytest.mark.parametrize(("mce_weight", "solver"), [(0.0, "krylov"), (1.0, "krylov"), (1.0, "exact")])
+def test_a_non_finite_loss_stops_the_run_and_names_the_rows(tmp_path, tiny_tokenizer, mce_weight, solver):
     model = tiny_model()
     model.model.norm.weight.data[0] = torch.nan
     before = model.lm_head.weight.detach().clone()
     with pytest.raises(NonFiniteLossError, match=r"step 1, on the data rows \[\d+, \d+, \d+, \d+\]"):
-        train(tmp_path, tiny_tokenizer, model=model, mce_weight=mce_weight)
+        train(tmp_path, tiny_tokenizer, model=model, mce_weight=mce_weight, mce_solver=solver)
     assert torch.equal(model.lm_head.weight, before)
 
 
