@@ -212,6 +212,9 @@ def train(recipe: Recipe) -> None:
             f"accuracy_rows={recipe.data.accuracy_rows} decodes with whole weights, which ZeRO-3 and FSDP shard. "
             "Set accuracy_rows: 0 and evaluate the finished checkpoint."
         )
+    plugin = training.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3 and not plugin.deepspeed_config["zero_optimization"].get(GATHER):
+        raise RecipeError(f"the DeepSpeed config shards weights (stage 3) without {GATHER}: the run could not save them. Set it to true.")
     output = Path(str(training.output_dir))
     for part in (report, held_out[1] if held_out else None):
         say("\n".join(f"=> {line}" for line in part.lines()) if part else "=> no held-out rows")
@@ -230,8 +233,6 @@ def train(recipe: Recipe) -> None:
         peft_config=lora_config(recipe.model),
         callbacks=[MetricsFileCallback()],
     )
-    if is_deepspeed_zero3_enabled() and not trainer.accelerator.deepspeed_config["zero_optimization"].get(GATHER):
-        raise RecipeError(f"the DeepSpeed config shards weights (stage 3) without {GATHER}: the run could not save them. Set it to true.")
     results: dict[str, Any] = {"train_rows": report.rows_kept, "data": asdict(report), "processes": training.world_size}
 
     def measure(when: str) -> None:
@@ -296,6 +297,8 @@ def train(recipe: Recipe) -> None:
             HfApi(token=training.hub_token).upload_folder(
                 repo_id=str(trainer.hub_model_id), folder_path=output, ignore_patterns=["checkpoint-*", ".*"], commit_message="matrix_llm"
             )
+    trainer.accelerator.wait_for_everyone()  # a rank that leaves first can abort another inside gloo
+    trainer.accelerator.state.destroy_process_group()
 
 
 def main(arguments: list[str] | None = None) -> int:

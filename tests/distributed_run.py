@@ -28,6 +28,8 @@ def main(out: Path, settings: dict) -> None:
         kept = {k.removeprefix("module."): v.detach().float().cpu().clone().contiguous() for k, v in state.items()}
         save_file(kept, out / "weights.safetensors")
         (out / "history.json").write_text(json.dumps(trainer.state.log_history))
+    trainer.accelerator.wait_for_everyone()  # a rank that leaves first can abort the other inside gloo
+    trainer.accelerator.state.destroy_process_group()
 
 
 if __name__ == "__main__":
