@@ -40,7 +40,7 @@ $(VENV)/.python:
 $(VENV)/.torch: $(VENV)/.python constraints.txt
 	$(BIN)/python -c 'import torch, sys; sys.exit(torch.__version__.split("+")[0] != "$(TORCH)")' 2>/dev/null || \
 		$(PIP) install -q "torch==$(TORCH)+cpu" 2>/dev/null || \
-		$(PIP) install -q "torch==$(TORCH)+cpu" --index-url $(CPU_WHEELS) --extra-index-url https://pypi.org/simple || \
+		$(PIP) install -q "torch==$(TORCH)+cpu" --extra-index-url $(CPU_WHEELS) || \
 		$(PIP) install -q "torch==$(TORCH)"
 	touch $@
 

@@ -376,6 +376,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         what = "is empty" if values is None else f"holds {_WORDS.get(type(values), type(values).__name__)}"
         raise RecipeError(f"{path} {what}, but a recipe is one flat mapping of settings, `key: value` a line.")
     settings = {}
+    assert root is not None  # values came from it
     for (key_node, _), (key, value) in zip(root.value, values.items(), strict=True):
         where = f"{path} line {key_node.start_mark.line + 1}"
         _check_name(key, where)
