@@ -297,8 +297,7 @@ def train(recipe: Recipe) -> None:
             HfApi(token=training.hub_token).upload_folder(
                 repo_id=str(trainer.hub_model_id), folder_path=output, ignore_patterns=["checkpoint-*", ".*"], commit_message="matrix_llm"
             )
-    trainer.accelerator.wait_for_everyone()  # a rank that leaves first can abort another inside gloo
-    trainer.accelerator.state.destroy_process_group()
+    trainer.accelerator.wait_for_everyone()  # no rank leaves while another still needs it
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -337,5 +336,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def run_as_script() -> None:
+    """Exit with main's status. On several CPU processes, past the interpreter's shutdown, which gloo's threads sometimes abort
+    ("terminate called without an active exception") after everything has been written."""
+    status = main()
+    if status == 0 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import torch
+
+        if not torch.cuda.is_available():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_script()

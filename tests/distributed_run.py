@@ -1,6 +1,7 @@
 """Run by tests/test_distributed.py under `accelerate launch`: a few steps of MatrixTrainer, then loss curve and weights to disk."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def main(out: Path, settings: dict) -> None:
         save_file(kept, out / "weights.safetensors")
         (out / "history.json").write_text(json.dumps(trainer.state.log_history))
     trainer.accelerator.wait_for_everyone()  # a rank that leaves first can abort the other inside gloo
-    trainer.accelerator.state.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads sometimes abort the interpreter's shutdown ("terminate called without an active exception")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,9 @@ def test_matrix_config_is_built_in_python_like_sft_config(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the plan differs from the run only where there is no GPU")
-def test_a_machine_without_gpu_can_plan_a_gpu_recipe(recipe, tmp_path):
+def test_a_machine_without_gpu_can_plan_a_gpu_recipe(recipe, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # the current folder comes first, and must not hold a ds_configs of its own
     (tmp_path / ".git").mkdir()
     (tmp_path / "ds_configs").mkdir()
     (tmp_path / "ds_configs/zero3.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
