@@ -30,9 +30,10 @@ import hashlib
 import json
 import os
 import random
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from matrix_llm.files import atomic_path
 
 STYLES = ("GSM_AnsAug", "GSM_Rephrased", "GSM_SV", "GSM_FOBAR")
 SPLITS = ("train", "test")
@@ -365,21 +366,10 @@ def generate(count: int, *, seed: int, split: str = "train") -> list[Problem]:
 
 def write_jsonl(path: str | os.PathLike, problems: Iterable[Problem]) -> None:
     """One JSON object per line with MetaMathQA's columns. `path` holds the old file or the whole new one, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            for problem in problems:
-                row = {column: getattr(problem, column) for column in COLUMNS}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private; data files are not
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for problem in problems:
+            row = {column: getattr(problem, column) for column in COLUMNS}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
