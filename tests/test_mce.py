@@ -119,15 +119,15 @@ def test_head_and_tail_is_exact_for_the_distribution_with_an_even_tail(zero_rows
     torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("entropy", [0.7, 1.7])
-def test_the_default_holds_one_percent_in_the_value_and_five_in_the_gradient(entropy):
+@pytest.mark.parametrize("entropy", [1.7, 3.5])
+def test_the_default_holds_one_percent_in_the_value_and_five_in_the_gradient_ten_times_over(entropy):
     """Where CE <= 2, on vectors with a power-law spectrum and labels drawn from the predictions (table in docs/solvers.md)."""
     g = torch.Generator().manual_seed(0)
     v, d, n = 1000, 64, 200
-    embeddings = torch.randn(v, d, dtype=F64, generator=g) * torch.arange(1, d + 1, dtype=F64) ** -0.5
-    hidden = torch.randn(n, d, dtype=F64, generator=g) @ torch.diag(torch.arange(1, d + 1, dtype=F64) ** -0.5)
+    embeddings = torch.randn(v, d, dtype=F64, generator=g) * 1 / torch.arange(1, d + 1, dtype=F64)
+    hidden = torch.randn(n, d, dtype=F64, generator=g) @ torch.diag(1 / torch.arange(1, d + 1, dtype=F64))
     logits = hidden @ embeddings.T
-    low, high = 0.1, 50.0
+    low, high = 0.1, 200.0
     for _ in range(40):  # the temperature of this mean entropy
         scale = (low + high) / 2
         found = torch.distributions.Categorical(logits=scale * logits).entropy().mean()
@@ -139,8 +139,8 @@ def test_the_default_holds_one_percent_in_the_value_and_five_in_the_gradient(ent
     value, grad, _ = value_and_gradients(logits[keep], labels[keep], embeddings)
     counted = exact > 1e-3
     assert counted.sum() > 50
-    assert ((value - exact).abs() / exact)[counted].mean() < 0.01
-    assert ((grad - exact_grad).norm(dim=1) / exact_grad.norm(dim=1))[counted].mean() < 0.05
+    assert ((value - exact).abs() / exact)[counted].mean() < 0.001
+    assert ((grad - exact_grad).norm(dim=1) / exact_grad.norm(dim=1))[counted].mean() < 0.005
 
 
 def test_the_head_always_holds_the_target():
