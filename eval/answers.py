@@ -48,7 +48,8 @@ MARKER = re.compile(
     r"answers?(?: to (?:the|this) (?:question|problem))? ?"
     r"(?:is|are|would be|should be|will be|must be)(?: therefore| thus| then| simply| just)?(?: given by| equal to| that| as follows)?"
     r"[ \t]*[:=]*\s*"
-    r"|answer\*{0,2}[ \t]*[:=\uff1a][ \t]*\*{0,2}\s*"
+    r"|answer[\"'*]{0,3}[ \t]*[:=\uff1a][ \t]*\*{0,2}\s*"
+    r"|(?:^|\n)# ?answer\s*\n\s*"
     r"|(?<!#)####(?!#)[ \t]*",
     re.I,
 )
@@ -59,6 +60,8 @@ NEXT_PROBLEM = re.compile(
     r"|\[INST\]|Below is an instruction)"
     r"|I hope it is correct\.|</s>|<\|endoftext\|>|<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>"
 )
+TAGS = re.compile(r"</?(?:solution|answer|final_answer|result)>", re.I)
+ENDS_IN_CODE = re.compile(r"(?:```|</execute>|\bprint\([^\n]*\))\s*$")
 PLAIN_NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+(?![\d/]))?|(?<![\w.])-?\.\d+")
 NUMBER = re.compile(r"-?\$?-?(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+(?![\d.])|\d+)(?:\.\d+)?(?:[ \t]*/[ \t]*\d+)?|-?\$?\.\d+")
 MATHS = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
@@ -83,6 +86,7 @@ def extract_answer(response: str, *, convention: str, benchmark: str = "gsm8k") 
     response = response[-WINDOW:]
     if convention != "verified":
         return conventions.extract(response, convention, benchmark)
+    response = TAGS.sub(" ", response)
     return _extract_gsm8k(response) if benchmark == "gsm8k" else _extract_math(response)
 
 
@@ -190,7 +194,7 @@ def _extract_math(response: str) -> str | None:
             return answer
     if boxed is not None:
         return _boxes(text) or boxed
-    if place >= 0 or _loops(text):
+    if place >= 0 or _loops(text) or ENDS_IN_CODE.search(text[-500:]):
         return None
     formulas = [next(group for group in match if group) for match in MATHS.findall(text[-3000:]) if any(match)]
     if formulas:
@@ -226,6 +230,9 @@ def _right_side(formula: str) -> str:
 def _phrase(text: str) -> str | None:
     r"""The answer at the head of what follows a marker: a box, a formula, or words up to the end of the sentence."""
     text = text.lstrip(" \t\n*:").lstrip()
+    quoted = re.match(r"\"([^\"\n]{1,300})\"", text)
+    if quoted:  # "answer": "..." of a JSON object
+        return quoted.group(1)
     box = re.match(r"[^\n]{0,80}?\\(?:boxed|fbox) ?\{", text)
     if box:
         return conventions.last_boxed(text[: 600 if "\n" not in text else max(text.find("\n"), box.end() + 200)], skip_empty=True)

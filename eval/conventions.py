@@ -244,7 +244,7 @@ def equal(given: str, gold: str, convention: str, benchmark: str) -> bool:
         return True
     if convention != "flexible":
         return False
-    a, b = rational(given), rational(gold)
-    if a is not None and b is not None:
-        return abs(a - b) <= abs(b) / 10_000
+    value, wanted = rational(given), rational(gold)
+    if value is not None and wanted is not None:
+        return abs(value - wanted) <= abs(wanted) / 10_000
     return symbolically_equal(given, gold)

@@ -219,9 +219,9 @@ def structure(text: str) -> Node:
         inner = text[2:-2]
         return ("set", tuple(_flat([structure(part) for part in split(inner, ",") if part.strip()])))
     if text[0] in "([" and text[-1] in ")]" and _matching(text):
-        inner = split(text[1:-1], ",")
-        if len(inner) > 1:
-            return ("bracket", text[0], text[-1], tuple(structure(part) for part in inner))
+        parts = split(text[1:-1], ",")
+        if len(parts) > 1:
+            return ("bracket", text[0], text[-1], tuple(structure(part) for part in parts))
         if "=" in text or RELATION.search(text):
             return structure(text[1:-1])
     pieces = RELATION.split(text)
