@@ -13,14 +13,14 @@ Shapes: B batch, T longest prompt of the batch, L longest continuation.
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, Trainer, TrainerCallback
 
 from matrix_llm.prompts import PROMPT_TEMPLATES
 
@@ -176,8 +176,12 @@ def measure_accuracy(
     template: str = PROMPT_TEMPLATES["metamath"],
     max_new_tokens: int = 512,
     batch_size: int = 64,
+    is_correct: Callable[[str, str], bool] | None = None,
 ) -> Accuracy:
     """Share of `problems` whose greedy response ends in the right answer.
+
+    `is_correct(response, answer)` replaces the number that `final_answer` finds, for answers that are not numbers:
+    `functools.partial(eval.answers.is_correct, benchmark="math")`.
 
     `template` is the prompt of training, with {instruction} where the query goes. It is replaced, not formatted, so
     that the braces of LaTeX survive. Answers are compared as `final_answer` spells them.
@@ -188,7 +192,7 @@ def measure_accuracy(
         raise ValueError(f"template={template!r} must hold {{instruction}} once: that is where the query goes.")
     expected = [final_answer(ANSWER_MARKER + problem.answer) for problem in problems]
     for index, (problem, answer) in enumerate(zip(problems, expected, strict=True)):
-        if answer is None:
+        if answer is None and is_correct is None:
             raise ValueError(f"problem {index} has the answer {problem.answer!r}, which holds no number to compare with.")
     responses = generate_greedy(
         model,
@@ -198,8 +202,11 @@ def measure_accuracy(
         batch_size=batch_size,
     )
     given = [final_answer(response) for response in responses]
-    is_correct = tuple(a == b for a, b in zip(given, expected, strict=True))
-    correct, total = sum(is_correct), len(problems)
+    if is_correct is None:
+        verdicts = tuple(a == b for a, b in zip(given, expected, strict=True))
+    else:
+        verdicts = tuple(is_correct(response, problem.answer) for response, problem in zip(responses, problems, strict=True))
+    correct, total = sum(verdicts), len(problems)
     low, high = wilson_interval(correct, total)
     return Accuracy(
         correct=correct,
@@ -209,5 +216,25 @@ def measure_accuracy(
         high=high,
         unanswered=given.count(None),
         responses=tuple(responses),
-        is_correct=is_correct,
+        is_correct=verdicts,
     )
+
+
+class AccuracyCallback(TrainerCallback):
+    """Logs greedy accuracy on a sample of problems every `every` steps: `accuracy`, and Wilson's 95 % interval around it as
+    `accuracy_low` and `accuracy_high`. Training is not disturbed: greedy decoding draws no random number, and modes are restored.
+
+    >>> trainer.add_callback(AccuracyCallback(trainer, problems, every=500))  # doctest: +SKIP
+
+    `settings` are `measure_accuracy`'s.
+    """
+
+    def __init__(self, trainer: Trainer, problems: Sequence[Question], *, every: int, **settings: Any) -> None:
+        if every < 1:
+            raise ValueError(f"every={every} must be 1 or more: accuracy is measured every so many optimizer steps.")
+        self.trainer, self.problems, self.every, self.settings = trainer, problems, every, settings
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step % self.every == 0:
+            found = measure_accuracy(self.trainer.model, self.trainer.processing_class, self.problems, **self.settings)  # type: ignore[arg-type]
+            self.trainer.log({"accuracy": found.accuracy, "accuracy_low": found.low, "accuracy_high": found.high})

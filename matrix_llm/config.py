@@ -153,6 +153,7 @@ class DataArguments:
     prompt_template: str = "metamath"  # a key of PROMPT_TEMPLATES, or a text holding {instruction} once
     too_long: str = field(default="drop", metadata={"choices": ["drop", "truncate", "error"]})
     accuracy_rows: int = 0  # held-out problems decoded greedily before and after training
+    accuracy_steps: int = 0  # and every so many optimizer steps between, logged as `accuracy`
     accuracy_max_new_tokens: int = 256
 
     def __post_init__(self):
@@ -162,6 +163,11 @@ class DataArguments:
             resolve_template(self.prompt_template)
         except ValueError as error:
             raise RecipeError(str(error)) from None
+        if self.accuracy_steps > 0 and self.accuracy_rows == 0:
+            raise RecipeError(
+                f"accuracy_steps={self.accuracy_steps} says when to measure accuracy, but accuracy_rows is 0. "
+                "Set accuracy_rows to a number of held-out problems."
+            )
         if self.accuracy_rows > 0 and self.eval_dataset is None and self.dataset != "builtin":
             raise RecipeError(
                 f"accuracy_rows={self.accuracy_rows} needs held-out problems, but no eval_dataset is given. "
@@ -190,7 +196,9 @@ _RANGES = {
     **dict.fromkeys(["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length"], _COUNT),
     **dict.fromkeys(["mce_steps", "mce_order", "lora_r", "lora_alpha", "save_total_limit", "dataset_num_proc"], _COUNT),
     **dict.fromkeys(["max_train_rows", "max_eval_rows", "builtin_rows", "builtin_eval_rows", "accuracy_max_new_tokens"], _COUNT),
-    **dict.fromkeys(["mce_weight", "effective_rank_steps", "accuracy_rows", "weight_decay", "warmup_steps"], _NOT_NEGATIVE),
+    **dict.fromkeys(
+        ["mce_weight", "effective_rank_steps", "accuracy_rows", "accuracy_steps", "weight_decay", "warmup_steps"], _NOT_NEGATIVE
+    ),
     **dict.fromkeys(["max_grad_norm", "seed", "data_seed", "dataloader_num_workers"], _NOT_NEGATIVE),
     **dict.fromkeys(["lora_dropout", "label_smoothing_factor", "adam_beta1", "adam_beta2"], _FRACTION),
     "max_steps": (lambda x: x == -1 or x >= 1, "-1 (num_train_epochs decides) or at least 1"),

@@ -35,7 +35,8 @@ USAGE = "usage: accelerate launch matrix_llm/train.py RECIPE.yaml [--key value .
 # Settings that may change between a run and its resumption: they say when to look, not what is computed.
 MAY_CHANGE = {
     "resume_from_checkpoint", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy",
-    "report_to", "run_name", "disable_tqdm", "effective_rank_steps", "accuracy_rows", "dataloader_num_workers", "dataset_num_proc",
+    "report_to", "run_name", "disable_tqdm", "effective_rank_steps", "accuracy_rows", "accuracy_steps",
+    "dataloader_num_workers", "dataset_num_proc",
     "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo",
 }  # fmt: skip
 
@@ -195,7 +196,7 @@ def train(recipe: Recipe) -> None:
     from huggingface_hub import HfApi
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-    from matrix_llm.accuracy import measure_accuracy
+    from matrix_llm.accuracy import AccuracyCallback, measure_accuracy
     from matrix_llm.hub import model_card, versions
     from matrix_llm.model import load_config, load_model, lora_config
     from matrix_llm.plan import describe_loss, plan_steps
@@ -235,13 +236,18 @@ def train(recipe: Recipe) -> None:
     )
     results: dict[str, Any] = {"train_rows": report.rows_kept, "data": asdict(report), "processes": training.world_size}
 
+    decoding: dict[str, Any] = {
+        "template": resolve_template(recipe.data.prompt_template),
+        "max_new_tokens": recipe.data.accuracy_max_new_tokens,
+        "batch_size": training.per_device_eval_batch_size,
+    }
+    if recipe.data.accuracy_steps:
+        trainer.add_callback(AccuracyCallback(trainer, problems, every=recipe.data.accuracy_steps, **decoding))
+
     def measure(when: str) -> None:
         if not problems:
             return
-        found = measure_accuracy(
-            trainer.model, tokenizer, problems, template=resolve_template(recipe.data.prompt_template),
-            max_new_tokens=recipe.data.accuracy_max_new_tokens, batch_size=training.per_device_eval_batch_size,
-        )  # fmt: skip
+        found = measure_accuracy(trainer.model, tokenizer, problems, **decoding)
         results[f"accuracy_{when}"] = {k: v for k, v in asdict(found).items() if k not in ("responses", "is_correct")}
         say(
             f"=> accuracy {when} training: {100 * found.accuracy:.1f} % of {found.total} held-out problems, greedy "

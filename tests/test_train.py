@@ -218,3 +218,20 @@ def test_importing_the_package_needs_torch_alone():
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_accuracy_during_training_is_logged_and_changes_no_weight(recipe, tmp_path):
+    assert main([recipe(accuracy_rows=0, output_dir=str(tmp_path / "without"))]) == 0
+    measured = {"accuracy_rows": 6, "accuracy_steps": 2, "accuracy_max_new_tokens": 4}
+    assert main([recipe(**measured, output_dir=str(tmp_path / "with"))]) == 0
+    entries = [json.loads(line) for line in (tmp_path / "with" / "metrics.jsonl").read_text().splitlines()]
+    found = [entry for entry in entries if "accuracy" in entry]
+    assert [entry["step"] for entry in found][:2] == [2, 4]
+    assert all(entry["accuracy_low"] <= entry["accuracy"] <= entry["accuracy_high"] for entry in found)
+    for name, tensor in weights(tmp_path / "without").items():
+        assert torch.equal(tensor, weights(tmp_path / "with")[name]), name
+
+
+def test_accuracy_steps_without_rows_is_refused(recipe, capsys):
+    assert main([recipe(accuracy_rows=0, accuracy_steps=5)]) == 2
+    assert "accuracy_steps=5" in capsys.readouterr().err
