@@ -190,10 +190,11 @@ def _extract_math(response: str) -> str | None:
         if boxed is not None and start < place:
             break
         answer = _phrase(rest)
-        if answer and (boxed is None or re.search(r"[\d\\]", answer)):  # not "the answer is correct" behind a box
+        # behind a box only what is an answer itself: not "the answer is correct", not a further explanation
+        if answer and (boxed is None or (len(answer) < 80 and re.search(r"[\d\\]", answer))):
             return answer
     if boxed is not None:
-        return _boxes(text) or boxed
+        return boxed
     if place >= 0 or _loops(text) or ENDS_IN_CODE.search(text[-500:]):
         return None
     formulas = [next(group for group in match if group) for match in MATHS.findall(text[-3000:]) if any(match)]
@@ -323,7 +324,9 @@ def _words(text: str) -> str:
 
 
 def _prose(text: str) -> bool:
-    """Words rather than a formula: sympy has nothing to add."""
+    """Words or a time of day rather than a formula: sympy has nothing to add."""
+    if re.search(r"\b[ap]\.? ?m\b", text, re.I):
+        return True
     return bool(re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{4,}", text)) or not re.search(r"[\d\\=^]", text)
 
 
@@ -336,7 +339,12 @@ def grade(response: str, gold: str, *, benchmark: str = "gsm8k", convention: str
     if extracted is None:
         return Verdict(False, None)
     if convention == "verified":
-        return Verdict(_equal(extracted, gold), extracted)
+        correct = _equal(extracted, gold)
+        if correct is not True and benchmark == "math" and "," in gold:
+            boxes = _boxes(_first_problem(TAGS.sub(" ", response[-WINDOW:])))
+            if boxes is not None and _equal(boxes, gold):
+                return Verdict(True, boxes)
+        return Verdict(correct, extracted)
     return Verdict(conventions.equal(extracted, gold, convention, benchmark), extracted)
 
 

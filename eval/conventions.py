@@ -201,7 +201,9 @@ def symbolically_equal(given: str, gold: str) -> bool:
 
 def rational(text: str) -> Fraction | None:
     """An integer, decimal or plain fraction, with thousands commas, a sign and a dollar sign allowed."""
-    text = text.strip().lstrip("$").replace(",", "").strip()
+    text = text.strip().lstrip("$").strip()
+    if re.match(r"[-+]?\d{1,3}(?:,\d{3})+(?!\d)", text):
+        text = text.replace(",", "")
     if len(text) > 400 or not re.fullmatch(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?: ?/ ?\d+)?", text, re.ASCII):
         return None
     top, _, bottom = text.replace(" ", "").partition("/")

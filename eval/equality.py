@@ -288,9 +288,9 @@ def same(left: Node, right: Node) -> bool:
     """Whether two trees mean the same. Raises `UndecidedError` when that hangs on a piece that cannot be evaluated."""
     if left[0] == "equation" and right[0] == "equation":
         return _same_equation(left, right)
-    if left[0] == "equation" and _named(left):
+    if left[0] == "equation" and (_named(left) or _calculates(left)):
         return same(left[2], right)
-    if right[0] == "equation" and _named(right):
+    if right[0] == "equation" and (_named(right) or _calculates(right)):
         return same(left, right[2])
     if left[0] != right[0]:
         if {left[0], right[0]} == {"matrix", "bracket"}:  # a column or row vector written as a tuple
@@ -341,6 +341,11 @@ def _named(equation: Node) -> bool:
     if left[0] == "bracket":
         return all(_named(("equation", item)) for item in left[3])
     return left[0] == "x" and not has(left[1], ("n", "+", "-", "pi", "i", "!"))
+
+
+def _calculates(equation: Node) -> bool:
+    """3 + 4 = 7: the left side holds no unknown, so the right side is the answer."""
+    return equation[1][0] == "x" and not has(equation[1][1], ("v",))
 
 
 def _same_equation(left: Node, right: Node) -> bool:

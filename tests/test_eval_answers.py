@@ -37,7 +37,7 @@ UNEQUAL = [
     (r"\frac{1}{2}", r"\frac{2}{1}"), ("40_9", "40_8"), (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 2 \\ 1 \end{pmatrix}"), ("A", "B"),
     (r"\text{even}", r"\text{odd}"), ("", "5"), ("5", ""), ("", ""), ("3:1", "1:3"), (r"2\sqrt{3}", r"3\sqrt{2}"), ("east", "seat"), ("x>5", "x<5"),
     ("10^{18}", "10^{18}+1"), ("1000000000000000001", "1000000000000000000"), ("-5", "5"), ("x^2", "2x"), (r"\sqrt{2}", "1.414"), ("4:30 a.m.", "4:30 p.m."),
-    ("225", "22.5"), ("2x=y", "3x=y"), (r"\infty", r"-\infty"), ("0", r"\infty"), ("y=2x", "y=3x"), ("5 and 6", "5"),
+    ("225", "22.5"), ("2x=y", "3x=y"), (r"\infty", r"-\infty"), ("0", r"\infty"), ("y=2x", "y=3x"), ("5 and 6", "5"), ("1,2", "12"), ("4", "0,4"), (r"9\text{ a.m.}", r"9^\circ"), ("3+4=8", "7"),
 ]  # fmt: skip
 
 
@@ -84,6 +84,8 @@ RIGHT_MATH = [
     (r"Thus $19x - 4x + 1 - 81 = 15x - 80$.", "15x-80"),
     (r"The answer is (B).", r"\text{(B)}"),
     (r"first $\boxed{3}$, no: $\boxed{4}$", "4"),
+    (r"in base ten \boxed{15\frac{39}{40}} or \boxed{\frac{639}{40}}", r"\frac{639}{40}"),
+    (r"The answer is $289 - 225 = 64$.", "64"),
 ]
 
 
