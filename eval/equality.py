@@ -344,8 +344,8 @@ def _named(equation: Node) -> bool:
 
 
 def _calculates(equation: Node) -> bool:
-    """3 + 4 = 7: the left side holds no unknown, so the right side is the answer."""
-    return equation[1][0] == "x" and not has(equation[1][1], ("v",))
+    """3 + 4 = 7: no side holds an unknown, so the right side is the answer."""
+    return all(side[0] == "x" and not has(side[1], ("v",)) for side in equation[1:])
 
 
 def _same_equation(left: Node, right: Node) -> bool:
