@@ -1,0 +1,19 @@
+"""MATH: 5,000 competition problems of seven subjects and five levels; or MATH-500, a subset in common use.
+
+    python eval/hendrycks_math.py --model runs/my_model                       # test set from the Hub
+    python eval/hendrycks_math.py --model runs/my_model --subset math500
+    python eval/hendrycks_math.py --model runs/my_model --data test.jsonl     # from a file
+
+Called so because a file math.py here would take the place of the standard library's.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from eval.run import main
+
+if __name__ == "__main__":
+    sys.exit(main("math", "Score a model on MATH: generate once, grade by every convention, save everything."))

@@ -1,0 +1,179 @@
+"""Grade generations on file again, under every convention side by side, with the disagreements listed. No GPU, no model.
+
+    python eval/regrade.py runs/a/gsm8k.jsonl --benchmark gsm8k
+    python eval/regrade.py theirs.jsonl --benchmark math --show 20 --out regraded.json
+
+Our files and those of others: JSON lines with a response, a gold answer and perhaps the problem, under the names in FIELDS.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from eval.answers import BENCHMARKS, CONVENTIONS
+from eval.report import by_problem, grade_rows, score, score_lines, visible, write_json
+from eval.tasks import EvalError, last_boxed
+
+FIELDS = {  # the first name that a row holds is taken
+    "response": ("response", "completion", "generation", "output", "prediction"),
+    "gold": ("gold", "answer", "target", "expected"),
+    "problem": ("problem", "question", "prompt"),
+}
+LISTED_BAD = 5
+
+
+def read_generations(path: Path, benchmark: str) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
+    """Rows with id, sample, line, problem, response and gold; and the lines that hold none, each with the reason.
+
+    A row without an id is a problem of its own. Rows of one id are its samples, in the order of the file unless they say `sample`.
+    """
+    if not path.is_file():
+        raise EvalError(
+            f"{path} {'is a folder' if path.is_dir() else 'does not exist'}. Give a file of JSON lines, such as runs/a/gsm8k.jsonl."
+        )
+    rows: list[dict[str, Any]] = []
+    bad: list[tuple[int, str]] = []
+    seen: Counter[str] = Counter()
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                given = _fields(row, benchmark)
+            except UnicodeDecodeError:
+                bad.append((number, "not UTF-8"))
+            except (ValueError, RecursionError) as error:
+                bad.append((number, f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else str(error)))
+            else:
+                name = str(row["id"]) if row.get("id") is not None else f"line {number}"
+                for response in given.pop("responses"):
+                    sample = row["sample"] if isinstance(row.get("sample"), int) else seen[name]
+                    seen[name] += 1
+                    rows.append({"id": name, "sample": sample, "line": number, **given, "response": response})
+    if not rows:
+        reasons = "; ".join(f"line {number}: {reason}" for number, reason in bad[:LISTED_BAD])
+        raise EvalError(f"{path} holds no generation to grade ({reasons or 'it is empty'}).")
+    return rows, bad
+
+
+def _fields(row: Any, benchmark: str) -> dict[str, Any]:
+    """{"responses", "gold", "problem"} of one row under whatever names it uses."""
+    if not isinstance(row, dict):
+        raise ValueError(f"a {type(row).__name__}, not an object with named fields")
+    found = {field: next((row[name] for name in names if row.get(name) is not None), None) for field, names in FIELDS.items()}
+    responses = found["response"] if isinstance(found["response"], list) else [found["response"]]
+    if not responses or not all(isinstance(response, str) for response in responses):
+        raise ValueError(f"no text under {' or '.join(FIELDS['response'])}; its fields are {', '.join(map(str, row)) or 'none'}")
+    gold = found["gold"]
+    if benchmark == "math":
+        source = next((value for value in (gold, row.get("solution")) if isinstance(value, str) and last_boxed(value) is not None), None)
+        gold = last_boxed(source) if source is not None else gold
+    elif isinstance(gold, str):
+        gold = gold.rsplit("####", 1)[-1]
+    if isinstance(gold, bool) or not isinstance(gold, str | int | float) or not str(gold).strip():
+        solution = " or a solution with \\boxed" if benchmark == "math" else ""
+        raise ValueError(f"no gold answer under {' or '.join(FIELDS['gold'])}{solution}; its fields are {', '.join(map(str, row))}")
+    problem = found["problem"]
+    return {"responses": responses, "gold": str(gold).strip(), "problem": problem if isinstance(problem, str) else ""}
+
+
+def regrade(path: Path, benchmark: str) -> dict[str, Any]:
+    """Scores under every convention, bad lines, and the rows on whose verdict the conventions disagree."""
+    rows, bad = read_generations(path, benchmark)
+    graded = grade_rows(rows, benchmark=benchmark)
+    try:
+        places = by_problem(rows)
+    except ValueError as error:
+        raise EvalError(f"{path}: {error}") from None
+    disagreements = []
+    for place, row in enumerate(rows):
+        verdicts = {convention: graded[convention][place] for convention in CONVENTIONS}
+        if len({verdict.correct for verdict in verdicts.values()}) > 1:
+            each = {convention: {"correct": verdict.correct, "extracted": verdict.extracted} for convention, verdict in verdicts.items()}
+            found = {verdict.correct for verdict in verdicts.values() if verdict.extracted is not None}
+            told = {key: row[key] for key in ("id", "sample", "line", "problem", "gold", "response")}
+            disagreements.append({**told, "on_answers_found": len(found) > 1, "verdicts": each})
+    return {
+        "file": str(path),
+        "benchmark": benchmark,
+        "rows": len(rows),
+        "problems": len(places),
+        "scores": {
+            convention: score([[verdicts[place] for place in found] for found in places.values()])
+            for convention, verdicts in graded.items()
+        },
+        "bad_lines": [{"line": number, "reason": reason} for number, reason in bad],
+        "disagreements": disagreements,
+    }
+
+
+def describe(result: Mapping[str, Any], *, show: int) -> str:
+    """The result as text for a terminal."""
+    several = "" if result["rows"] == result["problems"] else ", accuracy is over all samples, interval and counts are of the first of each"
+    lines = [f"{result['file']}: {result['rows']} responses to {result['problems']} problems{several}", "", *score_lines(result["scores"])]
+    bad = result["bad_lines"]
+    if bad:
+        lines += ["", f"warning: {len(bad)} lines hold no generation and are not counted"]
+        lines += [f"  line {each['line']}: {visible(each['reason'])}" for each in bad[:LISTED_BAD]]
+        lines += [f"  and {len(bad) - LISTED_BAD} more (--out lists all)"] if len(bad) > LISTED_BAD else []
+    disagreements = result["disagreements"]
+    telling = [each for each in disagreements if each["on_answers_found"]]
+    others = [each for each in disagreements if not each["on_answers_found"]]  # some conventions found no answer: a matter of format
+    lines += [
+        "",
+        f"the conventions disagree on {len(disagreements)} of {result['rows']} responses, on {len(telling)} of them about answers found",
+    ]
+    if disagreements and show > 0:
+        lines[-1] += f"; {min(show, len(disagreements))} shown, those first (--show N, --out FILE for all)"
+    for each in (telling + others)[: max(show, 0)]:
+        lines += ["", f"{visible(each['id'])}, sample {each['sample']}, line {each['line']}: gold {_brief(each['gold'])}"]
+        if each["problem"]:
+            lines.append(f"  problem    {_brief(each['problem'])}")
+        lines.append(f"  response   {_tail(each['response'])}")
+        for convention, verdict in each["verdicts"].items():
+            word = {True: "right", False: "wrong", None: "ungraded"}[verdict["correct"]]
+            extracted = "no answer found" if verdict["extracted"] is None else _brief(verdict["extracted"])
+            lines.append(f"  {convention:<9}  {word:<8}  {extracted}")
+    return "\n".join(lines)
+
+
+def _brief(text: str, limit: int = 110) -> str:
+    text = visible(" ".join(text.split()))
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _tail(text: str, limit: int = 110) -> str:
+    text = visible(" ".join(text[-4 * limit :].split()))
+    return text if len(text) <= limit else "…" + text[1 - limit :]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="eval/regrade.py", description="Grade generations on file under every convention.")
+    parser.add_argument("generations", type=Path, help="JSON lines with a response and a gold answer each")
+    parser.add_argument("--benchmark", choices=BENCHMARKS, required=True)
+    parser.add_argument("--show", type=int, default=10, metavar="N", help="disagreements to list (default: 10)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON, with all disagreements")
+    options = parser.parse_args(arguments)
+    try:
+        result = regrade(options.generations, options.benchmark)
+        print(describe(result, show=options.show))
+        if options.out:
+            write_json(options.out, result)
+            print(f"\n{options.out}: all of this as JSON")
+    except EvalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

