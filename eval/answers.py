@@ -50,12 +50,13 @@ MARKER = re.compile(
     r"[ \t]*[:=]*\s*"
     r"|answer[\"'*]{0,3}[ \t]*[:=\uff1a][ \t]*\*{0,2}\s*"
     r"|(?:^|\n)# ?answer\s*\n\s*"
+    r"|final result\*{0,2}[ \t]*(?:is|[:=])[ \t]*\*{0,2}\s*"
     r"|(?<!#)####(?!#)[ \t]*",
     re.I,
 )
 # A base model that goes on with a problem of its own: what follows is not an answer to ours.
 NEXT_PROBLEM = re.compile(
-    r"\n\s*(?:Q:|Question ?\d*:|Problem ?\d*:|Exercise ?\d*:|### ?(?:Instruction|Question|Problem)|Human:|User:|USER:"
+    r"\n[ \t]*(?:Q:|Question ?\d*:|Problem ?\d*:|Exercise ?\d*:|### ?(?:Instruction|Question|Problem)|Human:|User:|USER:"
     r"|<\|im_start\|>|<\|user\|>"
     r"|\[INST\]|Below is an instruction)"
     r"|I hope it is correct\.|</s>|<\|endoftext\|>|<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>"
@@ -114,7 +115,7 @@ def _loops(text: str) -> bool:
 def _after_markers(text: str) -> list[tuple[int, str]]:
     """(place, rest of the line) behind every answer marker; markers inside \\boxed belong to it."""
     found = []
-    for match in MARKER.finditer(text):
+    for match in list(MARKER.finditer(text))[-20:]:
         rest = text[match.end() : match.end() + 1500]
         if rest.strip():
             found.append((match.start(), rest))
@@ -142,6 +143,7 @@ def _extract_gsm8k(response: str) -> str | None:
 STARTS_WITH_NUMBER = re.compile(r"^[\s*:=~\"'(]*(?:approximately |about |exactly |only |x ?= ?|\\\(|\\\[|\$)*\\?-?\$?-?[\d.]|^[\s*]*[$\\]")
 
 
+BOLD_NUMBER = re.compile(r"\*\*[^*\n\d$-]{0,40}(" + NUMBER.pattern + r")[^*\n]{0,40}\*\*")
 RESULT = re.compile(r"= ?(-?\$?-?[\d,]*\.?\d+)")
 
 
@@ -151,6 +153,9 @@ def _conclusion(text: str, whole: str) -> str | None:
     numbers = [_tidy(number) for number in NUMBER.findall(text)]
     if not numbers:
         return None
+    bold = BOLD_NUMBER.findall(text)
+    if bold:
+        return _tidy(bold[-1])
     sentences = [part for part in re.split(r"(?<=[a-z)%])[.!]\s|\n", text) if NUMBER.search(part)]
     stated = [_tidy(number) for number in NUMBER.findall(sentences[-1])] if sentences else []
     results = RESULT.findall(whole[-1500:])
@@ -164,14 +169,15 @@ def _conclusion(text: str, whole: str) -> str | None:
 
 def _number_of(text: str, before: str = "") -> str | None:
     """The number an answer phrase gives: the first where it starts with one (behind its last "="), the last where it is prose."""
-    text = text.replace("\\$", "$").replace("\\!", "").replace("{,}", ",").replace("**", "").replace("\\,", "")
+    text = text.replace("\\$", "$").replace("\\!", "").replace("{,}", ",").replace("\\,", "")
+    marked, text = text, text.replace("**", "")
     line = text.lstrip().split("\n", 1)[0]
     sentence = re.split(r"(?<=[^\d])\.(?:\s|$)|(?<=\d)\.\s+(?=[A-Z])", line, maxsplit=1)[0]
     fraction = re.search(r"(-?)\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", sentence)
     if fraction and "=" not in sentence[fraction.end() :]:
         return f"{fraction.group(1)}{fraction.group(2)}/{fraction.group(3)}"
     if not STARTS_WITH_NUMBER.match(text):
-        return _conclusion(text, before + text)
+        return _conclusion(marked, before + text)
     if "=" in sentence and NUMBER.search(sentence.rsplit("=", 1)[1]):
         sentence = sentence.rsplit("=", 1)[1]
     found = NUMBER.search(sentence)
@@ -191,7 +197,7 @@ def _extract_math(response: str) -> str | None:
             break
         answer = _phrase(rest)
         # behind a box only what is an answer itself: not "the answer is correct", not a further explanation
-        if answer and (boxed is None or (len(answer) < 80 and re.search(r"[\d\\]", answer))):
+        if answer and (boxed is None or (re.search(r"[\d\\]", answer) and not re.search(r"(?<![\\a-zA-Z])[a-z]{3,}", answer))):
             return answer
     if boxed is not None:
         return boxed
@@ -237,10 +243,13 @@ def _phrase(text: str) -> str | None:
     box = re.match(r"[^\n]{0,80}?\\(?:boxed|fbox) ?\{", text)
     if box:
         return conventions.last_boxed(text[: 600 if "\n" not in text else max(text.find("\n"), box.end() + 200)], skip_empty=True)
+    if re.match(r"(?:\$+|\\\[|\\\()?\s*\\begin", text):
+        text = text.replace("\n", " ")
     for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         if text.startswith(opening) and not re.match(r"\$\d[\d,.]*(?![^\n]{0,200}\$)", text):
-            end = text.find(closing, len(opening))
-            if end > 0:
+            closer = re.compile(r"(?<!\\)" + re.escape(closing)).search(text, len(opening))
+            if closer:
+                end = closer.start()
                 first, after = text[len(opening) : end].strip(), text[end + len(closing) :]
                 more = re.match(r"(?:,? and |,? or |, )\$([^$\n]{1,100})\$", after)
                 while more:
@@ -272,7 +281,8 @@ BASE = re.compile(r"(?<=[0-9A-F])_(?:\d|\{ ?\d+ ?\})$")
 COUNT_WORDS = {
     word: str(n) for n, word in enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"))
 }
-WORDS = re.compile(r"[^a-z0-9.:]+")
+CHOICE = re.compile(r"^(?:\(([A-Za-z])\)(?: [^()]*)?|([A-Za-z])[).:](?: [^()]*)?|([A-Za-z]))$")
+COUNTED = re.compile(r"^(-?[\d.,/]+) ([a-zA-Z][a-zA-Z ]*)$")
 
 
 @lru_cache(maxsize=20_000)
@@ -288,13 +298,13 @@ def _equal(pred: str, gold: str) -> bool | None:
     given, wanted = latex.clean(LEAD.sub("", pred)), latex.clean(gold)
     if not given or not wanted:
         return False
-    if given.replace(" ", "") == wanted.replace(" ", ""):
+    if _close_up(given) == _close_up(wanted) or _same_text(given, wanted):
         return True
     given, wanted = (COUNT_WORDS.get(text.lower(), text) for text in (given, wanted))
-    choice = re.fullmatch(r"\(?([A-Z])\)?", wanted)
-    if choice:
-        letter = re.match(r"\(?([A-Za-z])\)?(?:[).:,\s]|$)", given)
-        return letter is not None and letter.group(1).upper() == choice.group(1).upper()
+    if re.fullmatch(r"\(?[A-Z]\)?", wanted):
+        choice = CHOICE.match(given)
+        if choice:
+            return next(letter for letter in choice.groups() if letter).upper() == wanted.strip("()")
     if BASE.search(given) is None or BASE.search(wanted) is None:  # the base is the question's: 664 for 664_7
         given, wanted = BASE.sub("", given), BASE.sub("", wanted)
         if given == wanted:
@@ -305,10 +315,15 @@ def _equal(pred: str, gold: str) -> bool | None:
     verdict = _same(given, wanted)
     if verdict is not None:
         return verdict
-    if _words(given) and _words(given) == _words(wanted):
-        return True
+    counted = COUNTED.match(given)
+    if counted and conventions.rational(wanted) is not None and not latex.NO_UNIT.search(counted.group(2)):  # 18 eggs per day
+        return conventions.rational(counted.group(1)) == conventions.rational(wanted)
     if _prose(given) or _prose(wanted):
         return False
+    if BASE.search(given) or BASE.search(wanted):
+        return False
+    if max(len(given), len(wanted)) > latex.LENGTH // 2:
+        return None
     return symbolic.equal(pred, gold)
 
 
@@ -319,8 +334,17 @@ def _same(given: str, wanted: str) -> bool | None:
         return None
 
 
-def _words(text: str) -> str:
-    return WORDS.sub("", re.sub(r"\\[a-zA-Z]+", "", text.lower())).replace(".", "")
+def _close_up(text: str) -> str:
+    """Without spaces, but "1 2" stays two numbers."""
+    return re.sub(r"(?<!\d) | (?!\d)", "", text)
+
+
+def _same_text(given: str, wanted: str) -> bool:
+    """Words alike up to case, quotes and dots of abbreviations. Nothing that counts in mathematics is dropped."""
+    if not re.search(r"[A-Za-z]{2}", wanted) or "\\" in given + wanted:
+        return False
+    a, b = (re.sub(r"(?<=[a-z])\.|[\"'`]", "", _close_up(text.lower())) for text in (given, wanted))
+    return a == b
 
 
 def _prose(text: str) -> bool:

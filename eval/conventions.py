@@ -57,6 +57,8 @@ def last_boxed(text: str, *, skip_empty: bool = False, reach: int = 4000) -> str
             else:
                 if not skip_empty:
                     return None
+        elif rest[:1].isdigit():
+            return rest[0]
         elif rest[:1] == " ":
             content = re.split(r"[$\n]", rest[1:], maxsplit=1)[0]
             if content.strip():

@@ -13,9 +13,12 @@ import contextlib
 import hashlib
 import importlib
 import json
+import multiprocessing
 import os
+import queue
 import random
 import struct
+import threading
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -535,9 +538,6 @@ class DataParallelVLLM:
         self.devices = _share_devices(options, processes)
 
     def generate(self, requests: Sequence[Request], decoding: Decoding, *, skip: Collection[Key] = ()) -> Iterator[Generation]:
-        import multiprocessing
-        import queue
-
         todo = [request for request in requests if request.key not in skip]
         ids: dict[str, int] = {}
         for request in todo:
@@ -583,6 +583,7 @@ class DataParallelVLLM:
 def _work(options: VLLMOptions, environment: dict[str, str], requests: list[Request], decoding: Decoding, results: Any) -> None:
     """One process of DataParallelVLLM: puts Generations, then None; a text if it fails."""
     os.environ.update(environment)  # before torch or vLLM look for GPUs
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         engine = VLLMEngine(options)
         try:
@@ -595,6 +596,14 @@ def _work(options: VLLMOptions, environment: dict[str, str], requests: list[Requ
         results.put(str(error))
     except Exception as error:
         results.put(f"a vLLM process failed: {type(error).__name__}: {first_line(error)}.")
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed reads no results, and its user wants the GPU back."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _share_devices(options: VLLMOptions, processes: int) -> list[dict[str, str]]:

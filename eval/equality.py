@@ -194,8 +194,10 @@ def structure(text: str) -> Node:
     text = text.strip()
     if not text:
         raise UndecidedError("empty")
-    if len(text) > LENGTH:
-        raise UndecidedError("too long")
+    if len(text) > LENGTH or text.count("(") + text.count("[") > 60:
+        raise UndecidedError("too long or too deep")
+    if text in (r"\mathbb{R}", "all real numbers", r"\mathbb R"):
+        text = r"(-\infty,\infty)"
     whole = MATRIX.fullmatch(text)
     if whole and r"\begin" not in whole.group(2):
         rows = [row for row in re.split(r"\\\\", whole.group(2)) if row.strip()]
@@ -205,7 +207,7 @@ def structure(text: str) -> Node:
         if text[0] + text[-1] in ("[]", "()", "||"):
             return structure(text[1:-1])
         raise UndecidedError("an environment")
-    if text in (r"\emptyset", r"\varnothing", r"\{\}", r"\{ \}"):
+    if text in (r"\emptyset", r"\varnothing", r"\{\}", r"\{ \}", "no solution", "no solutions"):
         return ("set", ())
     text = re.sub(r"^[a-zA-Z](?:_\{?\w\}?)? ?\\in(?![a-zA-Z]) ?(?=[\[(\\])", "", text).strip()
     parts = split(text, r"\cup")
@@ -302,6 +304,8 @@ def same(left: Node, right: Node) -> bool:
             ratio, number = (left, right) if left[0] == "bracket" else (right, left)
             if ratio[1] == ":" and len(ratio[3]) == 2 and all(part[0] == "x" for part in ratio[3]) and number[1][0] == "/":
                 return _same_number(("/", ratio[3][0][1], ratio[3][1][1]), number[1])
+        if {left[0], right[0]} == {"set", "union"}:  # x < -2 or x > 2
+            return all(part[0] == "bracket" and part[1] != ":" for part in (*left[1], *right[1])) and _same_members(left[1], right[1])
         if "set" in (left[0], right[0]):
             single, other = (left, right) if left[0] == "set" else (right, left)
             if len(single[1]) == 1:
@@ -345,7 +349,7 @@ def _named(equation: Node) -> bool:
 
 def _calculates(equation: Node) -> bool:
     """3 + 4 = 7: no side holds an unknown, so the right side is the answer."""
-    return all(side[0] == "x" and not has(side[1], ("v",)) for side in equation[1:])
+    return all(side[0] == "x" and not has(side[1], ("v",)) for side in equation[1:]) and _same_number(equation[1][1], equation[2][1])
 
 
 def _same_equation(left: Node, right: Node) -> bool:

@@ -38,12 +38,14 @@ UNITS = (
     r"|millimeters?|mm|meters?|metres?|kg|kilograms?|grams?|lbs?|pounds?|ounces?|oz|liters?|ml|gallons?|hours?|hrs?|minutes?|mins?"
     r"|seconds?|secs?|days?|weeks?|months?|years?|percentage|percent|pct"
 )
-WORD_UNIT = re.compile(rf"(?<=[0-9}})\]]) ?(?:(?:square|cubic|sq)\.? ?)?(?:{UNITS})\.?(?:\^\{{?[23]\}}?)?$")
+WORD_UNIT = re.compile(rf"(?:(?<=[0-9}})\]])|(?<=\\pi)) ?(?:(?:square|cubic|sq)\.? ?)?(?:{UNITS})\.?(?:\^\{{?[23]\}}?)?$")
 SPACING = re.compile(
     r"\\[,;:!> ]|\\(?:quad|qquad|thinspace|displaystyle|textstyle|limits|hfill|nobreakspace|left|right|[bB]igg?[lrm]?)(?![a-zA-Z])|~|&nbsp;"
 )
 TEXT_COMMANDS = "text|mbox|textbf|textit|textrm|textnormal|texttt|mathrm|mathbf|mathit|mathsf|boldsymbol|operatorname|rm|bf|hbox|emph"
 TEXT = re.compile(rf"\\(?:{TEXT_COMMANDS}) ?\{{([^{{}}]*)\}}")
+NO_UNIT = re.compile(r"\b(?:million|billion|trillion|thousand|hundred|dozens?|score|less|more|than|over|per ?cent)\b", re.I)
+REPEATING = re.compile(r"(\d{0,20})\.(\d{0,20})\\(?:overline|bar|dot) ?\{(\d{1,20})\}")
 WRAPPERS = re.compile(r"\\(?:boxed|fbox|ensuremath|mathbb|mathcal|vec|overrightarrow) ?\{([^{}]*)\}")
 THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?![\d,])")
 
@@ -83,14 +85,25 @@ def clean(text: str) -> str:
     text = re.sub(r"(?<=\d)\s*\\?%", " \\\\%", text)
     text = re.sub(r"\s+", " ", text.replace(";", ",")).strip()
     text = _texts(text)
-    text = THOUSANDS.sub(lambda found: found.group().replace(",", ""), text)
-    text = text.strip().rstrip(".,;: ").strip()
+    text = REPEATING.sub(_repeating, text)
+    text = re.sub(r"(?<![\d/.}])(\d+) (\d+)/(\d+)(?![\d/])", r"\1\\frac{\2}{\3}", text)  # a mixed number
+    text = re.sub(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d.,])", lambda found: found.group().replace(" ", ""), text)
+    if not text.startswith(("(", "[")):  # there a comma separates entries
+        text = THOUSANDS.sub(lambda found: found.group().replace(",", ""), text)
+    text = text.strip().rstrip(".,;:? ").removesuffix("\\").strip()
     for _ in range(2):
         shorter = WORD_UNIT.sub("", text).strip()
         if shorter == text:
             break
         text = shorter
     return _unwrap(text)
+
+
+def _repeating(found: re.Match[str]) -> str:
+    """0.1\\overline{6} as a fraction: digits without and with the period, over 9...90...0."""
+    whole, fixed, period = found.groups()
+    top = int(whole + fixed + period or "0") - int(whole + fixed or "0")
+    return rf"\frac{{{top}}}{{{(10 ** len(period) - 1) * 10 ** len(fixed)}}}"
 
 
 def _texts(text: str) -> str:
@@ -103,6 +116,8 @@ def _texts(text: str) -> str:
             return ", "
         if word in ("if", "for", "when", "where", "is"):
             return f" {word} "
+        if NO_UNIT.search(inside):
+            return f" {inside} "
         before = text[: found.start()].rstrip()
         if (
             re.search(r"[0-9})]$|\\pi$", before)

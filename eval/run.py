@@ -27,6 +27,7 @@ from eval.engine import (
     DataParallelVLLM,
     Decoding,
     Generation,
+    Key,
     Request,
     Source,
     TransformersEngine,
@@ -164,7 +165,8 @@ def evaluate(benchmark: str, options: Options, *, engine: TransformersEngine | N
     problems = choose(everything, limit=options.limit, shuffle_seed=options.shuffle_seed)
     say(f"{name}: {len(problems):,} of {len(everything):,} problems, {options.n} sample{'s' * (options.n > 1)} each, into {files.folder}/")
 
-    stored = files.read_settings() if engine is None and not options.overwrite else None
+    anew = options.overwrite or engine is not None
+    stored = None if anew else files.read_settings()
     engine_name, dtype = _engine_and_dtype(options, stored, engine)
     tokenizer = engine.tokenizer if engine is not None else load_tokenizer(source)  # type: ignore[arg-type]
     prompt, why = choose_prompt(
@@ -175,15 +177,14 @@ def evaluate(benchmark: str, options: Options, *, engine: TransformersEngine | N
         chat_template=bool(getattr(tokenizer, "chat_template", None)),
     )
     say(f"prompt {prompt.name}: {why}")
-    decoding = Decoding(options.temperature, options.top_p, options.seed, prompt.stop, prompt.keep_stop)
+    texts = _build(prompt, [problem.problem for problem in problems], tokenizer)
     max_tokens = options.max_tokens or prompt.max_tokens[benchmark == "math"]
-    texts = _build(prompt, problems, tokenizer)
     settings = {
         "model": options.model,
         "revision": source.revision if source else "in memory",
         "lora": {"base": source.base, "base_revision": source.base_commit} if source and source.adapter else None,
         "prompt": prompt.name,
-        "prompt_sha256": _sha256(_build(prompt, [Problem("", "{instruction}", "")], tokenizer)[0]),
+        "prompt_sha256": _sha256(_build(prompt, ["{instruction}"], tokenizer)[0]),
         "stop": list(prompt.stop),
         "max_tokens": max_tokens,
         "n": options.n,
@@ -193,55 +194,72 @@ def evaluate(benchmark: str, options: Options, *, engine: TransformersEngine | N
         "engine": engine_name,
         "dtype": dtype,
     }
-    if engine is not None or options.overwrite:
-        files.clear()
     _same_settings(stored, settings, files)
 
-    wanted = {(problem.id, sample): problem for problem in problems for sample in range(options.n)}
     digests = {problem.id: _sha256(text) for problem, text in zip(problems, texts, strict=True)}
+    wanted = {(problem.id, sample): problem for problem in problems for sample in range(options.n)}
     with files.lock():
-        known = {problem.id for problem in everything}
-        done, other = {}, 0
-        for row in files.rows():
-            usable = (
-                row["id"] in known and row["sample"] < options.n and digests.get(row["id"], row["prompt_sha256"]) == row["prompt_sha256"]
-            )
-            if usable:
-                done[row["id"], row["sample"]] = row
-            other += not usable
-        if other:
-            say(f"{other:,} rows on file have another prompt or problem: they are not reused, and leave the file")
-        todo, speed = sum(key not in done for key in wanted), None
-        if len(wanted) > todo:
-            say(f"{len(wanted) - todo:,} of {len(wanted):,} samples are on file already")
-        if todo:
-            limit = _positions(engine, source)
+        if anew:
+            files.clear()
+        done = _reusable(files, everything, digests)
+        missing, speed = sum(key not in done for key in wanted), None
+        if missing < len(wanted):
+            say(f"{len(wanted) - missing:,} of {len(wanted):,} samples are on file already")
+        if missing:
             prompt_ids = tokenize(tokenizer, texts, special_tokens=not prompt.chat)
+            limit = _positions(engine, source)
             requests = _requests(problems, prompt_ids, options.n, max_tokens, limit)
             files.write_settings(settings)
             if engine is None:
-                engine = _load_engine(options, engine_name, dtype, source, requests, limit, tokenizer)  # type: ignore[arg-type]
-            lengths = {problem.id: len(ids) for problem, ids in zip(problems, prompt_ids, strict=True)}
-            with files.appending() as append, _progress(len(wanted), len(wanted) - todo) as progress:
-                clock, tokens = time.perf_counter(), 0
-                for generation in engine.generate(requests, decoding, skip=frozenset(done)):
-                    row = _row(wanted[generation.id, generation.sample], generation, digests[generation.id], lengths[generation.id])
-                    append(row)
-                    done[generation.id, generation.sample] = row
-                    tokens += generation.tokens
-                    progress(tokens)
-                speed = round(tokens / (time.perf_counter() - clock), 1)
-            engine.close()
-        missing = [key for key in wanted if key not in done]
-        if missing:
-            raise EvalError(
-                f"the engine returned no text for {len(missing)} samples, for example {missing[0]}. Run the same command again."
-            )
+                engine = _load_engine(options, engine_name, dtype, source, requests, tokenizer)  # type: ignore[arg-type]
+            decoding = Decoding(options.temperature, options.top_p, options.seed, prompt.stop, prompt.keep_stop)
+            speed = _generate(engine, requests, decoding, files, wanted, digests, done)
         place = {problem.id: index for index, problem in enumerate(everything)}
         files.write_rows(sorted(done.values(), key=lambda row: (place[row["id"]], row["sample"])))
+    return _report(benchmark, [done[key] for key in wanted], files, settings, options, time.perf_counter() - started, speed)
 
-    rows = [done[key] for key in wanted]
-    return _report(benchmark, rows, files, settings, options, time.perf_counter() - started, speed)
+
+def _reusable(files: "Files", everything: Sequence[Problem], digests: Mapping[str, str]) -> dict[Key, dict[str, Any]]:
+    """Rows on file that this run would generate again, or that an earlier run made for problems this one leaves out."""
+    known = {problem.id for problem in everything}
+    done, others = {}, 0
+    for row in files.rows():
+        if row["id"] in known and digests.get(row["id"], row["prompt_sha256"]) == row["prompt_sha256"]:
+            done[row["id"], row["sample"]] = row
+        else:
+            others += 1
+    if others:
+        say(f"{others:,} rows on file have another prompt or problem: they are not reused, and leave the file")
+    return done
+
+
+def _generate(
+    engine: Any,
+    requests: Sequence[Request],
+    decoding: Decoding,
+    files: "Files",
+    wanted: Mapping[Key, Problem],
+    digests: Mapping[str, str],
+    done: dict[Key, dict[str, Any]],
+) -> float:
+    """Adds what is missing to `done` and to the partial file, sample by sample; returns tokens per second, without loading."""
+    lengths = {request.id: len(request.prompt_ids) for request in requests}
+    finished, tokens = frozenset(done), 0
+    already = sum(key in finished for key in wanted)
+    started = time.perf_counter()
+    with files.appending() as append, _progress(len(wanted), already) as progress:
+        for generation in engine.generate(requests, decoding, skip=finished):
+            key = (generation.id, generation.sample)
+            done[key] = _row(wanted[key], generation, digests[generation.id], lengths[generation.id])
+            append(done[key])
+            tokens += generation.tokens
+            progress(tokens)
+    speed = round(tokens / (time.perf_counter() - started), 1)
+    engine.close()
+    lost = [key for key in wanted if key not in done]
+    if lost:
+        raise EvalError(f"the engine returned no text for {len(lost)} samples, for example {lost[0]}. Run the same command again.")
+    return speed
 
 
 def _report(
@@ -366,8 +384,11 @@ class Files:
         self.partial.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        for path in (self.generations, self.partial, self.settings, self.summary, self.report):
+        """Inside `lock`."""
+        for path in (self.generations, self.settings, self.summary, self.report):
             path.unlink(missing_ok=True)
+        if self.partial.is_file():
+            os.truncate(self.partial, 0)  # not removed: it carries the lock
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -488,10 +509,10 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return recipe
 
 
-def _build(prompt: Prompt, problems: Sequence[Problem], tokenizer: Any) -> list[str]:
+def _build(prompt: Prompt, problems: Sequence[str], tokenizer: Any) -> list[str]:
     try:
-        return [prompt.build(problem.problem, tokenizer) for problem in problems]
-    except Exception as error:
+        return [prompt.build(problem, tokenizer) for problem in problems]
+    except Exception as error:  # a template is a program of the model's
         if not prompt.chat:
             raise
         raise EvalError(f"the tokenizer's chat template fails: {first_line(error)}. Use another --prompt.") from None
@@ -508,15 +529,16 @@ def _requests(
 ) -> list[Request]:
     """One request a sample. Where prompt and max_tokens do not fit the model's positions, the response is the shorter one."""
     requests, shortened = [], 0
+    too_long = [problem.id for problem, ids in zip(problems, prompt_ids, strict=True) if limit is not None and len(ids) >= limit]
+    if too_long:
+        raise EvalError(
+            f"{len(too_long)} of {len(problems)} prompts fill the model's {limit} positions, so no room for a response is left; "
+            f"the longest has {max(map(len, prompt_ids))} tokens, the first is {too_long[0]}. Use a shorter --prompt, or leave them out of --data."
+        )
     for problem, ids in zip(problems, prompt_ids, strict=True):
-        room = max_tokens if limit is None else limit - len(ids)
         if not ids:
             raise EvalError(f"the prompt of {problem.id} has no tokens, so there is nothing to go on from. Use another --prompt.")
-        if room < 1:
-            raise EvalError(
-                f"the prompt of {problem.id} has {len(ids)} tokens, and the model {limit} positions: no room for a response. "
-                "Use a shorter --prompt."
-            )
+        room = max_tokens if limit is None else limit - len(ids)
         shortened += room < max_tokens
         requests += [Request(problem.id, sample, ids, min(max_tokens, room)) for sample in range(n)]
     if shortened:
@@ -524,9 +546,7 @@ def _requests(
     return requests
 
 
-def _load_engine(
-    options: Options, name: str, dtype: str, source: Source, requests: Sequence[Request], limit: int | None, tokenizer: Any
-) -> Any:
+def _load_engine(options: Options, name: str, dtype: str, source: Source, requests: Sequence[Request], tokenizer: Any) -> Any:
     if name == "transformers":
         return TransformersEngine.load(source, dtype=dtype, batch_size=options.batch_size)
     longest = max(len(request.prompt_ids) + request.max_tokens for request in requests)

@@ -31,13 +31,18 @@ EQUAL = [
     ("3:1", "3 : 1"), (r"7, -2, \text{ and } -5", "-5, -2, 7"), ("x²", "x^2"), ("½", r"\frac12"), ("−3", "-3"), (r"e^{i\pi}", "-1"), (r"\log_2 8", "3"),
     (r"\sin^2 x + \cos^2 x", "1"), ("5!", "120"), (r"\binom{5}{2}", "10"), ("0.333333", r"\frac13"), (r"\sqrt[3]{-8}", "-2"), ("six", "6"), ("2i+3", "3+2i"),
     (r"6.02 \times 10^{23}", "602000000000000000000000"), (r"a=9", "9"), (r"12 \text{ square units}", "12"), (r"5 cm", "5"), (r"f(x)=x+1", "x+1"),
+    ("1 1/2", r"\frac32"), (r"0.\overline{3}", r"\frac13"), (r"0.1\overline{6}", r"\frac16"), ("x<-2 or x>2", r"(-\infty,-2)\cup(2,\infty)"), ("yes", r"\text{Yes}"),
+    (r"36\pi cm^2", r"36\pi"), ("1 000", "1000"),
 ]  # fmt: skip
 UNEQUAL = [
     ("18", "19"), ("(1,2)", "(2,1)"), ("[2,3]", "(2,3)"), ("[2,3]", "[2,3)"), ("0.33", r"\frac13"), ("3.14", r"\pi"), ("x+1", "x-1"), ("1,2", "1,2,3"),
     (r"\frac{1}{2}", r"\frac{2}{1}"), ("40_9", "40_8"), (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 2 \\ 1 \end{pmatrix}"), ("A", "B"),
     (r"\text{even}", r"\text{odd}"), ("", "5"), ("5", ""), ("", ""), ("3:1", "1:3"), (r"2\sqrt{3}", r"3\sqrt{2}"), ("east", "seat"), ("x>5", "x<5"),
     ("10^{18}", "10^{18}+1"), ("1000000000000000001", "1000000000000000000"), ("-5", "5"), ("x^2", "2x"), (r"\sqrt{2}", "1.414"), ("4:30 a.m.", "4:30 p.m."),
-    ("225", "22.5"), ("2x=y", "3x=y"), (r"\infty", r"-\infty"), ("0", r"\infty"), ("y=2x", "y=3x"), ("5 and 6", "5"), ("1,2", "12"), ("4", "0,4"), (r"9\text{ a.m.}", r"9^\circ"), ("3+4=8", "7"), ("11a+c", "7 = 11a+c"),
+    ("225", "22.5"), ("2x=y", "3x=y"), (r"\infty", r"-\infty"), ("0", r"\infty"), ("y=2x", "y=3x"), ("5 and 6", "5"), ("1,2", "12"), ("4", "0,4"), (r"9\text{ a.m.}", r"9^\circ"), ("3+4=8", "7"), ("5=3", "3"),
+    ("0.3", r"0.\overline{3}"), (r"\mathbb{R}\setminus\{3\}", r"\mathbb{R}\setminus\{-3\}"), ("-(6,5)", "(6,5)"), ("-5 apples", "5 apples"), ("1.5 apples", "15 apples"),
+    (r"(-\infty,-5]\cap[5,\infty)", r"(-\infty,-5]\cup[5,\infty)"), ("2^{2005}-1", "2^{2005}+1"), ("f'(x)=x-1", "f'(x)=x+1"), ("A or B", "A"), ("A dog", "A"),
+    ("-221_6", "-221_3"), ("12 13", "1213"), ("(1,234)", "1234"), (r"5\text{ million}", "5"), (r"3\text{ dozen}", "3"), ("1 2/5", "12/5"), ("11a+c", "7 = 11a+c"),
 ]  # fmt: skip
 
 
@@ -63,6 +68,9 @@ RIGHT_GSM8K = [
     ("The answer is 18.\n\nQ: Tom has 5 apples. How many?\nA: The answer is 5.", "18"),
     ("80 / 8 = 10. Therefore, John orders 10 pizzas so that each of his 20 friends has 4 slices.", "10"),
     ("The answer is: -3", "-3"),
+    ("**Final Answer:** She sold **72** clips in 2 months.", "72"),
+    ("She needs **12 apples** for the 3 days of the trip.", "12"),
+    ("Step 3 answer: 5 apples. Final result: 12 apples", "12"),
     ("So she pays $7.50 in all. The answer is: $7.50", "7.5"),
 ]
 
@@ -86,6 +94,12 @@ RIGHT_MATH = [
     (r"first $\boxed{3}$, no: $\boxed{4}$", "4"),
     (r"in base ten \boxed{15\frac{39}{40}} or \boxed{\frac{639}{40}}", r"\frac{639}{40}"),
     (r"The answer is $289 - 225 = 64$.", "64"),
+    ("The answer is: \\begin{pmatrix}\n1 \\\\\n2\n\\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+    ("\\boxed{4}\nThe answer is 4 because $2^2$.", "4"),
+    (r"The answer is: $\$5$", "5"),
+    (r"so \boxed3", "3"),
+    ("The answer is 18 eggs per day.", "18"),
+    (r"\boxed{(C) 12 apples}", "C"),
 ]
 
 
@@ -156,7 +170,7 @@ HOSTILE = [
     "\\boxed{200!!!!}", "\\boxed{\\binom{500}{250}^{1000}}", "\\boxed{" + "+".join("x" for _ in range(250)) + "}", "The answer is: " * 5000, "####" * 5000,
     "\\boxed{e^{e^{e^{e^{e}}}}}", "\\boxed{\\sin^{2000} 10^{4}}", "\\boxed{\\tan\\frac{\\pi}{2}}", "\\boxed{0^{-1}}", "\\boxed{1/0}", "\\boxed{\\pm" * 40, "\\boxed{a,}" * 3000,
     "\\boxed{x=y=z=" * 100, "\\boxed{\\begin{pmatrix}" + "1&" * 200 + "\\end{pmatrix}}", "$" * 10_000, "\\boxed{\\int_0^{10^{9}} x^{x} dx}",
-    "\\boxed{\\sum_{k=1}^{10^{12}} k^k}", "\\boxed{" + "\\text{" * 300 + "}" * 301, "answer is " + "(" * 10_000, "1," * 20_000, "a" * 39_999 + "1",
+    "\\boxed{\\sum_{k=1}^{10^{12}} k^k}", "\\boxed{" + "\\text{" * 300 + "}" * 301, "answer is " + "(" * 10_000, "1," * 20_000, "a" * 39_999 + "1", "\n" * 100_000, "answer is\n" * 4000, "#### " * 8000, "'" * 299 + "(" * 299 + "=" + ")" * 299, "[" * 290 + "<1" + "]" * 290,
 ]  # fmt: skip
 
 
