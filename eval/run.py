@@ -533,7 +533,8 @@ def _requests(
     if too_long:
         raise EvalError(
             f"{len(too_long)} of {len(problems)} prompts fill the model's {limit} positions, so no room for a response is left; "
-            f"the longest has {max(map(len, prompt_ids))} tokens, the first is {too_long[0]}. Use a shorter --prompt, or leave them out of --data."
+            f"the longest has {max(map(len, prompt_ids))} tokens, the first is {too_long[0]}. "
+            "Use a shorter --prompt, or leave them out of --data."
         )
     for problem, ids in zip(problems, prompt_ids, strict=True):
         if not ids:
