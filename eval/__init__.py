@@ -1,1 +1,1 @@
-"""Evaluation on GSM8K and MATH: generation and grading are separate steps over one saved file. See docs/evaluation.md."""
+"""Evaluation on GSM8K and MATH: generation and grading are separate steps over one saved file."""

@@ -18,6 +18,8 @@ import os
 import queue
 import random
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -465,6 +467,7 @@ class VLLMEngine:
         self.tokenizer = tokenizer or load_tokenizer(source)
         lora: dict[str, Any] = {}
         self.lora_request = None
+        before = set(multiprocessing.active_children())
         try:
             from vllm import LLM
 
@@ -493,6 +496,8 @@ class VLLMEngine:
             raise EvalError(
                 f"vLLM cannot start with --model {source.model}: {type(error).__name__}: {first_line(error)}. Use --engine transformers."
             ) from None
+
+        self.watcher = _watcher([child.pid for child in multiprocessing.active_children() if child not in before])
 
     def generate(self, requests: Sequence[Request], decoding: Decoding, *, skip: Collection[Key] = ()) -> Iterator[Generation]:
         """Yields in the order of finishing."""
@@ -526,6 +531,26 @@ class VLLMEngine:
     def close(self) -> None:
         """Ends vLLM's own processes and frees their memory. A spawned process that does not call this never ends."""
         self.llm.llm_engine.engine_core.shutdown()
+        self.watcher.kill()
+        self.watcher.communicate()
+
+
+WATCH = """
+import contextlib, os, signal, sys
+sys.stdin.read()
+for pid in sys.argv[1:]:
+    with contextlib.suppress(OSError):
+        os.kill(int(pid), signal.SIGKILL)
+"""
+
+
+def _watcher(pids: Sequence[int | None]) -> subprocess.Popen:
+    """A process that ends vLLM's engine when this one is gone: after a kill it would keep the GPU for ever.
+
+    It waits for the end of its standard input, which the system closes however this process ends. The engine's workers follow the engine.
+    """
+    command = [sys.executable, "-I", "-c", WATCH, *map(str, pids)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 class DataParallelVLLM:
