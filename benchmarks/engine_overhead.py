@@ -16,9 +16,12 @@ import statistics
 import tempfile
 import time
 
-from eval.engine import Decoding, Request, VLLMEngine, VLLMOptions, context_limit, load_tokenizer, locate, tokenize
+from eval.engine import VLLMEngine, VLLMOptions
+from eval.files import Files
+from eval.generation import Decoding, Request, tokenize
+from eval.models import context_limit, load_tokenizer, locate
 from eval.prompts import PROMPTS
-from eval.run import Files, _progress, _row
+from eval.run import _progress, _row
 from eval.tasks import load_problems
 
 STOP = ("\nQuestion:",)

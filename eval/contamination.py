@@ -24,7 +24,8 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from eval.report import visible, write_json
+from eval.files import write_json
+from eval.report import visible
 from eval.tasks import EvalError
 
 FIELDS = ("problem", "question", "query", "instruction", "prompt", "messages")  # the first that a row holds is its question

@@ -8,278 +8,23 @@
 Shapes: B batch, T longest prompt of the batch, L longest continuation, V vocabulary.
 """
 
-import bisect
 import contextlib
-import hashlib
 import importlib
-import json
 import multiprocessing
 import os
 import queue
 import random
-import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
+from eval.generation import Decoding, Generation, Key, Request, finish, first_stop, response_text
+from eval.models import Source, first_line, load_tokenizer, lora_rank
 from eval.tasks import EvalError
-
-Key = tuple[str, int]  # problem id, sample
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those vLLM has room for
-CONTEXT_TOKENS = 8  # of the prompt, decoded with a response: whether its first token begins with a space depends on them
-
-
-@dataclass(frozen=True)
-class Request:
-    id: str
-    sample: int
-    prompt_ids: tuple[int, ...]
-    max_tokens: int
-
-    @property
-    def key(self) -> Key:
-        return self.id, self.sample
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How a text is drawn, and where it ends besides the end-of-text token."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    keep_stop: bool = False
-    """True: the response ends with the stop string that ended it."""
-
-    def seed_of(self, request: Request) -> int:
-        """Independent of the batch and of the order, and the same on every machine."""
-        return int.from_bytes(hashlib.sha256(f"{self.seed}/{request.id}/{request.sample}".encode()).digest()[:7])
-
-
-@dataclass(frozen=True)
-class Generation:
-    id: str
-    sample: int
-    response: str
-    finish_reason: str
-    """"stop": an end-of-text token or a stop string. "length": the limit of tokens."""
-    stop_reason: str | None
-    """The stop string; None for an end-of-text token or the limit."""
-    tokens: int
-    """Generated, the end-of-text token and a stop string's tokens included."""
-
-
-# ------------------------------------------------------------------------------------------------------------ where a model is
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model's files: a folder or a Hub id, and where its weights are if it is a LoRA adapter."""
-
-    model: str
-    revision: str
-    """Hub: the commit. Folder: "sampled-sha256:..." over config, sizes and samples of the weights, see `fingerprint`."""
-    base: str
-    """The model itself, or what the adapter adapts."""
-    base_commit: str | None
-    adapter: str | None = None
-    """Folder with adapter_config.json."""
-
-    @property
-    def tokenizer(self) -> tuple[str, str | None]:
-        """Folder or Hub id, and commit."""
-        if self.adapter and Path(self.adapter, "tokenizer_config.json").is_file():
-            return self.adapter, None
-        return self.base, self.base_commit
-
-    @cached_property
-    def adapter_config(self) -> dict[str, Any]:
-        return _json(Path(self.adapter, "adapter_config.json")) if self.adapter else {}
-
-
-def locate(model: str, revision: str | None = None) -> Source:
-    """Finds a model without loading its weights: a folder, or a Hub id at `revision`."""
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        if folder.exists():
-            raise EvalError(f"--model {model} is a file. Give the folder that holds config.json, or a Hub id.")
-        if model.startswith((".", "/", "~")) or model.count("/") > 1:
-            raise EvalError(f"--model {model}: no such folder.")
-        return _locate_on_hub(model, revision)
-    if revision is not None:
-        raise EvalError(f"--revision {revision} names a version on the Hub, but --model {model} is a folder. Leave --revision out.")
-    adapter = (folder / "adapter_config.json").is_file()
-    if not adapter and not (folder / "config.json").is_file():
-        saved = sorted(child.name for child in folder.iterdir() if (child / "config.json").is_file())
-        hint = f" It holds {', '.join(saved[-3:])}: give one of them." if saved else ""
-        raise EvalError(f"--model {model} has neither config.json nor adapter_config.json, so it is no saved model.{hint}")
-    if adapter:
-        return _adapter(model, str(folder), fingerprint(folder))
-    return Source(model, fingerprint(folder), str(folder), None)
-
-
-def _adapter(model: str, folder: str, revision: str) -> Source:
-    config = _json(Path(folder, "adapter_config.json"))
-    base = config.get("base_model_name_or_path")
-    if not base:
-        raise EvalError(f"{folder}/adapter_config.json names no base_model_name_or_path, so there is nothing to put the adapter on.")
-    if not Path(base).is_dir() and (Path(folder, base) / "config.json").is_file():
-        base = str(Path(folder, base))  # relative to the adapter
-    try:
-        under = locate(base, config.get("revision"))
-    except EvalError as error:
-        raise EvalError(f"--model {model} is an adapter of {base}, which cannot be found: {error}") from None
-    if under.adapter:
-        raise EvalError(f"--model {model} is an adapter of {base}, which is itself an adapter. Merge that one first.")
-    return Source(model, f"{revision} on {under.revision}", under.base, under.base_commit, folder)
-
-
-def _locate_on_hub(model: str, revision: str | None) -> Source:
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        with contextlib.suppress(EntryNotFoundError):  # also raised when a cache without network lacks it
-            hf_hub_download(model, "adapter_config.json", revision=revision)
-            folder = snapshot_download(model, revision=revision, ignore_patterns=["checkpoint-*", "*.bin.index.json", "optimizer*"])
-            return _adapter(model, folder, Path(folder).name)
-        commit = Path(hf_hub_download(model, "config.json", revision=revision)).parent.name  # .../snapshots/COMMIT/config.json
-    except EvalError:
-        raise
-    except Exception as error:  # the Hub's client raises a dozen kinds
-        raise EvalError(f"--model {model} is not a folder here, and cannot be found on the Hub: {first_line(error)}.") from None
-    return Source(model, commit, model, commit)
-
-
-def fingerprint(folder: Path) -> str:
-    """Names the weights in a folder without reading all of them: another training run gives another name.
-
-    SHA-256 over config.json or adapter_config.json and, for each weight file, its name, size, header and 64 samples of 4 KiB. Also finds
-    a .safetensors that was cut off.
-    """
-    digest = hashlib.sha256()
-    for name in ("config.json", "adapter_config.json"):
-        if (folder / name).is_file():
-            digest.update((folder / name).read_bytes())
-    weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin") and path.name != "training_args.bin")
-    if not weights:
-        raise EvalError(f"{folder} holds no weights (.safetensors or .bin). Give the folder that the training run saved.")
-    for path in weights:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            if path.suffix == ".safetensors":
-                digest.update(_header(file, path, size))
-            for sample in range(64):
-                file.seek(max(0, size - 4096) * sample // 63)
-                digest.update(file.read(4096))
-    return f"sampled-sha256:{digest.hexdigest()}"
-
-
-def _header(file: Any, path: Path, size: int) -> bytes:
-    """8 bytes: length of the header; the header, JSON with the place of each tensor; the tensors."""
-    start = file.read(8)
-    length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-    try:
-        if length + 8 > size:
-            raise ValueError
-        header = file.read(length)
-        ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError):
-        raise EvalError(f"{path} is not a readable .safetensors file. Save or download it again.") from None
-    if 8 + length + max(ends, default=0) != size:
-        raise EvalError(
-            f"{path} has {size} bytes where its header asks for {8 + length + max(ends, default=0)}. Save or download it again."
-        )
-    return header
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EvalError(f"{path} cannot be read as JSON: {first_line(error)}.") from None
-
-
-def first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return (lines[0].strip().rstrip(".") if lines else "") or type(error).__name__
-
-
-# ------------------------------------------------------------------------------------------------------------ tokens and text
-
-
-def load_tokenizer(source: Source) -> Any:
-    from transformers import AutoTokenizer
-
-    path, commit = source.tokenizer
-    try:
-        return AutoTokenizer.from_pretrained(path, revision=commit)
-    except Exception as error:
-        raise EvalError(f"the tokenizer of {path} cannot be loaded: {first_line(error)}.") from None
-
-
-def context_limit(source: Source) -> int | None:
-    """Positions the model has, prompt and response together; None if its config does not say."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(source.base, revision=source.base_commit)
-    except Exception as error:
-        raise EvalError(f"the config of {source.base} cannot be loaded: {first_line(error)}.") from None
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-def tokenize(tokenizer: Any, prompts: Sequence[str], *, special_tokens: bool) -> list[tuple[int, ...]]:
-    """Token ids of each prompt. A closing end-of-text token, which some tokenizers add, is dropped: the model is to go on from here.
-
-    `special_tokens` is False for a chat template, whose text already holds them: a second <s> lowers scores.
-    """
-    if not prompts:
-        return []
-    closes = special_tokens and tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
-    rows = tokenizer(list(prompts), add_special_tokens=special_tokens)["input_ids"]
-    return [tuple(row[:-1] if closes else row) for row in rows]
-
-
-def response_text(tokenizer: Any, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
-    """What `new_ids` add to the text. Decoded behind the last tokens of the prompt, or a Llama tokenizer would drop a leading space."""
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    context = list(prompt_ids[-CONTEXT_TOKENS:])
-    before, whole = tokenizer.decode(context, **options), tokenizer.decode([*context, *new_ids], **options)
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(list(new_ids), **options)
-
-
-def first_stop(text: str, stops: Collection[str]) -> tuple[int, str] | None:
-    """Place and string of the stop that is complete first, as if the text came letter by letter.
-
-    >>> first_stop("18\\n\\nQuestion: 2", ("Question:", "Question", "USER"))
-    (4, 'Question')
-    """
-    found = [(text.find(stop), stop) for stop in stops]
-    return min(((place, stop) for place, stop in found if place >= 0), key=lambda hit: hit[0] + len(hit[1]), default=None)
-
-
-def finish(tokenizer: Any, request: Request, new_ids: Sequence[int], decoding: Decoding, *, ended: bool) -> Generation:
-    """The Generation of the tokens `new_ids`; `ended` says that the model, and not the limit, ended them."""
-    text = response_text(tokenizer, request.prompt_ids, new_ids)
-    hit = first_stop(text, decoding.stop)
-    if hit is None:
-        return Generation(*request.key, text, "stop" if ended else "length", None, len(new_ids))
-    place, stop = hit
-
-    def complete(count: int) -> bool:
-        return stop in response_text(tokenizer, request.prompt_ids, new_ids[:count])
-
-    needed = bisect.bisect_left(range(len(new_ids)), True, key=complete)  # tokens until the stop was written
-    return Generation(*request.key, text[: place + len(stop) * decoding.keep_stop], "stop", stop, needed)
-
 
 # ------------------------------------------------------------------------------------------------------------ transformers
 
@@ -652,21 +397,6 @@ def visible_gpus() -> list[str]:
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return named.split(",")[: torch.cuda.device_count()] if named else [str(index) for index in range(torch.cuda.device_count())]
-
-
-def lora_rank(source: Source) -> int:
-    """Room for the adapter's rank, in a size vLLM has."""
-    config = source.adapter_config
-    if config.get("modules_to_save"):
-        raise EvalError(
-            f"the adapter {source.adapter} also holds whole modules (modules_to_save={config['modules_to_save']}), which vLLM cannot add. "
-            "Merge it into its base, or use --engine transformers."
-        )
-    needed = max([config.get("r", 8), *(config.get("rank_pattern") or {}).values()])
-    rank = next((rank for rank in LORA_RANKS if rank >= needed), None)
-    if rank is None:
-        raise EvalError(f"the adapter has rank {needed}, and vLLM has room for {LORA_RANKS[-1]}. Use --engine transformers, or merge it.")
-    return rank
 
 
 def choose_engine(name: str) -> tuple[str, str]:

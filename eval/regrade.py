@@ -19,8 +19,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from eval.answers import BENCHMARKS, CONVENTIONS
-from eval.report import by_problem, grade_rows, score, score_lines, visible, write_json
-from eval.tasks import EvalError, last_boxed
+from eval.conventions import last_boxed
+from eval.files import write_json
+from eval.report import by_problem, grade_rows, score, score_lines, visible
+from eval.tasks import EvalError
 
 FIELDS = {  # the first name that a row holds is taken
     "response": ("response", "completion", "generation", "output", "prediction"),

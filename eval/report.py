@@ -9,18 +9,15 @@ score_table -> the same scores as Markdown, for the terminal
 from __future__ import annotations
 
 import html
-import json
 import math
 import os
-import tempfile
 import unicodedata
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from eval.answers import CONVENTIONS, Verdict, answers_equal, extract_answer, grade
+from eval.files import write_text
 from eval.statistics import majority_vote, pass_at_k, wilson_interval
-from eval.tasks import EvalError
 
 DEFAULT = "verified"
 HEAD = ("accuracy", "95 % interval", "correct", "no answer found", "ungraded")
@@ -360,25 +357,3 @@ def _wrong(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
 
 def _short(text: str, limit: int = 200) -> str:
     return text if len(text) <= limit else text[:limit] + "…"
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """The whole file or none: written under a temporary name beside it, then moved into place."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(handle, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.write(text)
-        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o644)  # mkstemp makes files private
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def write_json(path: str | os.PathLike[str], value: object) -> None:
-    """`value` as JSON, whole or not at all; where that fails, one line says why."""
-    try:
-        write_text(path, json.dumps(value, indent=2) + "\n")
-    except OSError as error:
-        raise EvalError(f"--out {path} cannot be written ({error.strerror}). Give another file.") from None

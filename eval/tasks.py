@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.conventions import last_boxed
+
 BENCHMARKS = ("gsm8k", "math")
 BUILTIN = "builtin"
 BUILTIN_SEED, BUILTIN_PROBLEMS = 0, 512
@@ -31,28 +33,6 @@ class Problem:
     gold: str
     subject: str | None = None
     level: int | None = None
-
-
-def last_boxed(solution: str) -> str | None:
-    """The content of the last \\\\boxed or \\\\fbox, braces balanced; None if there is none that closes.
-
-    >>> last_boxed("so $\\\\boxed{\\\\frac{1}{2}}$."), last_boxed("$x = \\\\boxed 5$"), last_boxed("no box")
-    ('\\\\frac{1}{2}', '5', None)
-    """
-    boxes = list(re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])\s*", solution))
-    if not boxes:
-        return None
-    start = boxes[-1].end()
-    if solution[start : start + 1] != "{":
-        return solution[start:].split("$")[0].strip() or None
-    depth = 0
-    for place in range(start, len(solution)):
-        escaped = solution[place - 1] == "\\" and solution[place - 2] != "\\"  # \{ is a brace to read, not one that groups
-        if solution[place] in "{}" and not escaped:
-            depth += 1 if solution[place] == "{" else -1
-            if depth == 0:
-                return solution[start + 1 : place]
-    return None
 
 
 def problem_set_name(benchmark: str, *, data: str | None, subset: str | None) -> str:

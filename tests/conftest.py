@@ -22,3 +22,20 @@ def tiny_tokenizer():
     from matrix_llm.model import train_tokenizer
 
     return train_tokenizer(SENTENCES, 300)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_tokenizer):
+    """Random, with weights large enough that the likeliest token is clear; vLLM on a CPU asks for heads of 32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(positions: int = 256) -> LlamaForCausalLM:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(tiny_tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, head_dim=32, max_position_embeddings=positions, initializer_range=0.2, tie_word_embeddings=False,
+            bos_token_id=0, eos_token_id=1, pad_token_id=2,
+        )  # fmt: skip
+        return LlamaForCausalLM(config).eval()
+
+    return make

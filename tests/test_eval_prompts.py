@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from eval.conventions import last_boxed
 from eval.prompts import ALPACA, METAMATH_STOP, PROMPTS, STEP_BY_STEP, WIZARDMATH_STOP, choose_prompt
-from eval.tasks import EvalError, choose, last_boxed, load_problems, problem_set_name, read_rows
+from eval.tasks import EvalError, choose, load_problems, problem_set_name, read_rows
 from matrix_llm import prompts as training_prompts
 
 REPO = Path(__file__).resolve().parents[1]

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from eval import report
+from eval import files, report
 from eval.answers import CONVENTIONS, answers_equal, is_correct
 from eval.report import score_table, summarise, visible, write_report
 from eval.statistics import pass_at_k, wilson_interval
@@ -298,13 +298,13 @@ def test_a_perfect_run_has_no_wrong_answers(tmp_path):
 
 def test_a_report_that_fails_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
     path = tmp_path / "r.html"
-    report.write_text(path, "old")
+    files.write_text(path, "old")
 
     def refuse(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(report.os, "replace", refuse)
+    monkeypatch.setattr(files.os, "replace", refuse)
     with pytest.raises(OSError, match="disk full"):
-        report.write_text(path, "new")
+        files.write_text(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -14,26 +14,18 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval.engine import TransformersEngine
-from eval.run import ROW_FIELDS, Files, Options, evaluate, main
+from eval.files import ROW_FIELDS, Files
+from eval.run import Options, evaluate, main
 from eval.tasks import EvalError
 
 REPO = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def tiny_llama(vocabulary: int) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=256, initializer_range=0.2, bos_token_id=0, eos_token_id=1, pad_token_id=2,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_tokenizer):
+def model(tmp_path_factory, tiny_tokenizer, tiny_llama):
     path = tmp_path_factory.mktemp("model")
-    tiny_llama(len(tiny_tokenizer)).save_pretrained(path)
+    tiny_llama().save_pretrained(path)
     tiny_tokenizer.save_pretrained(path)
     (path / "recipe.yaml").write_text("prompt_template: plain\n")
     return path
@@ -257,8 +249,8 @@ def test_two_runs_into_the_same_files_are_refused(run):
     assert "another run" in errors[0]
 
 
-def test_a_model_in_memory_can_be_measured(data, tmp_path, tiny_tokenizer):
-    engine = TransformersEngine(tiny_llama(len(tiny_tokenizer)), tiny_tokenizer, batch_size=8)
+def test_a_model_in_memory_can_be_measured(data, tmp_path, tiny_tokenizer, tiny_llama):
+    engine = TransformersEngine(tiny_llama(), tiny_tokenizer, batch_size=8)
     options = Options(model="step 10", data=str(data), limit=4, prompt="plain", max_tokens=8, output_dir=str(tmp_path))
     summary = evaluate("gsm8k", options, engine=engine)
     assert (summary["model"], summary["revision"], summary["problems"]) == ("step 10", "in memory", 4)

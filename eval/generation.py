@@ -1,0 +1,96 @@
+"""What an engine is asked for and returns, and how token ids become a text that ends at the first stop string."""
+
+import bisect
+import hashlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Key = tuple[str, int]  # problem id, sample
+CONTEXT_TOKENS = 8  # of the prompt, decoded with a response: whether its first token begins with a space depends on them
+
+
+@dataclass(frozen=True)
+class Request:
+    id: str
+    sample: int
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+
+    @property
+    def key(self) -> Key:
+        return self.id, self.sample
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a text is drawn, and where it ends besides the end-of-text token."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    keep_stop: bool = False
+    """True: the response ends with the stop string that ended it."""
+
+    def seed_of(self, request: Request) -> int:
+        """Independent of the batch and of the order, and the same on every machine."""
+        return int.from_bytes(hashlib.sha256(f"{self.seed}/{request.id}/{request.sample}".encode()).digest()[:7])
+
+
+@dataclass(frozen=True)
+class Generation:
+    id: str
+    sample: int
+    response: str
+    finish_reason: str
+    """"stop": an end-of-text token or a stop string. "length": the limit of tokens."""
+    stop_reason: str | None
+    """The stop string; None for an end-of-text token or the limit."""
+    tokens: int
+    """Generated, the end-of-text token and a stop string's tokens included."""
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str], *, special_tokens: bool) -> list[tuple[int, ...]]:
+    """Token ids of each prompt. A closing end-of-text token, which some tokenizers add, is dropped: the model is to go on from here.
+
+    `special_tokens` is False for a chat template, whose text already holds them: a second <s> lowers scores.
+    """
+    if not prompts:
+        return []
+    closes = special_tokens and tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+    rows = tokenizer(list(prompts), add_special_tokens=special_tokens)["input_ids"]
+    return [tuple(row[:-1] if closes else row) for row in rows]
+
+
+def response_text(tokenizer: Any, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
+    """What `new_ids` add to the text. Decoded behind the last tokens of the prompt, or a Llama tokenizer would drop a leading space."""
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    context = list(prompt_ids[-CONTEXT_TOKENS:])
+    before, whole = tokenizer.decode(context, **options), tokenizer.decode([*context, *new_ids], **options)
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(list(new_ids), **options)
+
+
+def first_stop(text: str, stops: Collection[str]) -> tuple[int, str] | None:
+    """Place and string of the stop that is complete first, as if the text came letter by letter.
+
+    >>> first_stop("18\\n\\nQuestion: 2", ("Question:", "Question", "USER"))
+    (4, 'Question')
+    """
+    found = [(text.find(stop), stop) for stop in stops]
+    return min(((place, stop) for place, stop in found if place >= 0), key=lambda hit: hit[0] + len(hit[1]), default=None)
+
+
+def finish(tokenizer: Any, request: Request, new_ids: Sequence[int], decoding: Decoding, *, ended: bool) -> Generation:
+    """The Generation of the tokens `new_ids`; `ended` says that the model, and not the limit, ended them."""
+    text = response_text(tokenizer, request.prompt_ids, new_ids)
+    hit = first_stop(text, decoding.stop)
+    if hit is None:
+        return Generation(*request.key, text, "stop" if ended else "length", None, len(new_ids))
+    place, stop = hit
+
+    def complete(count: int) -> bool:
+        return stop in response_text(tokenizer, request.prompt_ids, new_ids[:count])
+
+    needed = bisect.bisect_left(range(len(new_ids)), True, key=complete)  # tokens until the stop was written
+    return Generation(*request.key, text[: place + len(stop) * decoding.keep_stop], "stop", stop, needed)

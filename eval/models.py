@@ -1,0 +1,184 @@
+"""Where a model is, found and checked before its weights are loaded: a folder or a Hub id, and a LoRA adapter's base."""
+
+import contextlib
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from eval.tasks import EvalError
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those vLLM has room for
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's files: a folder or a Hub id, and where its weights are if it is a LoRA adapter."""
+
+    model: str
+    revision: str
+    """Hub: the commit. Folder: "sampled-sha256:..." over config, sizes and samples of the weights, see `fingerprint`."""
+    base: str
+    """The model itself, or what the adapter adapts."""
+    base_commit: str | None
+    adapter: str | None = None
+    """Folder with adapter_config.json."""
+
+    @property
+    def tokenizer(self) -> tuple[str, str | None]:
+        """Folder or Hub id, and commit."""
+        if self.adapter and Path(self.adapter, "tokenizer_config.json").is_file():
+            return self.adapter, None
+        return self.base, self.base_commit
+
+    @cached_property
+    def adapter_config(self) -> dict[str, Any]:
+        return _json(Path(self.adapter, "adapter_config.json")) if self.adapter else {}
+
+
+def locate(model: str, revision: str | None = None) -> Source:
+    """Finds a model without loading its weights: a folder, or a Hub id at `revision`."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        if folder.exists():
+            raise EvalError(f"--model {model} is a file. Give the folder that holds config.json, or a Hub id.")
+        if model.startswith((".", "/", "~")) or model.count("/") > 1:
+            raise EvalError(f"--model {model}: no such folder.")
+        return _locate_on_hub(model, revision)
+    if revision is not None:
+        raise EvalError(f"--revision {revision} names a version on the Hub, but --model {model} is a folder. Leave --revision out.")
+    adapter = (folder / "adapter_config.json").is_file()
+    if not adapter and not (folder / "config.json").is_file():
+        saved = sorted(child.name for child in folder.iterdir() if (child / "config.json").is_file())
+        hint = f" It holds {', '.join(saved[-3:])}: give one of them." if saved else ""
+        raise EvalError(f"--model {model} has neither config.json nor adapter_config.json, so it is no saved model.{hint}")
+    if adapter:
+        return _adapter(model, str(folder), fingerprint(folder))
+    return Source(model, fingerprint(folder), str(folder), None)
+
+
+def _adapter(model: str, folder: str, revision: str) -> Source:
+    config = _json(Path(folder, "adapter_config.json"))
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise EvalError(f"{folder}/adapter_config.json names no base_model_name_or_path, so there is nothing to put the adapter on.")
+    if not Path(base).is_dir() and (Path(folder, base) / "config.json").is_file():
+        base = str(Path(folder, base))  # relative to the adapter
+    try:
+        under = locate(base, config.get("revision"))
+    except EvalError as error:
+        raise EvalError(f"--model {model} is an adapter of {base}, which cannot be found: {error}") from None
+    if under.adapter:
+        raise EvalError(f"--model {model} is an adapter of {base}, which is itself an adapter. Merge that one first.")
+    return Source(model, f"{revision} on {under.revision}", under.base, under.base_commit, folder)
+
+
+def _locate_on_hub(model: str, revision: str | None) -> Source:
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        with contextlib.suppress(EntryNotFoundError):  # also raised when a cache without network lacks it
+            hf_hub_download(model, "adapter_config.json", revision=revision)
+            folder = snapshot_download(model, revision=revision, ignore_patterns=["checkpoint-*", "*.bin.index.json", "optimizer*"])
+            return _adapter(model, folder, Path(folder).name)
+        commit = Path(hf_hub_download(model, "config.json", revision=revision)).parent.name  # .../snapshots/COMMIT/config.json
+    except EvalError:
+        raise
+    except Exception as error:  # the Hub's client raises a dozen kinds
+        raise EvalError(f"--model {model} is not a folder here, and cannot be found on the Hub: {first_line(error)}.") from None
+    return Source(model, commit, model, commit)
+
+
+def fingerprint(folder: Path) -> str:
+    """Names the weights in a folder without reading all of them: another training run gives another name.
+
+    SHA-256 over config.json or adapter_config.json and, for each weight file, its name, size, header and 64 samples of 4 KiB. Also finds
+    a .safetensors that was cut off.
+    """
+    digest = hashlib.sha256()
+    for name in ("config.json", "adapter_config.json"):
+        if (folder / name).is_file():
+            digest.update((folder / name).read_bytes())
+    weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin") and path.name != "training_args.bin")
+    if not weights:
+        raise EvalError(f"{folder} holds no weights (.safetensors or .bin). Give the folder that the training run saved.")
+    for path in weights:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            if path.suffix == ".safetensors":
+                digest.update(_header(file, path, size))
+            for sample in range(64):
+                file.seek(max(0, size - 4096) * sample // 63)
+                digest.update(file.read(4096))
+    return f"sampled-sha256:{digest.hexdigest()}"
+
+
+def _header(file: Any, path: Path, size: int) -> bytes:
+    """8 bytes: length of the header; the header, JSON with the place of each tensor; the tensors."""
+    start = file.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+    try:
+        if length + 8 > size:
+            raise ValueError
+        header = file.read(length)
+        ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError):
+        raise EvalError(f"{path} is not a readable .safetensors file. Save or download it again.") from None
+    if 8 + length + max(ends, default=0) != size:
+        raise EvalError(
+            f"{path} has {size} bytes where its header asks for {8 + length + max(ends, default=0)}. Save or download it again."
+        )
+    return header
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EvalError(f"{path} cannot be read as JSON: {first_line(error)}.") from None
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return (lines[0].strip().rstrip(".") if lines else "") or type(error).__name__
+
+
+def load_tokenizer(source: Source) -> Any:
+    from transformers import AutoTokenizer
+
+    path, commit = source.tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=commit)
+    except Exception as error:
+        raise EvalError(f"the tokenizer of {path} cannot be loaded: {first_line(error)}.") from None
+
+
+def context_limit(source: Source) -> int | None:
+    """Positions the model has, prompt and response together; None if its config does not say."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source.base, revision=source.base_commit)
+    except Exception as error:
+        raise EvalError(f"the config of {source.base} cannot be loaded: {first_line(error)}.") from None
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def lora_rank(source: Source) -> int:
+    """Room for the adapter's rank, in a size vLLM has."""
+    config = source.adapter_config
+    if config.get("modules_to_save"):
+        raise EvalError(
+            f"the adapter {source.adapter} also holds whole modules (modules_to_save={config['modules_to_save']}), which vLLM cannot add. "
+            "Merge it into its base, or use --engine transformers."
+        )
+    needed = max([config.get("r", 8), *(config.get("rank_pattern") or {}).values()])
+    rank = next((rank for rank in LORA_RANKS if rank >= needed), None)
+    if rank is None:
+        raise EvalError(f"the adapter has rank {needed}, and vLLM has room for {LORA_RANKS[-1]}. Use --engine transformers, or merge it.")
+    return rank
