@@ -15,6 +15,8 @@ import pytest
 
 from eval import symbolic
 from eval.answers import BENCHMARKS, CONVENTIONS, accuracy_reward, answers_equal, extract_answer, grade, is_correct
+from eval.equality import same, structure
+from eval.latex import UndecidedError
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -121,6 +123,7 @@ def test_the_published_conventions_keep_their_rules_and_their_faults() -> None:
     assert extract_answer("The answer is: 1,234,567", convention="metamath") == "1234"
     assert extract_answer("The answer is: 16.5", convention="metamath") == "16"  # rounded, to even
     assert is_correct("The answer is: 16.5", "16", convention="metamath")
+    assert extract_answer("The answer is: 16.7", convention="metamath") == "17"
     assert not is_correct("The answer is: 16.5", "16", convention="verified")
     assert extract_answer("The answer is: 3/0", convention="metamath") == "3"
     assert extract_answer("The answer is -3", convention="llemma") is None
@@ -162,6 +165,14 @@ def test_every_gold_of_gsm8k_and_math_equals_itself_and_its_solution_is_right() 
         assert is_correct(answer, gold), answer
         # MetaMath's pattern reads one comma at most
         assert is_correct(f"The answer is: {gold}", gold, convention="metamath") == (gold.count(",") < 2)
+
+
+@pytest.mark.parametrize(
+    "text", ["x^{" * 60 + "1" + "}" * 60, "2^{3000}x", "2^{x+3000}", "(" * 70 + "x" + ")" * 70, "x+" * 200 + "x", "201!x"]
+)
+def test_what_is_past_a_bound_is_undecided_before_it_costs_anything(text: str) -> None:
+    with pytest.raises(UndecidedError):
+        same(structure(text), structure(text + "+1"))
 
 
 HOSTILE = [
