@@ -4,7 +4,8 @@
 
 1. the backbone makes the hidden states; no logits
 2. the LM head's weight and bias are gathered (ZeRO-3: emptied outside its module; FSDP2: a DTensor)
-3. `linear_matrix_cross_entropy` returns the summed loss with its gradient already made
+3. `linear_matrix_cross_entropy` returns the summed loss with its gradient already made; the vocabulary's summary that its
+   solver needs is made once an optimizer step (`SummaryCache`) and used by every micro-batch of it
 4. the gathered weight is released; autograd hands its gradient to the engine like any other
 
 Running the loss outside the forward gives an empty weight under ZeRO-3 and silently wrong gradients under FSDP2.
@@ -29,9 +30,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from matrix_llm.head_tail import VocabularySummary, summarise
 from matrix_llm.information import effective_rank
-from matrix_llm.mce import linear_matrix_cross_entropy
-from matrix_llm.solvers import unit_rows
+from matrix_llm.mce import TrainedPositions, linear_matrix_cross_entropy
+from matrix_llm.solvers import Solver, unit_rows
 
 
 @dataclass(frozen=True)
@@ -175,10 +177,46 @@ def _load_balancing_loss(text_config: PretrainedConfig, router_logits, attention
     return load_balancing_loss_func(router_logits, experts, text_config.num_experts_per_tok, attention_mask)  # type: ignore[return-value]
 
 
-def add_matrix_head(model: PreTrainedModel, options: MatrixLossOptions) -> None:
+class SummaryCache:
+    """The vocabulary's summary (head_tail.py), shared by the micro-batches of one optimizer step.
+
+    `step` is anything that changes whenever the weights do; with None, the default, every call reads the weight anew.
+    """
+
+    def __init__(self, options: MatrixLossOptions) -> None:
+        self.step: object = None
+        self._options = options
+        self._made_at: object = None
+        self._summary: VocabularySummary | None = None
+
+    def summary_of(self, embeddings: Tensor, dtype: torch.dtype) -> VocabularySummary | None:
+        """None where the solver needs none, or where `linear_matrix_cross_entropy` must make it (a sketch, trained embeddings)."""
+        options = self._options
+        solver = Solver.create(
+            options.solver,
+            vocabulary=embeddings.shape[0],
+            steps=options.steps,
+            order=options.order,
+            sketch_dim=options.sketch_dim,
+            top_k=options.top_k,
+            fused=not embeddings.requires_grad,
+        )
+        if solver.top_k is None or solver.sketch_dim is not None or embeddings.requires_grad:
+            return None
+        if self._summary is None or self.step is None or self.step != self._made_at:
+            self._summary = summarise(embeddings, torch.float64 if dtype == torch.float64 else torch.float32)
+            self._made_at = self.step
+        return self._summary
+
+
+def add_matrix_head(model: PreTrainedModel, options: MatrixLossOptions) -> SummaryCache:
     """Teach `model.forward` the keyword `matrix_loss=True`, which returns a `MatrixCausalLMOutput` and makes no logits.
 
     Without the keyword the forward is untouched. Call it on the base model, before DDP, FSDP or DeepSpeed wrap it.
+    Under torch.compile the backbone is compiled, the loss is not.
+
+    Returns:
+        The cache of what the solver reads from the weight; whoever steps the optimizer may set its `step`.
 
     Raises:
         ValueError: no LM head; an embedding file that does not fit; a model whose logits this file cannot reproduce.
@@ -199,18 +237,26 @@ def add_matrix_head(model: PreTrainedModel, options: MatrixLossOptions) -> None:
                 f"it must be ({rows}, D)."
             )
 
+    cache = SummaryCache(options)
+
+    @functools.partial(torch.compiler.disable, recursive=False)
     def matrix_forward(self: PreTrainedModel, labels: Tensor | None, shift_labels: Tensor | None, kwargs: dict) -> MatrixCausalLMOutput:
         nonlocal fixed
         kwargs["use_cache"] = False
         if getattr(text_config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
-        backbone = self.base_model(**kwargs)
-        hidden = backbone.last_hidden_state  # (B, T, H)
+        lm_head = _output_head(self)  # looked up anew: PEFT and FSDP replace it after this function ran
+        shifted_here = shift_labels is None
         if shift_labels is None:
             if labels is None:
                 raise ValueError("matrix_loss=True needs labels, or shift_labels.")
-            hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
-        lm_head = _output_head(self)  # looked up anew: PEFT and FSDP replace it after this function ran
+            shift_labels = labels[:, 1:]
+        rows = getattr(lm_head.weight, "ds_shape", lm_head.weight.shape)[0]  # ZeRO-3 leaves an empty weight with its shape beside
+        trained = TrainedPositions(shift_labels.reshape(-1), rows)  # before the backbone, so that the host need not wait after it
+        backbone = self.base_model(**kwargs)
+        hidden = backbone.last_hidden_state  # (B, T, H)
+        if shifted_here:
+            hidden = hidden[:, :-1]
         wanted = [lm_head.weight, getattr(lm_head, "bias", None)]
         if options.embeddings == "input":
             wanted.append(self.get_input_embeddings().weight)
@@ -238,6 +284,8 @@ def add_matrix_head(model: PreTrainedModel, options: MatrixLossOptions) -> None:
                 logit_scale=scale,
                 softcap=softcap,
                 reduction="sum",
+                summary=cache.summary_of(embeddings, hidden.dtype),
+                trained=trained,
             )
         aux_loss = None
         if kwargs.get("output_router_logits"):
@@ -263,3 +311,4 @@ def add_matrix_head(model: PreTrainedModel, options: MatrixLossOptions) -> None:
         return matrix_forward(self, kwargs.pop("labels", None), kwargs.pop("shift_labels", None), kwargs)
 
     model.forward = types.MethodType(forward, model)
+    return cache

@@ -11,7 +11,7 @@ V_k = [v_1 .. v_k] and the tridiagonal T_k = V_k^T Q V_k, and then (Golub & Meur
 the gradient needs no further product with E. It is the gradient of the exact quantity, approximated; it is not the
 derivative of the k-step value. Both converge to the exact ones as k grows.
 
-Legend: C positions of one chunk, V vocabulary, S head tokens of a position, D embedding width, K Lanczos steps.
+Legend: C positions of one chunk, V vocabulary, D embedding width, K Lanczos steps.
 """
 
 from __future__ import annotations
@@ -68,61 +68,6 @@ class VocabularyOperator:
         return (self.q * rows) @ self.embeddings
 
 
-class HeadTailOperator:
-    """Q with the likeliest tokens S exact and the rest of the mass spread evenly over the other tokens.
-
-    Let tau = 1 - sum_S q_j, and C the mean of e_j e_j^T over the V tokens (one (D, D) matrix, tr C = 1). Spreading tau
-    evenly over the V - |S| tokens outside S gives
-
-        Q = sum_{j in S} (q_j - rho) e_j e_j^T + rho V C,      rho = tau / (V - |S|).
-
-    This is the Q of a genuine distribution, so tr Q = 1, Q is PSD, MCE <= CE, and MCE = CE on orthonormal rows, all
-    exactly. A step touches |S| + D rows instead of V. `rows` holds the S coordinates e_j . v followed by C v.
-    """
-
-    def __init__(
-        self,
-        q: Tensor,  # (C, S) probabilities of the head tokens
-        embeddings: Tensor,  # (C, S, D) their unit rows
-        tail_moment: Tensor,  # (D, D) mean of e_j e_j^T over the vocabulary's non-zero rows
-        vocabulary: Tensor,  # () how many those are
-    ) -> None:
-        self.embeddings, self.tail_moment = embeddings, tail_moment
-        self.head = q.shape[-1]
-        self.width = self.head + tail_moment.shape[0]
-        in_head = (embeddings.abs().amax(-1) > 0).sum(-1)  # zero rows are in no one's moment
-        self.outside = (vocabulary - in_head).clamp(min=1).to(q.dtype)  # (C,) tokens that share the tail
-        self.vocabulary = vocabulary.to(q.dtype)
-        density = (1 - q.sum(-1)).clamp(min=0) / self.outside  # rho
-        self.q = q - density.unsqueeze(-1)
-        self.moment_weight = density * self.vocabulary
-
-    def project(self, v: Tensor, out: Tensor) -> None:
-        out[:, : self.head] = torch.bmm(self.embeddings, v.unsqueeze(-1)).squeeze(-1)
-        out[:, self.head :] = v @ self.tail_moment
-
-    def quadratic(self, v: Tensor, rows: Tensor) -> Tensor:
-        head, tail = rows[:, : self.head], rows[:, self.head :]
-        return (self.q * head).mul_(head).sum(-1) + self.moment_weight * (v * tail).sum(-1)
-
-    def expand(self, rows: Tensor) -> Tensor:
-        head, tail = rows[:, : self.head], rows[:, self.head :]
-        moved = torch.bmm((self.q * head).unsqueeze(1), self.embeddings).squeeze(1)
-        return torch.addcmul(moved, self.moment_weight.unsqueeze(-1), tail)
-
-    def gradient_in_q(self, result: Quadrature) -> tuple[Tensor, Tensor]:
-        """d/dq_j of -e_y^T log(Q) e_y: (C, S) for the head tokens, (C, 1) shared by all others.
-
-        The tail's shape counts as a constant: dQ/dq_j is e_j e_j^T in the head, and (V C - sum_S e_i e_i^T) / (V - |S|)
-        outside, whose form is the mean of the others' forms.
-        """
-        head_rows, tail_rows = result.rows[..., : self.head], result.rows[..., self.head :]
-        head = forms(head_rows, result.derivative)
-        moment = -(result.derivative * torch.bmm(result.basis, tail_rows.mT)).sum((1, 2))  # -tr(M V_K^T C V_K)
-        tail = (self.vocabulary * moment - head.sum(-1)) / self.outside
-        return head, tail.unsqueeze(-1)
-
-
 class Quadrature(NamedTuple):
     """What `quadrature` knows about -e_y^T log(Q) e_y after K steps."""
 
@@ -174,24 +119,33 @@ def quadrature(
         betas.append(beta)
         before, v = v, torch.where(alive.unsqueeze(-1), residual / torch.where(alive, beta, 1.0).unsqueeze(-1), 0.0)
 
-    diagonal = torch.stack(alphas, dim=-1).double()
-    t = torch.diag_embed(diagonal)
+    value, derivative, log_column = tridiagonal_log(alphas, betas, EIGENVALUE_FLOOR[dtype])
+    return Quadrature(value.to(dtype), basis, rows, derivative.to(dtype), log_column.to(dtype))
+
+
+def tridiagonal_log(
+    alphas: list[Tensor],  # K of (C,), the diagonal of T
+    betas: list[Tensor],  # K - 1 of (C,), beside it
+    floor: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(-e_1^T log(T) e_1 of shape (C,), M = Dlog_T[e_1 e_1^T] of shape (C, K, K), log(T) e_1 of shape (C, K)), in float64.
+
+    Eigenvalues below `floor` are clamped. A position with a NaN gets a NaN value and finite M, for the trainer's guard to name.
+    """
+    t = torch.diag_embed(torch.stack(alphas, dim=-1).double())
     if betas:
         off = torch.stack(betas, dim=-1).double()
         t = t + torch.diag_embed(off, offset=1) + torch.diag_embed(off, offset=-1)
-    # eigh refuses NaN on the CPU; such a position gets a NaN value, for the trainer's guard to find and name.
-    broken = ~torch.isfinite(t).all(-1).all(-1)
-    t = torch.where(broken[:, None, None], torch.eye(steps, dtype=t.dtype, device=t.device), t)
+    broken = ~torch.isfinite(t).all(-1).all(-1)  # eigh refuses NaN on the CPU
+    t = torch.where(broken[:, None, None], torch.eye(len(alphas), dtype=t.dtype, device=t.device), t)
     w, z = torch.linalg.eigh(t)
-    w = w.clamp(min=EIGENVALUE_FLOOR[dtype])
+    w = w.clamp(min=floor)
     log_w = w.log()
     first = z[:, 0, :]  # e_1 in the eigenbasis
-    value = -(first * first * log_w).sum(-1)
+    value = torch.where(broken, torch.nan, -(first * first * log_w).sum(-1))
     kernel = log_divided_differences(w) * first.unsqueeze(-1) * first.unsqueeze(-2)
-    derivative = z @ kernel @ z.mT
     log_column = torch.bmm(z, (first * log_w).unsqueeze(-1)).squeeze(-1)
-    value = torch.where(broken, torch.nan, value)
-    return Quadrature(value.to(dtype), basis, rows, derivative.to(dtype), log_column.to(dtype))
+    return value, z @ kernel @ z.mT, log_column
 
 
 def forms(

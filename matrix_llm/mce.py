@@ -24,15 +24,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from matrix_llm.solvers import Embeddings, Solver, add_logit_gradient_, prepare_embeddings, solve_chunk
+from matrix_llm.head_tail import VocabularySummary, likeliest
+from matrix_llm.solvers import Embeddings, Solver, logit_gradient_, prepare_embeddings, solve_chunk
 
 __all__ = ["MatrixLossOutput", "linear_matrix_cross_entropy", "token_mce"]
 
-CHUNK_BYTES = 256 * 2**20  # working memory of one chunk of positions
+CHUNK_BYTES = 256 * 2**20  # working memory of one chunk of positions, at least
+WEIGHT_SHARE = 4  # the fused head takes a quarter of the LM head's own size where that is more: fewer passes over the weight
 
 
-def _chunk_size(positions: int, bytes_per_position: int) -> int:
-    return max(1, min(positions, CHUNK_BYTES // max(1, bytes_per_position)))
+def _chunk_size(positions: int, bytes_per_position: int, budget: int) -> int:
+    """Chunks of even size, as few as fit the budget."""
+    most = max(1, min(positions, budget // max(1, bytes_per_position)))
+    return math.ceil(positions / math.ceil(positions / most))
 
 
 def _check_labels(labels: Tensor, vocabulary: int, positions: int) -> None:
@@ -52,26 +56,24 @@ def _check_labels(labels: Tensor, vocabulary: int, positions: int) -> None:
 
 class _TokenMCE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, rows: Tensor, labels: Tensor, fixed: tuple, solver: Solver, chunk: int) -> Tensor:
+    def forward(ctx, logits: Tensor, rows: Tensor, labels: Tensor, summary, solver: Solver, chunk: int, dtype: torch.dtype) -> Tensor:
         want_logits = ctx.needs_input_grad[0]
-        embeddings = Embeddings(rows, *fixed)
+        embeddings = Embeddings(rows, summary)
         values, grads = [], []
         for start in range(0, logits.shape[0], chunk):
-            z, y = logits[start : start + chunk].to(rows.dtype), labels[start : start + chunk]
+            z, y = logits[start : start + chunk].to(dtype), labels[start : start + chunk]
             q = torch.softmax(z, dim=-1)
             terms = solve_chunk(solver, q, y, embeddings, want_gradient=want_logits, row_weight=None, grad_rows=None)
             values.append(terms.value)
             if want_logits:
-                grad = torch.zeros_like(q)
-                add_logit_gradient_(grad, q, terms, 1.0)
-                grads.append(grad.to(logits.dtype))
-        ctx.solver, ctx.chunk = solver, chunk
-        ctx.save_for_backward(logits, rows, labels, *fixed, torch.cat(grads) if want_logits else None)
+                grads.append(logit_gradient_(q, terms, 0.0, 1.0).to(logits.dtype))
+        ctx.solver, ctx.chunk, ctx.summary = solver, chunk, summary
+        ctx.save_for_backward(logits, rows, labels, torch.cat(grads) if want_logits else None)
         return torch.cat(values)
 
     @staticmethod
     def backward(ctx, grad_value: Tensor):  # type: ignore[override]
-        logits, rows, labels, *fixed, grad_logits = ctx.saved_tensors
+        logits, rows, labels, grad_logits = ctx.saved_tensors
         if grad_logits is not None:
             grad_logits = (grad_logits * grad_value.unsqueeze(-1)).to(logits.dtype)
         grad_rows = None
@@ -83,12 +85,12 @@ class _TokenMCE(torch.autograd.Function):
                     ctx.solver,
                     torch.softmax(logits[part].to(rows.dtype), dim=-1),
                     labels[part],
-                    Embeddings(rows, *fixed),
+                    Embeddings(rows, ctx.summary),
                     want_gradient=False,
                     row_weight=grad_value[part],
                     grad_rows=grad_rows,
                 )
-        return grad_logits, grad_rows, None, None, None, None
+        return grad_logits, grad_rows, None, None, None, None, None
 
 
 def token_mce(
@@ -112,8 +114,8 @@ def token_mce(
         steps: Lanczos steps, None for the measured default. "krylov" only.
         order: terms of the series. "taylor" only.
         sketch_dim: replace E by normalise(E R) with a fixed Gaussian R (D, sketch_dim); None: no sketch.
-        top_k: "krylov" only: keep this many likeliest tokens (and the target) exactly and spread the rest of the mass
-            evenly over the other tokens; None: the whole vocabulary.
+        top_k: "krylov" only: keep this many likeliest tokens (the target among them) exactly and the others through their
+            second moments (head_tail.py); None, or V and more: the whole vocabulary.
 
     Returns:
         (N,) in nats, float32 or float64; 0 where the target's row is zero. Differentiable in logits, and in embeddings
@@ -143,11 +145,10 @@ def token_mce(
     if positions == 0:
         return (logits.sum() + embeddings.sum()).to(dtype) * torch.zeros(0, dtype=dtype, device=logits.device)
     with torch.autocast(logits.device.type, enabled=False):
-        prepared = prepare_embeddings(embeddings, chosen, dtype)
-        width = prepared.rows.shape[1]
-        itemsize = prepared.rows.element_size()
-        chunk = _chunk_size(positions, 3 * itemsize * vocabulary + chosen.bytes_per_position(vocabulary, width, itemsize))
-        return _TokenMCE.apply(logits, prepared.rows, labels, prepared.fixed, chosen, chunk)
+        rows, summary = prepare_embeddings(embeddings, chosen, dtype)
+        per_position = 3 * dtype.itemsize * vocabulary + chosen.bytes_per_position(vocabulary, rows.shape[1], dtype.itemsize)
+        chunk = _chunk_size(positions, per_position, CHUNK_BYTES)
+        return _TokenMCE.apply(logits, rows, labels, summary, chosen, chunk, dtype)
 
 
 class MatrixLossOutput(NamedTuple):
@@ -176,13 +177,71 @@ class _HeadGradients(NamedTuple):
     rows: Tensor | None  # (V, D)
 
 
-def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b with a float32 (or float64) result: half-precision products accumulate, and stay, in float32."""
-    if a.dtype == dtype:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)
+class TrainedPositions:
+    """Which positions carry a label, and whether every label is a token.
+
+    On a GPU the counts travel to the host behind whatever runs next: make this before the backbone's forward and ask for
+    `index()` after it, and the host never waits for the device.
+
+    >>> TrainedPositions(torch.tensor([-100, 4, 1]), vocabulary=5).index()
+    tensor([1, 2])
+    """
+
+    def __init__(self, labels: Tensor, vocabulary: int, ignore_index: int = -100) -> None:
+        if labels.ndim != 1:
+            raise ValueError(f"labels has shape {tuple(labels.shape)}, but one label a position needs (N,).")
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise TypeError(f"labels are {labels.dtype}, but token ids are integers.")
+        keep = labels != ignore_index
+        self.labels, self.vocabulary = labels, vocabulary
+        self._wrong = keep & ((labels < 0) | (labels >= vocabulary))
+        self._order = torch.argsort(~keep, stable=True)  # the kept positions first, in order
+        counts = torch.stack([keep.sum(), self._wrong.sum()])
+        self._event = None
+        if labels.is_cuda:
+            self._counts = torch.empty(2, dtype=counts.dtype, pin_memory=True)
+            self._counts.copy_(counts, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._counts = counts
+
+    def index(self) -> Tensor:
+        """The kept positions, (n,) int64.
+
+        Raises:
+            ValueError: a label outside the vocabulary.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+        kept, wrong = self._counts.tolist()
+        if wrong:
+            position = int(torch.nonzero(self._wrong)[0])
+            raise ValueError(
+                f"label {int(self.labels[position])} at position {position} lies outside the vocabulary of {self.vocabulary}. "
+                "The tokenizer may hold more tokens than the model has rows; resize the embeddings, or mask the position with ignore_index."
+            )
+        return self._order[:kept]
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b; half-precision products accumulate in float32, and stay in it where `out` is float32."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def _add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, accumulated in the dtype of `total`."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        total.add_(torch.mm(a, b, out_dtype=total.dtype))
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 def _head_pass(
@@ -198,12 +257,12 @@ def _head_pass(
     """One pass over chunks of positions; the (N, V) logits are never whole.
 
     1. logits = hidden W^T (+ bias), scaled and soft-capped as the model does
-    2. log-sum-exp -> q, CE, entropy, top-1
+    2. softmax -> q, CE, entropy, top-1
     3. the solver: MCE and its gradient in q
-    4. the logits' gradient, through softmax, cap and scale
+    4. the logits' gradient, through softmax, cap and scale, in place of q
     5. gradients of hidden, weight (accumulated in float32), bias
     """
-    dtype, scale, cap = options.dtype, options.logit_scale, options.softcap
+    dtype, scale, cap, solver = options.dtype, options.logit_scale, options.softcap, options.solver
     positions, vocabulary = hidden.shape[0], weight.shape[0]
     device = hidden.device
     ce, mce, entropy = (torch.empty(positions, dtype=dtype, device=device) for _ in range(3))
@@ -215,56 +274,63 @@ def _head_pass(
         torch.zeros_like(embeddings.rows) if needs[3] else None,
     )
     want_logits = any(needs[:3])
+    z_buffer, q_buffer = (torch.empty(min(options.chunk, positions), vocabulary, dtype=dtype, device=device) for _ in range(2))
     for start in range(0, positions, options.chunk):
         part = slice(start, start + options.chunk)
-        h, y = hidden[part], labels[part]
-        logits = _mm(h, weight.T, dtype)
+        h, y, w = hidden[part], labels[part], row_weight[part, None]
+        z, q = z_buffer[: len(y)], q_buffer[: len(y)]
+        _mm(h, weight.T, out=z)
         if bias is not None:
-            logits += bias
+            z += bias
         if scale != 1.0:
-            logits *= scale
-        capped = None
+            z *= scale
         if cap is not None:
-            capped = (logits / cap).tanh_()
-            logits = capped * cap
-        log_z = logits.logsumexp(-1)
-        of_label = logits.gather(1, y[:, None]).squeeze(1)
-        top1[part] = of_label >= logits.amax(-1)
+            z.div_(cap).tanh_().mul_(cap)
+        if solver.top_k is not None:
+            largest, ids = likeliest(z, solver.top_k)
+            largest = largest[:, 0]
+        else:
+            largest, ids = z.amax(-1), None
+        of_label = z.gather(1, y[:, None]).squeeze(1)
+        top1[part] = of_label >= largest
+        torch.softmax(z, dim=-1, out=q)
+        log_z = largest - q.amax(-1).log() if ids is None else largest - q.gather(1, ids[:, :1]).squeeze(1).log()
         ce[part] = log_z - of_label
-        q = (logits - log_z[:, None]).exp_()
-        entropy[part] = log_z - (q * logits.clamp(min=torch.finfo(dtype).min)).sum(-1)
+        if bias is not None:
+            z.clamp_(min=torch.finfo(dtype).min)  # a bias of -inf removes a token: 0 * -inf would be NaN
+        entropy[part] = log_z - (z.mul_(q) if cap is None else z * q).sum(-1)  # from here on z is only the cap's
         terms = solve_chunk(
-            options.solver,
+            solver,
             q,
             y,
             embeddings,
-            want_gradient=want_logits and options.mce_weight != 0,
+            ids=ids,
+            want_gradient=want_logits,
             row_weight=row_weight[part] * options.mce_weight,
             grad_rows=grads.rows,
         )
         mce[part] = terms.value
         if not want_logits:
             continue
-        grad = q.clone() if options.mce_weight != 0 else q
-        grad.scatter_add_(1, y[:, None], torch.full_like(of_label, -1.0)[:, None])
-        if options.mce_weight != 0:
-            add_logit_gradient_(grad, q, terms, options.mce_weight)
-        grad *= row_weight[part, None]
-        if capped is not None:
-            grad *= 1 - capped * capped
+        grad = logit_gradient_(q, terms, w, w * options.mce_weight)
+        grad.scatter_add_(1, y[:, None], -w)
+        if cap is not None:
+            grad *= 1 - (z / cap).square_()
         if scale != 1.0:
             grad *= scale
         if grads.bias is not None:
             grads.bias.add_(grad.sum(0))
         grad = grad.to(hidden.dtype)
         if grads.hidden is not None:
-            grads.hidden[part] = grad @ weight
+            torch.mm(grad, weight, out=grads.hidden[part])
         if grads.weight is not None:
-            if grad.dtype == dtype:
-                grads.weight.addmm_(grad.T, h)
-            else:
-                grads.weight.add_(_mm(grad.T, h, dtype))
+            _add_mm(grads.weight, grad.T, h)
     return ce, mce, entropy, top1, grads
+
+
+def _graph_is_kept() -> bool:
+    """Whether this backward pass may run again (retain_graph=True): then the made gradients must survive it."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 class _LinearMCE(torch.autograd.Function):
@@ -273,7 +339,7 @@ class _LinearMCE(torch.autograd.Function):
     the backward pass and takes a second pass there."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, rows, fixed, labels, options, summed, grad_enabled):
+    def forward(ctx, hidden, weight, bias, rows, summary, labels, options, summed, grad_enabled):
         needs = tuple(grad_enabled and n for n in ctx.needs_input_grad[:4])
         compute_weight = weight.to(hidden.dtype)
         ones = torch.ones(hidden.shape[0], dtype=options.dtype, device=hidden.device)
@@ -282,41 +348,47 @@ class _LinearMCE(torch.autograd.Function):
             compute_weight,
             bias,
             labels,
-            Embeddings(rows, *fixed),
+            Embeddings(rows, summary),
             options,
             ones,
             needs if summed else (False, False, False, False),
         )
         loss = ce + options.mce_weight * mce
-        ctx.options, ctx.summed, ctx.dtypes = options, summed, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        if summed:
-            ctx.save_for_backward(*grads)
-        else:
-            ctx.save_for_backward(hidden, weight, bias, rows, labels, *fixed)
+        ctx.options, ctx.summary, ctx.dtypes = options, summary, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.summed = summed
+        ctx.made = grads  # not through save_for_backward: hooks that offload it would only move it about
+        if not summed:
+            ctx.save_for_backward(hidden, weight, bias, rows, labels)
         ctx.mark_non_differentiable(ce, mce, entropy, top1)
         return (loss.sum() if summed else loss), ce, mce, entropy, top1
 
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[override]
         if ctx.summed:
-            made = [None if g is None else g * grad_loss for g in ctx.saved_tensors]
+            if ctx.made is None:
+                raise RuntimeError("backward ran twice over one loss. Pass retain_graph=True to the first backward().")
+            if _graph_is_kept():
+                made = _HeadGradients(*(None if g is None else g * grad_loss for g in ctx.made))
+            else:  # scaled in place and handed over: the LM head's gradient exists once
+                made = _HeadGradients(*(None if g is None else g.mul_(grad_loss) for g in ctx.made))
+                ctx.made = None
         else:
-            hidden, weight, bias, rows, labels, *fixed = ctx.saved_tensors
-            grads = _head_pass(
+            hidden, weight, bias, rows, labels = ctx.saved_tensors
+            made = _head_pass(
                 hidden,
                 weight.to(hidden.dtype),
                 bias,
                 labels,
-                Embeddings(rows, *fixed),
+                Embeddings(rows, ctx.summary),
                 ctx.options,
                 grad_loss.to(ctx.options.dtype),
                 ctx.needs_input_grad[:4],
             )[-1]
-            made = [*grads]
         cast = [None if g is None else g.to(d) for g, d in zip(made[:3], ctx.dtypes, strict=True)]
         return (*cast, made[3], None, None, None, None, None)
 
 
+@torch.compiler.disable
 def linear_matrix_cross_entropy(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
@@ -334,6 +406,8 @@ def linear_matrix_cross_entropy(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     reduction: str = "mean",
+    summary: VocabularySummary | None = None,
+    trained: TrainedPositions | None = None,
 ) -> MatrixLossOutput:
     """CE + mce_weight * MCE straight from hidden states, never holding the (N, V) logits whole.
 
@@ -348,7 +422,11 @@ def linear_matrix_cross_entropy(
         embeddings: (V, D) the vectors e_i, of any norm; None: the LM head's rows, detached. Give `weight` itself to let
             gradients through (beware: MCE is 0 where all rows are equal, so that rewards collapse).
         mce_weight: 0 leaves plain cross-entropy; MCE is still measured.
-        solver, steps, order, sketch_dim, top_k: see `token_mce`.
+        solver, steps, order, sketch_dim, top_k: see `token_mce`; but top_k=None, with no sketch and detached embeddings, is
+            the measured default: the whole vocabulary up to 1,024 tokens, 16 exact tokens and the tail's moments above.
+            Ask for the whole vocabulary with top_k=V.
+        summary: `head_tail.summarise` of the embeddings, to use it for several micro-batches of one optimizer step.
+        trained: `TrainedPositions` of the labels, made early so that the host need not wait for a GPU.
         reduction: "mean" over the positions that count, "sum", or "none".
 
     Returns:
@@ -378,38 +456,37 @@ def linear_matrix_cross_entropy(
         raise ValueError(f"embeddings {tuple(source.shape)} must have one row for each of the {vocabulary} rows of weight.")
     if labels.shape != (positions,):
         raise ValueError(f"labels has shape {tuple(labels.shape)}, but {positions} positions need ({positions},).")
-    chosen = Solver.create(solver, vocabulary=vocabulary, steps=steps, order=order, sketch_dim=sketch_dim, top_k=top_k)
+    chosen = Solver.create(
+        solver,
+        vocabulary=vocabulary,
+        steps=steps,
+        order=order,
+        sketch_dim=sketch_dim,
+        top_k=top_k,
+        fused=not source.requires_grad,
+    )
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype == torch.float32:
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))  # what autocast does to the LM head's own product
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    keep = labels != ignore_index
-    kept_hidden, kept_labels = hidden[keep], labels[keep]
-    _check_labels(kept_labels, vocabulary, kept_labels.shape[0])
-    kept_labels = kept_labels.long()
+    index = (trained or TrainedPositions(labels, vocabulary, ignore_index)).index().to(hidden.device)
+    kept_hidden, kept_labels = hidden, labels.long()
+    if index.shape[0] < positions:
+        kept_hidden, kept_labels = hidden.index_select(0, index), kept_labels[index]
     with torch.autocast(hidden.device.type, enabled=False):
-        prepared = prepare_embeddings(source, chosen, dtype)
-        itemsize = prepared.rows.element_size()
-        per_position = 4 * itemsize * vocabulary + chosen.bytes_per_position(vocabulary, prepared.rows.shape[1], itemsize)
-        options = _HeadOptions(
-            chosen, float(mce_weight), float(logit_scale), softcap, _chunk_size(max(1, kept_hidden.shape[0]), per_position), dtype
-        )
+        rows, summary = prepare_embeddings(source, chosen, dtype, summary)
+        per_position = 2 * dtype.itemsize * vocabulary + chosen.bytes_per_position(vocabulary, rows.shape[1], dtype.itemsize)
+        budget = max(CHUNK_BYTES, weight.numel() * dtype.itemsize // WEIGHT_SHARE)
+        chunk = _chunk_size(max(1, index.shape[0]), per_position, budget)
+        options = _HeadOptions(chosen, float(mce_weight), float(logit_scale), softcap, chunk, dtype)
         loss, ce, mce, entropy, top1 = _LinearMCE.apply(
-            kept_hidden,
-            weight,
-            bias,
-            prepared.rows,
-            prepared.fixed,
-            kept_labels,
-            options,
-            reduction != "none",
-            torch.is_grad_enabled(),
+            kept_hidden, weight, bias, rows, summary, kept_labels, options, reduction != "none", torch.is_grad_enabled()
         )
 
     def spread(values: Tensor) -> Tensor:
-        return torch.zeros(positions, dtype=values.dtype, device=values.device).masked_scatter(keep, values)
+        return torch.zeros(positions, dtype=values.dtype, device=values.device).index_copy(0, index, values)
 
     if reduction == "mean":
-        loss = loss / max(1, kept_hidden.shape[0])
+        loss = loss / max(1, index.shape[0])
     elif reduction == "none":
         loss = spread(loss)
     return MatrixLossOutput(loss, spread(ce), spread(mce), spread(entropy), spread(top1))

@@ -16,14 +16,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from matrix_llm.head_tail import DIRECTIONS, VocabularySummary, likeliest, solve_head_tail, summarise
 from matrix_llm.information import matrix_log
-from matrix_llm.krylov import HeadTailOperator, VocabularyOperator, forms, quadrature
+from matrix_llm.krylov import VocabularyOperator, forms, quadrature
 
 SOLVERS = ("exact", "krylov", "taylor")
 
-# Chosen from the table of docs/solvers.md: well below 1 % mean error in the value and 5 % in the logits' gradient where
-# CE <= 2. A sketch and a head with a shared tail are cheaper and missed that on real predictions, so they are options.
+# Chosen from the tables of docs/solvers.md and docs/performance.md: 1 % mean error in the value and 5 % in the logits'
+# gradient where CE <= 2 are held with room to spare, at nearly the price of cross-entropy.
 DEFAULT_STEPS = 6
+DEFAULT_TOP_K = 16
+WHOLE_VOCABULARY = 1024  # up to here the fused head's default is the whole vocabulary: there is nothing to save
 SKETCH_SEED = 20240723  # one fixed projection: equal on every rank, every step and every resume
 
 
@@ -46,7 +49,12 @@ class Solver:
         order: int,
         sketch_dim: int | None,
         top_k: int | None,
+        fused: bool = False,
     ) -> Solver:
+        """Check the settings; `fused` asks for the fused head's own choice of head and tail where none is given.
+
+        top_k of the vocabulary's size or more means the whole vocabulary.
+        """
         if name not in SOLVERS:
             raise ValueError(f"solver={name!r} is unknown. Use 'krylov' (the default), 'exact' (the reference) or 'taylor'.")
         steps = DEFAULT_STEPS if steps is None else steps
@@ -56,6 +64,8 @@ class Solver:
                 raise ValueError(f"{key}={value!r}, but it must be an integer of at least 1.")
         if name != "krylov" and top_k is not None:
             raise ValueError(f"top_k={top_k} is a form of solver='krylov'; solver={name!r} reads the whole vocabulary. Leave it out.")
+        if fused and name == "krylov" and top_k is None and sketch_dim is None and vocabulary > WHOLE_VOCABULARY:
+            top_k = DEFAULT_TOP_K
         if top_k is not None and top_k >= vocabulary:
             top_k = None
         return Solver(name, steps, order, sketch_dim, top_k)
@@ -68,21 +78,15 @@ class Solver:
             return itemsize * 4 * self.order * vocabulary
         if self.top_k is None:
             return itemsize * 2 * self.steps * vocabulary
-        return itemsize * (self.top_k * (2 * width + 3 * self.steps) + 4 * self.steps * width)
+        side = self.top_k + DIRECTIONS
+        return 8 * (2 * side * side + 2 * self.steps * side)  # the small problem is float64
 
 
-@dataclass(frozen=True)
-class Embeddings:
-    """The unit rows e_j (zero where the given row is zero), and the vocabulary's second moment when the solver needs it."""
+class Embeddings(NamedTuple):
+    """The vectors e_j, and the vocabulary's summary where the solver splits Q into head and tail."""
 
-    rows: Tensor  # (V, D)
-    tail_moment: Tensor | None  # (D, D) mean of e_j e_j^T over non-zero rows: trace 1; a constant, no gradient
-    nonzero: Tensor | None  # () how many rows that is
-
-    @property
-    def fixed(self) -> tuple[Tensor | None, Tensor | None]:
-        """What carries no gradient."""
-        return self.tail_moment, self.nonzero
+    rows: Tensor  # (V, D) unit rows, zero where the given row is zero; of any norm where there is a summary
+    summary: VocabularySummary | None
 
 
 @functools.lru_cache(maxsize=4)
@@ -112,23 +116,30 @@ def unit_rows(
     return e * torch.where(zero, 0.0, 1.0 / torch.where(zero, 1.0, norm))
 
 
-def prepare_embeddings(embeddings: Tensor, solver: Solver, dtype: torch.dtype) -> Embeddings:
-    rows = unit_rows(embeddings, dtype=dtype, sketch_dim=solver.sketch_dim)
+def prepare_embeddings(
+    embeddings: Tensor,  # (V, D) any float dtype, any norm
+    solver: Solver,
+    dtype: torch.dtype,
+    summary: VocabularySummary | None = None,
+) -> Embeddings:
+    """`summary`: one already made from these embeddings, to be used again."""
     if solver.top_k is None:
-        return Embeddings(rows, None, None)
-    detached = rows.detach()
-    nonzero = (detached.abs().amax(-1) > 0).sum().clamp(min=1)
-    return Embeddings(rows, detached.T @ detached / nonzero, nonzero)
+        return Embeddings(unit_rows(embeddings, dtype=dtype, sketch_dim=solver.sketch_dim), None)
+    rows = embeddings
+    if embeddings.requires_grad or solver.sketch_dim is not None:
+        rows = unit_rows(embeddings, dtype=dtype, sketch_dim=solver.sketch_dim)
+    return Embeddings(rows, summary or summarise(rows.detach(), dtype))
 
 
 class ChunkTerms(NamedTuple):
-    """MCE of one chunk and its gradient in q, as `base` everywhere except at the tokens `ids`, where it is `at_ids`."""
+    """MCE of one chunk and its gradient g in q, as `g` everywhere except at the tokens `ids`, where it is `at_ids`."""
 
     value: Tensor  # (C,)
-    base: Tensor | None  # (C, V), or (C, 1) where all tokens but `ids` share one
-    ids: Tensor | None  # (C, S)
-    at_ids: Tensor | None  # (C, S)
-    q_ids: Tensor | None  # (C, S)
+    g: Tensor | None  # (C, V), or (C, 1) where all tokens but `ids` share one
+    mean: Tensor | None  # (C, 1) sum_j q_j g_j
+    ids: Tensor | None = None  # (C, S)
+    at_ids: Tensor | None = None  # (C, S)
+    q_ids: Tensor | None = None  # (C, S)
 
 
 def solve_chunk(
@@ -137,43 +148,58 @@ def solve_chunk(
     labels: Tensor,  # (C,)
     embeddings: Embeddings,
     *,
+    ids: Tensor | None = None,  # (C, top_k) the likeliest tokens, where the caller knows them
     want_gradient: bool,
     row_weight: Tensor | None,  # (C,) weight of each position in the gradient of E; given whenever grad_rows is
     grad_rows: Tensor | None,  # (V, D) the gradient of E is added here
 ) -> ChunkTerms:
-    e, target = embeddings.rows, embeddings.rows[labels]
+    """Where Q is split into head and tail, the head's entries of `q` are zero afterwards; `ChunkTerms.q_ids` has them."""
+    if solver.top_k is not None:
+        return _solve_head_tail(solver, q, labels, embeddings, ids, row_weight, grad_rows)
+    e = embeddings.rows
     if solver.name != "krylov":
         return _solve_dense(solver, q, labels, e, want_gradient, row_weight, grad_rows)
-
-    if solver.top_k is None:
-        result = quadrature(VocabularyOperator(q, e), target, solver.steps)
-        base = forms(result.rows, result.derivative) if want_gradient else None
-        terms = ChunkTerms(result.value, base, None, None, None)
-        if grad_rows is not None and row_weight is not None:
-            weighted = -2 * row_weight[:, None] * q
-            moved = torch.bmm(result.derivative, result.basis)  # (C, K, D): rows of (V_K M)^T
-            for k in range(moved.shape[1]):
-                grad_rows.addmm_((weighted * result.rows[:, k]).T, moved[:, k])
-    else:
-        ids = q.topk(solver.top_k, dim=-1, sorted=True).indices
-        missing = ~(ids == labels[:, None]).any(-1)
-        ids[:, -1] = torch.where(missing, labels, ids[:, -1])  # the target belongs to the head
-        q_head = q.gather(1, ids)
-        assert embeddings.tail_moment is not None
-        assert embeddings.nonzero is not None
-        operator = HeadTailOperator(q_head, e[ids], embeddings.tail_moment, embeddings.nonzero)
-        result = quadrature(operator, target, solver.steps)
-        at_ids, base = operator.gradient_in_q(result) if want_gradient else (None, None)
-        terms = ChunkTerms(result.value, base, ids, at_ids, q_head)
-        if grad_rows is not None and row_weight is not None:
-            moved = torch.bmm(result.derivative, result.basis)
-            head_rows = result.rows[..., : solver.top_k]
-            per_token = torch.bmm((-2 * row_weight[:, None, None] * q_head.unsqueeze(1) * head_rows).mT, moved)  # (C, S, D)
-            grad_rows.index_add_(0, ids.flatten(), per_token.flatten(0, 1))
+    result = quadrature(VocabularyOperator(q, e), e[labels], solver.steps)
+    g = mean = None
+    if want_gradient:
+        g = forms(result.rows, result.derivative)
+        mean = (q * g).sum(-1, keepdim=True)
     if grad_rows is not None and row_weight is not None:
+        weighted = -2 * row_weight[:, None] * q
+        moved = torch.bmm(result.derivative, result.basis)  # (C, K, D): rows of (V_K M)^T
+        for k in range(moved.shape[1]):
+            grad_rows.addmm_((weighted * result.rows[:, k]).T, moved[:, k])
         on_target = torch.bmm(result.log_column.unsqueeze(1), result.basis).squeeze(1)
         grad_rows.index_add_(0, labels, -2 * row_weight[:, None] * on_target)
-    return terms
+    return ChunkTerms(result.value, g, mean)
+
+
+def _solve_head_tail(
+    solver: Solver,
+    q: Tensor,
+    labels: Tensor,
+    embeddings: Embeddings,
+    ids: Tensor | None,
+    row_weight: Tensor | None,
+    grad_rows: Tensor | None,
+) -> ChunkTerms:
+    summary = embeddings.summary
+    assert solver.top_k is not None
+    assert summary is not None
+    if ids is None:
+        ids = likeliest(q, solver.top_k)[1]
+    missing = ~(ids == labels[:, None]).any(-1)
+    ids[:, -1] = torch.where(missing, labels, ids[:, -1])  # the target belongs to the head
+    q_ids = q.gather(1, ids)
+    q.scatter_(1, ids, 0.0)
+    moments = q @ summary.features
+    result = solve_head_tail(q_ids, ids, labels, moments, embeddings.rows, summary, solver.steps, want_rows=grad_rows is not None)
+    if grad_rows is not None and row_weight is not None and result.row_updates is not None:
+        grad_rows.index_add_(0, ids.flatten(), (result.row_updates * row_weight[:, None, None]).flatten(0, 1))
+    mass = moments[:, -1:]  # of the tail's tokens with a vector
+    g = torch.where(mass > 0, result.tail.unsqueeze(-1) / torch.where(mass > 0, mass, 1.0), 0.0)
+    mean = (q_ids * result.at_ids).sum(-1, keepdim=True) + result.tail.unsqueeze(-1)
+    return ChunkTerms(result.value, g, mean, ids, result.at_ids, q_ids)
 
 
 def _solve_dense(
@@ -201,28 +227,26 @@ def _solve_dense(
             for m in range(1, solver.order + 1):  # x = (I - Q)^m e_y
                 x = x - (q * (x @ e.T)) @ e
                 value = value + (target * x).sum(-1) / m
-        base = None
+        g = mean = None
         if want_gradient:
-            (base,) = torch.autograd.grad(value.sum(), q, retain_graph=grad_rows is not None)
+            (g,) = torch.autograd.grad(value.sum(), q, retain_graph=grad_rows is not None)
+            mean = (q.detach() * g).sum(-1, keepdim=True)
         if grad_rows is not None:
             (gradient,) = torch.autograd.grad(value, e, row_weight)
             grad_rows.add_(gradient)
-    return ChunkTerms(torch.where(broken, torch.nan, value.detach()), base, None, None, None)
+    return ChunkTerms(torch.where(broken, torch.nan, value.detach()), g, mean)
 
 
-def add_logit_gradient_(
-    grad: Tensor,  # (C, V), updated in place
-    q: Tensor,  # (C, V)
+def logit_gradient_(
+    q: Tensor,  # (C, V), replaced in place
     terms: ChunkTerms,
-    scale: float,
-) -> None:
-    """grad += scale * q o (g - sum_i q_i g_i), the chain rule through the softmax."""
-    assert terms.base is not None  # the solver was asked for a gradient
-    if terms.ids is None or terms.at_ids is None or terms.q_ids is None:
-        mean = (q * terms.base).sum(-1, keepdim=True)
-        grad.addcmul_(q, terms.base - mean, value=scale)
-        return
-    correction = terms.q_ids * (terms.at_ids - terms.base)  # relative to the shared tail gradient
-    mean = terms.base + correction.sum(-1, keepdim=True)
-    grad.addcmul_(q, terms.base - mean, value=scale)
-    grad.scatter_add_(1, terms.ids, scale * correction)
+    constant: Tensor | float,  # (C, 1) or a number
+    weight: Tensor | float,  # (C, 1) or a number
+) -> Tensor:
+    """q <- q o (constant + weight (g - sum_i q_i g_i)): `constant` of softmax's own q, and the chain rule of MCE through it."""
+    assert terms.g is not None  # the solver was asked for a gradient
+    assert terms.mean is not None
+    q.mul_(terms.g.sub_(terms.mean).mul_(weight).add_(constant))
+    if terms.ids is not None and terms.at_ids is not None and terms.q_ids is not None:
+        q.scatter_(1, terms.ids, terms.q_ids * (constant + weight * (terms.at_ids - terms.mean)))
+    return q
