@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from matrix_llm.head_tail import VocabularySummary, likeliest
+from matrix_llm.fused import HeadGradients, HeadOptions, head_pass
+from matrix_llm.head_tail import VocabularySummary
 from matrix_llm.solvers import Embeddings, Solver, logit_gradient_, prepare_embeddings, solve_chunk
 
 __all__ = ["MatrixLossOutput", "linear_matrix_cross_entropy", "token_mce"]
@@ -161,22 +162,6 @@ class MatrixLossOutput(NamedTuple):
     is_top1: Tensor  # (N,) bool: the label is the likeliest token
 
 
-class _HeadOptions(NamedTuple):
-    solver: Solver
-    mce_weight: float
-    logit_scale: float
-    softcap: float | None
-    chunk: int
-    dtype: torch.dtype
-
-
-class _HeadGradients(NamedTuple):
-    hidden: Tensor | None  # (N, H)
-    weight: Tensor | None  # (V, H)
-    bias: Tensor | None  # (V,)
-    rows: Tensor | None  # (V, D)
-
-
 class TrainedPositions:
     """Which positions carry a label, and whether every label is a token.
 
@@ -224,110 +209,6 @@ class TrainedPositions:
         return self._order[:kept]
 
 
-def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b; half-precision products accumulate in float32, and stay in it where `out` is float32."""
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    elif a.is_cuda:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-
-
-def _add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, accumulated in the dtype of `total`."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        total.add_(torch.mm(a, b, out_dtype=total.dtype))
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
-
-
-def _head_pass(
-    hidden: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H), dtype of hidden
-    bias: Tensor | None,  # (V,)
-    labels: Tensor,  # (N,)
-    embeddings: Embeddings,
-    options: _HeadOptions,
-    row_weight: Tensor,  # (N,) d(objective) / d(loss of position n)
-    needs: tuple[bool, bool, bool, bool],  # gradients of hidden, weight, bias, rows
-) -> tuple[Tensor, Tensor, Tensor, Tensor, _HeadGradients]:
-    """One pass over chunks of positions; the (N, V) logits are never whole.
-
-    1. logits = hidden W^T (+ bias), scaled and soft-capped as the model does
-    2. softmax -> q, CE, entropy, top-1
-    3. the solver: MCE and its gradient in q
-    4. the logits' gradient, through softmax, cap and scale, in place of q
-    5. gradients of hidden, weight (accumulated in float32), bias
-    """
-    dtype, scale, cap, solver = options.dtype, options.logit_scale, options.softcap, options.solver
-    positions, vocabulary = hidden.shape[0], weight.shape[0]
-    device = hidden.device
-    ce, mce, entropy = (torch.empty(positions, dtype=dtype, device=device) for _ in range(3))
-    top1 = torch.empty(positions, dtype=torch.bool, device=device)
-    grads = _HeadGradients(
-        torch.empty_like(hidden) if needs[0] else None,
-        torch.zeros(weight.shape, dtype=dtype, device=device) if needs[1] else None,
-        torch.zeros(vocabulary, dtype=dtype, device=device) if needs[2] else None,
-        torch.zeros_like(embeddings.rows) if needs[3] else None,
-    )
-    want_logits = any(needs[:3])
-    z_buffer, q_buffer = (torch.empty(min(options.chunk, positions), vocabulary, dtype=dtype, device=device) for _ in range(2))
-    for start in range(0, positions, options.chunk):
-        part = slice(start, start + options.chunk)
-        h, y, w = hidden[part], labels[part], row_weight[part, None]
-        z, q = z_buffer[: len(y)], q_buffer[: len(y)]
-        _mm(h, weight.T, out=z)
-        if bias is not None:
-            z += bias
-        if scale != 1.0:
-            z *= scale
-        if cap is not None:
-            z.div_(cap).tanh_().mul_(cap)
-        if solver.top_k is not None:
-            largest, ids = likeliest(z, solver.top_k)
-            largest = largest[:, 0]
-        else:
-            largest, ids = z.amax(-1), None
-        of_label = z.gather(1, y[:, None]).squeeze(1)
-        top1[part] = of_label >= largest
-        torch.softmax(z, dim=-1, out=q)
-        log_z = largest - q.amax(-1).log() if ids is None else largest - q.gather(1, ids[:, :1]).squeeze(1).log()
-        ce[part] = log_z - of_label
-        if bias is not None:
-            z.clamp_(min=torch.finfo(dtype).min)  # a bias of -inf removes a token: 0 * -inf would be NaN
-        entropy[part] = log_z - (z.mul_(q) if cap is None else z * q).sum(-1)  # from here on z is only the cap's
-        terms = solve_chunk(
-            solver,
-            q,
-            y,
-            embeddings,
-            ids=ids,
-            want_gradient=want_logits,
-            row_weight=row_weight[part] * options.mce_weight,
-            grad_rows=grads.rows,
-        )
-        mce[part] = terms.value
-        if not want_logits:
-            continue
-        grad = logit_gradient_(q, terms, w, w * options.mce_weight)
-        grad.scatter_add_(1, y[:, None], -w)
-        if cap is not None:
-            grad *= 1 - (z / cap).square_()
-        if scale != 1.0:
-            grad *= scale
-        if grads.bias is not None:
-            grads.bias.add_(grad.sum(0))
-        grad = grad.to(hidden.dtype)
-        if grads.hidden is not None:
-            torch.mm(grad, weight, out=grads.hidden[part])
-        if grads.weight is not None:
-            _add_mm(grads.weight, grad.T, h)
-    return ce, mce, entropy, top1, grads
-
-
 def _graph_is_kept() -> bool:
     """Whether this backward pass may run again (retain_graph=True): then the made gradients must survive it."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
@@ -343,7 +224,7 @@ class _LinearMCE(torch.autograd.Function):
         needs = tuple(grad_enabled and n for n in ctx.needs_input_grad[:4])
         compute_weight = weight.to(hidden.dtype)
         ones = torch.ones(hidden.shape[0], dtype=options.dtype, device=hidden.device)
-        ce, mce, entropy, top1, grads = _head_pass(
+        ce, mce, entropy, top1, grads = head_pass(
             hidden,
             compute_weight,
             bias,
@@ -368,13 +249,13 @@ class _LinearMCE(torch.autograd.Function):
             if ctx.made is None:
                 raise RuntimeError("backward ran twice over one loss. Pass retain_graph=True to the first backward().")
             if _graph_is_kept():
-                made = _HeadGradients(*(None if g is None else g * grad_loss for g in ctx.made))
+                made = HeadGradients(*(None if g is None else g * grad_loss for g in ctx.made))
             else:  # scaled in place and handed over: the LM head's gradient exists once
-                made = _HeadGradients(*(None if g is None else g.mul_(grad_loss) for g in ctx.made))
+                made = HeadGradients(*(None if g is None else g.mul_(grad_loss) for g in ctx.made))
                 ctx.made = None
         else:
             hidden, weight, bias, rows, labels = ctx.saved_tensors
-            made = _head_pass(
+            made = head_pass(
                 hidden,
                 weight.to(hidden.dtype),
                 bias,
@@ -477,7 +358,7 @@ def linear_matrix_cross_entropy(
         per_position = 2 * dtype.itemsize * vocabulary + chosen.bytes_per_position(vocabulary, rows.shape[1], dtype.itemsize)
         budget = max(CHUNK_BYTES, weight.numel() * dtype.itemsize // WEIGHT_SHARE)
         chunk = _chunk_size(max(1, index.shape[0]), per_position, budget)
-        options = _HeadOptions(chosen, float(mce_weight), float(logit_scale), softcap, chunk, dtype)
+        options = HeadOptions(chosen, float(mce_weight), float(logit_scale), softcap, chunk, dtype)
         loss, ce, mce, entropy, top1 = _LinearMCE.apply(
             kept_hidden, weight, bias, rows, summary, kept_labels, options, reduction != "none", torch.is_grad_enabled()
         )
