@@ -23,7 +23,8 @@ Legend: C positions, V vocabulary, D embedding width, S head tokens, p direction
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +35,17 @@ DIRECTIONS = 12  # p
 BASIS_ROWS = 4096  # rows of the vocabulary that U is found from
 BASIS_ITERATIONS = 4
 BASIS_SEED = 20240723  # one fixed start: U is equal on every rank and at every resume
+GROUPS = 512  # of tokens, by id modulo GROUPS, whose largest logits lead `likeliest` to few candidates
 BLOCK_ELEMENTS = 2**22  # of the gathered (C, S, D) rows at a time: they stay in cache
+
+
+def kernels_for(tensor: Tensor) -> Any:
+    """The Triton kernels where `tensor` is on a GPU, None elsewhere: Triton is imported here and needed nowhere else."""
+    if not tensor.is_cuda:
+        return None
+    from matrix_llm import kernels
+
+    return kernels
 
 
 class VocabularySummary(NamedTuple):
@@ -57,6 +68,13 @@ def inverse_norms(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(norm == 0, 0.0, 1 / torch.where(norm == 0, 1.0, norm))
 
 
+@functools.lru_cache(maxsize=4)
+def _start(width: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Kept on the device: a copy from the host would wait for the GPU at every optimizer step."""
+    generator = torch.Generator().manual_seed(BASIS_SEED)
+    return torch.randn(width, columns, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
 @torch.no_grad()
 def summarise(
     source: Tensor,  # (V, D) rows of any norm
@@ -71,8 +89,7 @@ def summarise(
     else:
         stride = max(1, vocabulary // BASIS_ROWS)
         rows = source[::stride].to(dtype) * inverse_norm[::stride, None]
-        generator = torch.Generator().manual_seed(BASIS_SEED)
-        directions = torch.randn(width, min(width, 2 * DIRECTIONS), generator=generator, dtype=torch.float64).to(device, dtype)
+        directions = _start(width, min(width, 2 * DIRECTIONS), dtype, device)
         for _ in range(BASIS_ITERATIONS):
             directions = torch.linalg.qr(rows.T @ (rows @ directions)).Q  # columns in the order of their weight
         directions = directions[:, :DIRECTIONS].contiguous()
@@ -97,6 +114,7 @@ def summarise(
 def likeliest(
     logits: Tensor,  # (C, V)
     count: int,
+    group_max: Tensor | None = None,  # (C, GROUPS) largest logit of each group's first V // GROUPS tokens, where already known
 ) -> tuple[Tensor, Tensor]:
     """`logits.topk(count)`, values in falling order and ids, for a small count.
 
@@ -104,15 +122,15 @@ def likeliest(
     groups leaves few candidates. torch.topk alone takes several times as long on a wide row.
     """
     positions, vocabulary = logits.shape
-    groups = 512
-    depth = vocabulary // groups
-    if depth < 2 or count > groups // 4:
+    depth = vocabulary // GROUPS
+    if depth < 2 or count > GROUPS // 4:
         return logits.topk(count)
-    grouped = logits[:, : depth * groups].unflatten(1, (depth, groups))  # token g + groups * d in group g
-    best = grouped.amax(1).topk(count, sorted=False).indices  # (C, count)
-    offsets = torch.arange(depth, device=logits.device) * groups
+    if group_max is None:
+        group_max = logits[:, : depth * GROUPS].unflatten(1, (depth, GROUPS)).amax(1)  # token g + GROUPS * d in group g
+    best = group_max.topk(count, sorted=False).indices  # (C, count)
+    offsets = torch.arange(depth, device=logits.device) * GROUPS
     candidates = (best.unsqueeze(-1) + offsets).flatten(1)
-    rest = torch.arange(depth * groups, vocabulary, device=logits.device).expand(positions, -1)
+    rest = torch.arange(depth * GROUPS, vocabulary, device=logits.device).expand(positions, -1)
     candidates = torch.cat([candidates, rest], dim=1)
     values, at = logits.gather(1, candidates).topk(count)
     return values, candidates.gather(1, at)
@@ -146,6 +164,9 @@ def solve_head_tail(
     want_rows: bool = False,
 ) -> HeadTail:
     """MCE and its gradient for positions whose Q is the module's Q. The small problem is solved in float64."""
+    kernels = None if want_rows else kernels_for(q)
+    if kernels is not None and kernels.can_solve(ids.shape[1], steps, q.dtype):
+        return kernels.solve_head_tail(q, ids, labels, moments, source, summary, steps)
     block = max(1, BLOCK_ELEMENTS // (ids.shape[1] * source.shape[1]))
     parts = [
         _solve_block(q[at], ids[at], labels[at], moments[at], source, summary, steps, want_rows)

@@ -188,11 +188,34 @@ def _solve_head_tail(
     assert summary is not None
     if ids is None:
         ids = likeliest(q, solver.top_k)[1]
-    missing = ~(ids == labels[:, None]).any(-1)
-    ids[:, -1] = torch.where(missing, labels, ids[:, -1])  # the target belongs to the head
+    ids = with_target(ids, labels)
     q_ids = q.gather(1, ids)
     q.scatter_(1, ids, 0.0)
-    moments = q @ summary.features
+    return head_tail_terms(solver, q_ids, ids, labels, q @ summary.features, embeddings, row_weight, grad_rows)
+
+
+def with_target(
+    ids: Tensor,  # (C, S) by falling probability; changed in place
+    labels: Tensor,  # (C,)
+) -> Tensor:
+    """The target belongs to the head: where it is missing it takes the last place."""
+    missing = ~(ids == labels[:, None]).any(-1)
+    ids[:, -1] = torch.where(missing, labels, ids[:, -1])
+    return ids
+
+
+def head_tail_terms(
+    solver: Solver,
+    q_ids: Tensor,  # (C, S) probabilities of the head's tokens
+    ids: Tensor,  # (C, S)
+    labels: Tensor,  # (C,)
+    moments: Tensor,  # (C, p (p + 1) / 2 + 1) of the other tokens
+    embeddings: Embeddings,
+    row_weight: Tensor | None = None,
+    grad_rows: Tensor | None = None,
+) -> ChunkTerms:
+    summary = embeddings.summary
+    assert summary is not None
     result = solve_head_tail(q_ids, ids, labels, moments, embeddings.rows, summary, solver.steps, want_rows=grad_rows is not None)
     if grad_rows is not None and row_weight is not None and result.row_updates is not None:
         grad_rows.index_add_(0, ids.flatten(), (result.row_updates * row_weight[:, None, None]).flatten(0, 1))
