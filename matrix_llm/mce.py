@@ -30,8 +30,9 @@ from matrix_llm.solvers import Embeddings, Solver, logit_gradient_, prepare_embe
 
 __all__ = ["MatrixLossOutput", "linear_matrix_cross_entropy", "token_mce"]
 
-CHUNK_BYTES = 256 * 2**20  # working memory of one chunk of positions, at least
-WEIGHT_SHARE = 4  # the fused head takes a quarter of the LM head's own size where that is more: fewer passes over the weight
+# Working memory of one chunk of positions; the fused head takes as much as its weight's gradient where that is more, so that
+# passes over the weight stay few.
+CHUNK_BYTES = 256 * 2**20
 
 
 def _chunk_size(positions: int, bytes_per_position: int, budget: int) -> int:
@@ -356,7 +357,7 @@ def linear_matrix_cross_entropy(
     with torch.autocast(hidden.device.type, enabled=False):
         rows, summary = prepare_embeddings(source, chosen, dtype, summary)
         per_position = 2 * dtype.itemsize * vocabulary + chosen.bytes_per_position(vocabulary, rows.shape[1], dtype.itemsize)
-        budget = max(CHUNK_BYTES, weight.numel() * dtype.itemsize // WEIGHT_SHARE)
+        budget = max(CHUNK_BYTES, weight.numel() * dtype.itemsize)
         chunk = _chunk_size(max(1, index.shape[0]), per_position, budget)
         options = HeadOptions(chosen, float(mce_weight), float(logit_scale), softcap, chunk, dtype)
         loss, ce, mce, entropy, top1 = _LinearMCE.apply(

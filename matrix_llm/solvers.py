@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from matrix_llm.head_tail import DIRECTIONS, VocabularySummary, likeliest, solve_head_tail, summarise
+from matrix_llm.head_tail import VocabularySummary, likeliest, solve_head_tail, summarise
 from matrix_llm.information import matrix_log
 from matrix_llm.krylov import VocabularyOperator, forms, quadrature
 
@@ -78,8 +78,7 @@ class Solver:
             return itemsize * 4 * self.order * vocabulary
         if self.top_k is None:
             return itemsize * 2 * self.steps * vocabulary
-        side = self.top_k + DIRECTIONS
-        return 8 * (2 * side * side + 2 * self.steps * side)  # the small problem is float64
+        return 0  # head and tail works in blocks of its own, whatever the chunk
 
 
 class Embeddings(NamedTuple):
