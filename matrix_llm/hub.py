@@ -1,201 +1,497 @@
-"""The model card: how a checkpoint was made and what it scores. Pushing is `Trainer`'s (`push_to_hub` in the recipe).
+"""The model card of a run, and the run on the Hub.
 
-python -m matrix_llm.hub card runs/x     # write runs/x/README.md anew, with the scores that eval/ has left in runs/x/eval/
+    python -m matrix_llm.hub card runs/x                        # write runs/x/README.md anew, with the scores of runs/x/eval/
+    python -m matrix_llm.hub push runs/x --repo user/name       # private unless --public; again: only what is missing is sent
+
+1. without a network: the name, the run's weights (whole? no empty shard of ZeRO-3?), no token in any file that would be sent
+2. the Hub knows the token, and the repository is there, or made, with the visibility that was asked for
+3. links to the files in a temporary folder beside a fresh card go through `HfApi.upload_folder`; the run's folder is only read
+
+Each request is tried again on 5xx, 429 and dropped or stalled connections. No message carries a token.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import email.utils
 import json
-import platform
+import logging
+import math
+import os
+import re
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, constants, get_token
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import get_session, validate_repo_id
 
-from matrix_llm.config import Recipe, RecipeError, load_recipe
-from matrix_llm.files import write_text
-from matrix_llm.report import METRICS, PLOT, last_values, read_metrics
+from matrix_llm.card import card_of, is_hub_name, model_card, stored_recipe, versions, write_card
+from matrix_llm.config import Recipe, RecipeError
+from matrix_llm.report import METRICS, PLOT
 
-PAPER = "https://arxiv.org/abs/2305.17326"
-PACKAGES = ("matrix-llm", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed")
+__all__ = ["Destination", "PushError", "destination_of", "model_card", "push", "scrub", "versions", "write_card"]
 
+# ------------------------------------------------------------------------------------------------- what is sent, checked here
 
-def versions() -> dict[str, str]:
-    """Installed versions of what a run depends on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _loss_sentence(recipe: Recipe) -> str:
-    training = recipe.training
-    if training.mce_weight == 0:
-        return "The loss is token cross-entropy alone (`mce_weight: 0`)."
-    solver = {
-        "krylov": "Lanczos quadrature",
-        "exact": "the dense matrix logarithm",
-        "taylor": f"the Taylor series of order {training.mce_order}",
-    }
-    return (
-        f"The loss is token cross-entropy plus {training.mce_weight:g} times the token-level matrix cross-entropy "
-        f"-e_y^T log(Q) e_y of section 7 of [Zhang et al., ICML 2024]({PAPER}), evaluated by {solver[training.mce_solver]}."
-    )
+SENT = (
+    *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("*.model", "*.jinja", "additional_chat_templates/*.jinja", "*.py", "results.json", METRICS, PLOT, "eval/*.json"),
+)  # and the weights, recipe.yaml and README.md; never pickles, optimizer states or checkpoints: what is not named stays here
+STALE = ["model*.safetensors", "model.safetensors.index.json", "adapter_model*.safetensors", "adapter_config.json"]
+SECRET = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{16,}")
 
 
-BENCHMARK_DATASETS = {
-    "gsm8k": ("GSM8K", "openai/gsm8k"),
-    "math": ("MATH", "EleutherAI/hendrycks_math"),
-    "math500": ("MATH-500", "HuggingFaceH4/MATH-500"),
-}
+def scrub(text: str, *tokens: str | None) -> str:
+    """`text` without the given tokens and without anything that looks like one.
 
-
-def read_evaluations(run: Path) -> list[dict[str, Any]]:
-    """The result files that eval/gsm8k.py and eval/hendrycks_math.py wrote below a run, in the order of their names."""
-    found = []
-    for path in sorted((run / "eval").glob("*.json")):
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(summary, dict) and "scores" in summary:
-            found.append(summary)
-    return found
-
-
-def _eval_results(evaluations: list[dict[str, Any]]) -> list[EvalResult]:
-    """Whole public benchmarks in the `model-index` form that the Hub reads; a part of one, or a file of one's own, stays out."""
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=BENCHMARK_DATASETS[summary["name"]][1],
-            dataset_name=BENCHMARK_DATASETS[summary["name"]][0],
-            metric_type="accuracy",
-            metric_name=f"accuracy, {convention} convention",
-            metric_value=round(100 * score["accuracy"], 2),
-        )
-        for summary in evaluations
-        if summary["name"] in BENCHMARK_DATASETS and not summary.get("limit")
-        for convention, score in summary["scores"].items()
-    ]
-
-
-def _evaluation_lines(evaluations: list[dict[str, Any]]) -> list[str]:
-    if not evaluations:
-        return []
-    lines = [
-        "## Benchmarks",
-        "",
-        "| benchmark | convention | accuracy | 95 % interval | problems | prompt | engine |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for summary in evaluations:
-        settings = summary.get("settings", {})
-        for convention, score in summary["scores"].items():
-            interval = f"{100 * score['low']:.1f} to {100 * score['high']:.1f}"
-            lines.append(
-                f"| {summary['name']} | {convention} | {100 * score['accuracy']:.1f} % | {interval} | {score['total']} "
-                f"| {settings.get('prompt', '')} | {settings.get('engine', '')} |"
-            )
-    return [*lines, ""]
-
-
-def model_card(
-    recipe: Recipe, entries: list[dict[str, Any]], results: dict[str, Any], evaluations: list[dict[str, Any]] | None = None
-) -> ModelCard:
-    """README.md of a finished run: what was measured in it, the recipe that made it, and nothing else.
-
-    Args:
-        recipe: the resolved recipe.
-        entries: the run's metrics.jsonl.
-        results: results.json: accuracy before and after, wall time, row counts.
-        evaluations: `read_evaluations`.
+    >>> scrub("Bearer hf_abcdefghijklmnopqrstuvwxyz")
+    'Bearer hf_***'
     """
-    base = recipe.model.model_name_or_path
-    is_hub_id = base is not None and not Path(base).exists()
-    dataset = recipe.data.dataset or ""
-    title = Path(str(recipe.training.output_dir)).name
-    evaluations = evaluations or []
-    eval_results = _eval_results(evaluations)
-    data = ModelCardData(
-        model_name=title if eval_results else None,
-        eval_results=eval_results or None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["trl", "sft", "matrix-llm", *(["matrix-cross-entropy"] if recipe.training.mce_weight > 0 else [])],
-        base_model=base if is_hub_id else None,
-        datasets=[dataset] if dataset.count("/") == 1 and not Path(dataset).exists() else None,
-    )
-    source = f"`{base}`" if base else "a random initialisation"
-    lines = [
-        f"# {title}",
-        "",
-        f"Fine-tuned from {source} on `{dataset}` with matrix_llm. {_loss_sentence(recipe)}",
-        "",
-        "## Measured in this run",
-        "",
-        "| quantity | value |",
-        "|---|---|",
-    ]
-    for when in ("before", "after"):
-        if (a := results.get(f"accuracy_{when}")) is not None:
-            lines.append(
-                f"| greedy accuracy {when} training, {a['total']} held-out problems | {100 * a['accuracy']:.1f} % "
-                f"(95 % interval {100 * a['low']:.1f} to {100 * a['high']:.1f}) |"
-            )
-    names = ("ce", "mce", "mean_token_accuracy", "eval_ce", "eval_mce", "effective_rank")
-    lines += [f"| last logged {name} | {value:.4g} |" for name, value in last_values(entries, names).items()]
-    lines += [f"| {name} | {results[name]} |" for name in ("steps", "train_rows", "train_seconds") if name in results]
-    lines += [
-        "",
-        f"![Cross-entropy and matrix cross-entropy]({PLOT})",
-        "",
-        *_evaluation_lines(evaluations),
-        "## Recipe",
-        "",
-        "```yaml",
-        yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True).strip(),
-        "```",
-        "",
-        "## Versions",
-        "",
-        ", ".join(f"{name} {version}" for name, version in versions().items()),
-        "",
-    ]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
+    for token in filter(None, tokens):
+        text = text.replace(token, "***")
+    return SECRET.sub(r"\1_***", text)
 
 
-def write_card(run: Path) -> Path:
-    """README.md of a finished run, made anew from what lies in its folder.
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """{tensor: shape} from the header of a .safetensors, whose length is checked against what the header promises."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length)) if 0 < length < size else None
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}  # type: ignore[union-attr]
+        promised = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+        shapes = {name: entry["shape"] for name, entry in tensors.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise RecipeError(f"{file} is not a safetensors file. Save the weights again before pushing.") from None
+    if size != promised:
+        raise RecipeError(f"{file} has {size:,} bytes, but its header promises {promised:,}: it was cut off. Save the weights again.")
+    empty = [name for name, shape in shapes.items() if 0 in shape]
+    if empty or not shapes:
+        what = (
+            f"{len(empty)} of {len(shapes)} tensors are empty (first {empty[0]}, shape {shapes[empty[0]]})"
+            if empty
+            else "there is no tensor"
+        )
+        raise RecipeError(
+            f"{file}: {what}, as ZeRO-3 leaves them where the weights were not gathered. Train with "
+            "stage3_gather_16bit_weights_on_model_save: true, or consolidate the last checkpoint, then push."
+        )
+    return shapes
+
+
+def check_weights(run: Path) -> list[Path]:
+    """The files that hold a run's final weights: a model's (one file, or an index and its shards) or an adapter's.
 
     Raises:
-        RecipeError: the folder is not a finished run of train.py.
+        RecipeError: there are none, a tensor is empty or missing, or a file is cut off.
     """
-    for name in ("recipe.yaml", "results.json"):
-        if not (run / name).is_file():
-            raise RecipeError(f"{str(run)!r} has no {name}, so it is not a finished run of matrix_llm/train.py. Give its output_dir.")
-    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    card = model_card(load_recipe(run / "recipe.yaml", [], dry_run=True), read_metrics(run / METRICS), results, read_evaluations(run))
-    write_text(run / "README.md", str(card))
-    return run / "README.md"
+    whole, index, adapter = run / "model.safetensors", run / "model.safetensors.index.json", run / "adapter_model.safetensors"
+    if not whole.is_file() and not index.is_file():
+        if not adapter.is_file():
+            pickles = ", ".join(sorted(file.name for file in run.glob("pytorch_model*.bin")))
+            why = f"only pickles ({pickles}), which run code when loaded" if pickles else "no final weights (model.safetensors)"
+            raise RecipeError(f"{str(run)!r} holds {why}. Finish the run with --resume_from_checkpoint true, or save as safetensors.")
+        if not (run / "adapter_config.json").is_file():
+            raise RecipeError(f"{adapter} has no adapter_config.json beside it, so PEFT cannot load it. Save the adapter again.")
+        _shapes(adapter)
+        return [adapter, run / "adapter_config.json"]
+    if not (run / "config.json").is_file():
+        raise RecipeError(f"{str(run)!r} has weights but no config.json, so from_pretrained cannot load them. Save the model again.")
+    if whole.is_file():  # from_pretrained prefers it to an index
+        files, shapes, listed = [whole], _shapes(whole), None
+    else:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted({run / name for name in listed.values()})
+        if gone := [shard.name for shard in shards if not shard.is_file()]:
+            raise RecipeError(
+                f"{index} lists {', '.join(gone)}, which {'is' if len(gone) == 1 else 'are'} not there. Save the weights again."
+            )
+        shapes = {name: shape for shard in shards for name, shape in _shapes(shard).items()}
+        files = [index, *shards]
+    expected, elements = _expected(run)
+    missing = sorted((expected | set(listed or ())) - set(shapes))
+    if (listed and set(listed) - set(shapes)) or sum(map(math.prod, shapes.values())) < elements:
+        raise RecipeError(
+            f"{str(run)!r}: the weights lack {len(missing)} of {len(expected)} tensors that config.json asks for "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). Save them again."
+        )
+    return files
+
+
+def _expected(run: Path) -> tuple[set[str], int]:
+    """Names and number of elements of the parameters that config.json describes, tied ones once. Unknown architectures: nothing.
+
+    Names alone prove nothing: some architectures are saved under other names than their modules have. Elements do.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(run, local_files_only=True)
+        if getattr(config, "quantization_config", None) is not None:
+            return set(), 0
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception:  # an architecture that only its own code can build; the headers have been checked all the same
+        return set(), 0
+    return {name for name, _ in model.named_parameters()}, sum(p.numel() for p in model.parameters())
+
+
+def check_run(run: Path, token: str | None = None, *, base_model: str | None = None) -> tuple[Recipe, list[Path]]:
+    """What would be sent, README.md and recipe.yaml aside, after every check that needs no network.
+
+    Raises:
+        RecipeError: no finished run, weights that cannot be loaded, no tokenizer, or a token in a file that would be sent.
+    """
+    recipe, weights = stored_recipe(run), check_weights(run)
+    if not (run / "tokenizer_config.json").is_file():
+        raise RecipeError(f"{str(run)!r} has no tokenizer_config.json. Save the tokenizer beside the weights, then push.")
+    others = sorted({file for pattern in SENT for file in run.glob(pattern) if file.is_file()} - set(weights))
+    for file in [*others, run / "recipe.yaml"]:
+        text = file.read_text(encoding="utf-8", errors="ignore")
+        if file.name == "recipe.yaml":
+            text = re.sub(r"(?m)^hub_token:.*$", "", text)  # left out of what is sent
+        _check_secrets(file, text, token)
+    if base_model is not None:
+        check_name(base_model, "--base-model")
+    base = base_model or recipe.model.model_name_or_path
+    if weights[0].name.startswith("adapter") and not is_hub_name(base):
+        raise RecipeError(f"the adapter's base model {base!r} is a folder, which nobody else can load. Add --base-model user/name.")
+    return recipe, [*weights, *others]
+
+
+def _check_secrets(file: Path, text: str, token: str | None) -> None:
+    if SECRET.search(text) or (token and token in text):
+        raise RecipeError(f"{file} holds an access token. Remove it there (and revoke it, if others could read the file), then push.")
+
+
+def check_name(repo: str, where: str = "--repo") -> None:
+    """
+    Raises:
+        RecipeError: the Hub has no such names.
+    """
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise RecipeError(f"{where}={repo!r} is no name on the Hub: {_one_line(error)}") from None
+    if repo.count("/") != 1:
+        raise RecipeError(f"{where}={repo!r} does not say whose it is. Write it as user/name or organisation/name.")
+
+
+# -------------------------------------------------------------------------------------------------------------- the Hub
+
+TRIES = 5  # of each step, the first included; the client's own tries of single requests come on top
+FIRST_WAIT = 1.0  # seconds before the second try, doubled before each further one
+LONGEST_WAIT = 300.0  # a Retry-After beyond it is reported, not slept through
+TIMEOUT = 120.0  # seconds without a byte; the client's default is to wait for ever
+Found = TypeVar("Found")
+
+
+class PushError(RuntimeError):
+    """The Hub was out of reach or said no: one line with the reason and the way out, and no token."""
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a run goes. `private` None: a new repository is private, an existing one stays as it is."""
+
+    repo: str
+    private: bool | None = None
+    revision: str | None = None
+    token: str | None = field(default=None, repr=False)
+
+    def secrets(self) -> list[str | None]:
+        return [self.token, get_token()]
+
+    def command(self, run: Path) -> str:
+        """The command that pushes `run` there."""
+        options = (" --public" if self.private is False else "") + (f" --revision {self.revision}" if self.revision else "")
+        return f"python -m matrix_llm.hub push {run} --repo {self.repo}{options}"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:  # causes only: the context of a dropped `create` is the 404 that led to it
+        yield error
+        error = error.__cause__
+
+
+def _response(error: BaseException) -> Any:
+    return next((found for each in _chain(error) if (found := getattr(each, "response", None)) is not None), None)
+
+
+def _one_line(error: BaseException) -> str:
+    """The innermost reason, on one line."""
+    deepest = list(_chain(error))[-1]
+    said = next((text for each in _chain(error) if (text := getattr(each, "server_message", None))), None)
+    text = " ".join(re.sub(r"(https?://[^\s?']+)\?[^\s']*", r"\1", str(said or deepest)).split())  # a signed address is a secret, too
+    return (text or type(deepest).__name__)[:300]
+
+
+def _is_transient(error: BaseException) -> bool:
+    if any(isinstance(each, LocalTokenNotFoundError) for each in _chain(error)):
+        return False
+    if (response := _response(error)) is not None:
+        return response.status_code in (408, 409, 412, 429) or response.status_code >= 500
+    kinds = (ConnectionError, TimeoutError, json.JSONDecodeError)  # no JSON: a proxy's error page
+    return any(isinstance(each, kinds) or "TransportError" in [k.__name__ for k in type(each).__mro__] for each in _chain(error))
+
+
+def _retry_after(error: BaseException) -> float:
+    """Seconds that the Hub asks to wait; 0 where it does not."""
+    value = response.headers.get("retry-after", "") if (response := _response(error)) is not None else ""
+    if value.strip().isdigit():
+        return float(value)
+    try:
+        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
+    except (ValueError, TypeError):
+        return 0.0
+
+
+def _attempt(call: Callable[[], Found], *secrets: str | None) -> Found:
+    """`call()`, again after a failure that may pass. Every step is safe to repeat: what has arrived is not sent twice."""
+    for number in range(1, TRIES + 1):
+        session = get_session()
+        if session.timeout.read is None:
+            session.timeout = TIMEOUT
+        try:
+            return call()
+        except Exception as error:
+            wait = max(FIRST_WAIT * 2 ** (number - 1), _retry_after(error))
+            if number == TRIES or wait > LONGEST_WAIT or not _is_transient(error):
+                raise
+            print(
+                scrub(f"=> {_one_line(error)}; trying again in {wait:.0f} s ({number} of {TRIES})", *secrets), file=sys.stderr, flush=True
+            )
+            time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def _fail(error: Exception, to: Destination, endpoint: str, way_out: str) -> NoReturn:
+    """PushError for whatever the client raised."""
+    response, settings = _response(error), f"{endpoint}/settings/tokens"
+    status, reason = getattr(response, "status_code", None), _one_line(error)
+    whence = "the given token" if to.token else "the token in HF_TOKEN" if os.environ.get("HF_TOKEN") else "the saved token"
+    if any(isinstance(each, LocalTokenNotFoundError) for each in _chain(error)):
+        text = f"no token for {endpoint}. Make one with write access at {settings}, then set HF_TOKEN or run: hf auth login"
+    elif status == 401:
+        text = f"{endpoint} rejects {whence} (401). Make a new one with write access at {settings}, then set HF_TOKEN or run: hf auth login"
+    elif status == 403:
+        text = f"{whence} may not write to {to.repo!r} (403: {reason}). Take one with write access there ({settings}), or another --repo."
+    elif _is_transient(error):
+        waiting = f" and asks to wait {seconds:.0f} s" if (seconds := _retry_after(error)) > LONGEST_WAIT else f", after {TRIES} tries"
+        text = f"{endpoint} fails ({f'{status}: ' if status else ''}{reason}){waiting}. {way_out}"
+    else:
+        text = f"{endpoint} refuses {to.repo!r} ({f'{status}: ' if status else ''}{type(error).__name__}: {reason}). {way_out}"
+    raise PushError(scrub(text, *to.secrets())) from None  # the client's own traceback may quote what the server echoed
+
+
+def connect(to: Destination, way_out: str = "Try again later.") -> tuple[HfApi, str]:
+    """The client, and the name of the user whose token it holds.
+
+    Raises:
+        PushError: offline, no connection, no token, or one that is rejected, may only read, or is another user's.
+    """
+    api = HfApi(token=to.token)
+    if constants.HF_HUB_OFFLINE:
+        name = "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
+        raise PushError(
+            f"{name}={os.environ.get(name, '1')} keeps the client off the network, so nothing can be pushed. Unset it. {way_out}"
+        )
+    try:
+        me = _attempt(api.whoami, *to.secrets())
+    except Exception as error:
+        _fail(error, to, api.endpoint, way_out)
+    role, names = me.get("auth", {}).get("accessToken", {}).get("role"), [me["name"], *(each["name"] for each in me.get("orgs", []))]
+    if role == "read":
+        raise PushError(f"the token of {me['name']!r} may only read. Make one with write access at {api.endpoint}/settings/tokens.")
+    owner = to.repo.split("/")[0].lower() if "/" in to.repo else None
+    if role == "write" and owner and owner not in map(str.lower, names):  # a fine-grained token may not list all it can write to
+        raise PushError(f"the token is of {me['name']!r}, who cannot write to {to.repo!r}. Names to push to: {', '.join(names)}.")
+    return api, me["name"]
+
+
+@contextmanager
+def _quiet_about(secrets: list[str | None]) -> Iterator[None]:
+    """Log lines of the client and what lies below it are scrubbed, too."""
+
+    def clean(record: logging.LogRecord) -> bool:
+        record.msg, record.args = scrub(record.getMessage(), *secrets), ()
+        return True
+
+    handlers = [handler for name in (None, "huggingface_hub") for handler in logging.getLogger(name).handlers]
+    for handler in handlers:
+        handler.addFilter(clean)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(clean)
+
+
+def _open(api: HfApi, to: Destination) -> None:
+    """The repository, there or made. Its visibility is said, never changed.
+
+    Raises:
+        PushError: it can be read by everyone, and private was asked for or it should have been made so.
+    """
+    if made := not api.repo_exists(to.repo):
+        api.create_repo(to.repo, private=to.private is not False, exist_ok=True)
+    info = api.repo_info(to.repo)
+    if not info.private and (to.private or (made and to.private is None)):
+        raise PushError(
+            f"{to.repo!r} is public, but private was asked for, and a repository's visibility is not changed in passing. Change it at "
+            f"{api.endpoint}/{to.repo}/settings, push to another name, or ask for public."
+        )
+    note = "made" if made else "exists"
+    if not made and not info.private and to.private is None:
+        note = "exists and is public, so everyone can read what is pushed"
+    elif not made and info.private and to.private is False:
+        note = f"exists and stays private; change that at {api.endpoint}/{to.repo}/settings"
+    print(f"=> {to.repo} ({'private' if info.private else 'public'}): {note}", flush=True)
+
+
+def _stage(stage: Path, run: Path, files: list[Path], card: str, recipe: Recipe, base_model: str | None) -> set[str]:
+    """Links to `files` below `stage`, with the card, and recipe.yaml without its token; the names in the repository."""
+    for file in files:
+        link = stage / file.relative_to(run)
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(file.resolve())
+    if base_model is not None and (adapter := stage / "adapter_config.json").exists():
+        settings = {**json.loads(adapter.read_text(encoding="utf-8")), "base_model_name_or_path": base_model}
+        adapter.unlink()
+        adapter.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    settings = {key: value for key, value in recipe.resolved.items() if key != "hub_token"}
+    (stage / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    (stage / "README.md").write_text(card, encoding="utf-8")
+    return {file.relative_to(stage).as_posix() for file in stage.rglob("*") if file.is_file()}
+
+
+def push(run: Path, to: Destination, *, licence: str | None = None, base_model: str | None = None, keep_card: bool = False) -> str:
+    """Send a finished run to the Hub and return its address there; on the first process only, and "" on others. `run` is only read.
+
+    Args:
+        licence: for the card; by default the run's old card's, or else the base model's.
+        base_model: an adapter's base on the Hub, where it was trained on a folder.
+        keep_card: send README.md as it lies in `run`.
+
+    Raises:
+        RecipeError: `run` or the name cannot be pushed; nothing was asked of the Hub.
+        PushError: the Hub could not be reached or refused.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return ""
+    check_name(to.repo)
+    recipe, files = check_run(run, to.token or get_token(), base_model=base_model)
+    card = (run / "README.md").read_text(encoding="utf-8") if keep_card else card_of(run, recipe, licence, base_model)
+    _check_secrets(run / "README.md", card, to.token or get_token())
+    way_out = f"The run in {run} is whole. Push it again, and only what is missing is sent: {to.command(run)}"
+    with _quiet_about(to.secrets()), tempfile.TemporaryDirectory(prefix="matrix_llm_push_") as folder:
+        api, _ = connect(to, way_out)
+
+        def ask(call: Callable[[], Found]) -> Found:
+            return _attempt(call, *to.secrets())
+
+        try:
+            ask(lambda: _open(api, to))
+            base = base_model or recipe.model.model_name_or_path
+            if not keep_card and base is not None and is_hub_name(base) and "license" not in ModelCard(card).data.to_dict():
+                with suppress(Exception):  # a card without it is true, too
+                    card = card_of(run, recipe, getattr(api.model_info(base).card_data, "license", None), base_model)
+            sent = _stage(Path(folder), run, files, card, recipe, base_model)
+            if (branch := to.revision or "main") != "main" and not branch.startswith("refs/"):
+                ask(lambda: api.create_branch(to.repo, branch=branch, exist_ok=True))
+            head = ask(lambda: api.repo_info(to.repo, revision=branch)).sha
+            options: dict[str, Any] = {"revision": branch, "delete_patterns": STALE, "commit_message": "Push a matrix_llm run"}
+            commit = ask(lambda: api.upload_folder(repo_id=to.repo, folder_path=folder, **options))
+            lacking = ", ".join(sorted(sent - set(ask(lambda: api.list_repo_files(to.repo, revision=branch)))))
+        except PushError:
+            raise
+        except Exception as error:
+            _fail(error, to, api.endpoint, way_out)
+    if lacking:
+        raise PushError(f"{lacking} did not arrive in {to.repo!r}, as where its .gitignore leaves them out. Correct it. {way_out}")
+    print(f"=> {len(sent)} files there{', none was missing' if commit.oid == head else ''}", flush=True)
+    return f"{api.endpoint}/{to.repo}" + (f"/tree/{to.revision}" if to.revision else "")
+
+
+def destination_of(recipe: Recipe, *, ask: bool = True) -> Destination | None:
+    """Where `push_to_hub` of a recipe leads, with token and name checked by the Hub before anything is loaded; None without it, and on
+    every process but the first. hub_token leaves the recipe here, so that no file of the run holds it.
+
+    The Trainer's own pushing is switched off: it would make a public repository and send pickles and unchecked weights at every save.
+
+    Raises:
+        RecipeError: a setting that cannot be honoured.
+        PushError: see `connect`.
+    """
+    training, resolved = recipe.training, recipe.resolved
+    token, wanted = training.hub_token, training.push_to_hub
+    resolved.pop("hub_token", None)
+    training.hub_token, training.push_to_hub = None, False
+    if not wanted:
+        return None
+    if (strategy := resolved.get("hub_strategy", "end")) != "end":
+        raise RecipeError(f"hub_strategy={strategy!r}: only the finished run is pushed, no checkpoint. Remove it, or say end.")
+    base = recipe.model.model_name_or_path
+    if recipe.model.use_peft and not is_hub_name(base):
+        raise RecipeError(
+            f"push_to_hub=True would publish an adapter of the folder {base!r}, which nobody else can load. Set push_to_hub: false, and "
+            "push the finished run with --base-model user/name."
+        )
+    name, owned = training.hub_model_id or Path(str(training.output_dir)).resolve().name, "/" in (training.hub_model_id or "")
+    to = Destination(name, training.hub_private_repo, training.hub_revision, token)
+    check_name(name if owned else f"user/{name}", "hub_model_id" if training.hub_model_id else "hub_model_id (output_dir's name)")
+    if not ask or os.environ.get("RANK", "0") != "0":
+        return None
+    with _quiet_about(to.secrets()):
+        _, me = connect(to)
+    return to if owned else replace(to, repo=f"{me}/{name}")
+
+
+# ------------------------------------------------------------------------------------------------------- the command line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(scrub(message))  # "unrecognized arguments: --tokn hf_..."
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m matrix_llm.hub", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Exit status: 0; 2 where the run or the name cannot be used; 1 where the Hub could not be reached or refused. One line on stderr."""
+    parser = _Parser(prog="python -m matrix_llm.hub", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("card", help="write a run's README.md anew").add_argument("run", type=Path)
+    card = commands.add_parser("card", help="write a run's README.md anew")
+    pushing = commands.add_parser("push", help="send a run to the Hub")
+    for command in (card, pushing):
+        command.add_argument("run", type=Path, help="output_dir of a finished run")
+        command.add_argument("--license", help="as the Hub spells it, e.g. apache-2.0; by default the old card's, or the base model's")
+        command.add_argument("--base-model", help="Hub name of the base model, where the recipe names a folder")
+    pushing.add_argument("--repo", required=True, help="user/name")
+    pushing.add_argument("--public", action="store_true", help="make a new repository public; by default it is private")
+    pushing.add_argument("--revision", help="branch, made where it is missing; by default main")
+    pushing.add_argument("--token", help="by default HF_TOKEN or the one of `hf auth login`, which other users of the machine cannot see")
+    pushing.add_argument("--keep-card", action="store_true", help="send README.md as it lies in the run's folder")
     options = parser.parse_args(arguments)
     try:
-        print(f"=> {write_card(options.run)}")
-    except (RecipeError, OSError, ValueError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+        if options.command == "card":
+            print(f"=> {write_card(options.run, licence=options.license, base_model=options.base_model)}")
+        else:
+            to = Destination(options.repo, False if options.public else None, options.revision, options.token)
+            address = push(options.run, to, licence=options.license, base_model=options.base_model, keep_card=options.keep_card)
+            if address:
+                print(f"=> {address}")
+    except (RecipeError, OSError, ValueError, PushError) as problem:
+        print(f"error: {scrub(str(problem), getattr(options, 'token', None))}", file=sys.stderr)
+        return 1 if isinstance(problem, PushError) else 2
     return 0
 
 
