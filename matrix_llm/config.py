@@ -7,12 +7,9 @@ Everything is checked here, before a weight or a row is loaded: names, types, ra
 """
 
 import dataclasses
-import difflib
-import enum
 import json
-import math
+import os
 import re
-import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,12 +20,12 @@ import yaml
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
-from matrix_llm.data import local_path, looks_local
+from matrix_llm.gpus import GPUS
 from matrix_llm.prompts import resolve_template
+from matrix_llm.rows import local_path, looks_local
+from matrix_llm.values import WORDS, RecipeError, alternatives, check_choice, check_range, check_value, nearest
 
-
-class RecipeError(ValueError):
-    """A setting that cannot work. The message names the key, its value, the reason and the way out."""
+__all__ = ["DataArguments", "MatrixConfig", "ModelArguments", "Recipe", "RecipeError", "load_recipe"]
 
 
 # ---------------------------------------------------------------------------------------------------------------- the settings
@@ -59,19 +56,64 @@ class MatrixConfig(SFTConfig):
             self.bf16 = False
         self._check_mce()
         super().__post_init__()
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        """What the launcher and a DeepSpeed file ask for, known before a weight is loaded."""
+        if self.eval_packing and not self.packing and not self.padding_free:
+            raise RecipeError(
+                "eval_packing=True with packing=False: rows are packed, but batched without their positions, so they would see each other. "
+                "Set packing: true as well, or remove eval_packing."
+            )
+        if self.mce_weight == 0:
+            return
+        launched = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true"
+
+        def size(name: str) -> int:
+            if self.parallelism_config is not None:
+                return getattr(self.parallelism_config, name) or 1
+            return int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")) if launched else 1
+
+        blocks = self.deepspeed_plugin.deepspeed_config if self.deepspeed_plugin is not None else {}
+        sliced = "each process would hold a slice of the vocabulary, and the loss needs all of it"
+        version = str((self.fsdp_plugin_args or {}).get("fsdp_version") or os.environ.get("FSDP_VERSION", "1"))
+        shards = bool(self.fsdp_plugin_args) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        for clash, what, reason, way_out in [
+            (size("tp_size") > 1, f"tensor parallelism (tp_size={size('tp_size')})", sliced, "Shard with ZeRO-3 or FSDP2 instead."),
+            (
+                size("sp_size") > 1,
+                f"sequence parallelism (sp_size={size('sp_size')})",
+                "Trainer reduces the model's own loss across processes there, without the MCE term",
+                "Remove it.",
+            ),
+            (
+                int(blocks.get("tensor_parallel", {}).get("autotp_size", 1)) > 1,
+                "a `tensor_parallel` block in the DeepSpeed config",
+                sliced,
+                "Remove the block and set stage 3 instead.",
+            ),
+            (
+                shards and version == "1",
+                "FSDP version 1",
+                "it flattens the head that the loss reads, and transformers drops it",
+                "Launch with --fsdp_version 2, or with ds_configs/fsdp2.yaml.",
+            ),
+        ]:
+            if clash:
+                raise RecipeError(f"mce_weight={self.mce_weight} together with {what} cannot work: {reason}. {way_out}")
 
     def _check_mce(self) -> None:
-        _check_range("mce_weight", self.mce_weight)
+        check_range("mce_weight", self.mce_weight)
         for name in ("mce_steps", "mce_order", "effective_rank_steps"):
-            _check_range(name, getattr(self, name))
-        _check_choice("mce_solver", self.mce_solver, ["exact", "krylov", "taylor"])
+            check_range(name, getattr(self, name))
+        check_choice("mce_solver", self.mce_solver, ["exact", "krylov", "taylor"])
         for name in ("mce_sketch_dim", "mce_top_k"):
             value = getattr(self, name)
             if not (value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)):
                 raise RecipeError(f"{name}={value!r} is not a size. Give null for none, or an integer of at least 1.")
         if self.mce_embeddings not in ("lm_head", "input"):
             if not self.mce_embeddings.endswith(".safetensors"):
-                _check_choice("mce_embeddings", self.mce_embeddings, ["lm_head", "input"], also="a path to a .safetensors file")
+                check_choice("mce_embeddings", self.mce_embeddings, ["lm_head", "input"], also="a path to a .safetensors file")
             if not (file := Path(self.mce_embeddings).expanduser()).is_file():
                 raise RecipeError(f"mce_embeddings={self.mce_embeddings!r}: no file at {file.absolute()}. Correct the path.")
             if self.mce_embedding_grad:
@@ -84,6 +126,11 @@ class MatrixConfig(SFTConfig):
                 ("label_smoothing_factor", self.label_smoothing_factor > 0, "MCE is defined against the one true token"),
                 ("loss_type", self.loss_type == "dft", "it reweights each token's CE by its probability, and MCE has no such form"),
                 ("use_liger_kernel", self.use_liger_kernel, "its fused loss replaces the forward that computes MCE"),
+                (
+                    "packing_strategy",
+                    (self.packing or self.eval_packing) and self.packing_strategy == "wrapped",
+                    "it cuts rows anywhere and lets them see each other, so that a token's loss depends on its neighbours in the pack",
+                ),
             ]:
                 if clash:
                     raise RecipeError(
@@ -110,6 +157,7 @@ class ModelArguments:
     lora_target_modules: list[str] | str | None = None
     lora_modules_to_save: list[str] | None = None
     load_in_4bit: bool = False  # QLoRA: the frozen base in 4 bits, through bitsandbytes
+    gpu: str | None = field(default=None, metadata={"choices": [*GPUS]})  # --dry_run says which sharding fits it
 
     def __post_init__(self):
         if (self.model_name_or_path is None) == (self.model_config is None):
@@ -150,8 +198,15 @@ class DataArguments:
     max_eval_rows: int | None = None
     builtin_rows: int = 20000
     builtin_eval_rows: int = 200
+    streaming: bool = False  # tokenise while training, cache nothing; needs max_steps
+    streaming_buffer: int = 10000  # rows held for shuffling the stream; 1 keeps their order
     prompt_template: str = "metamath"  # a key of PROMPT_TEMPLATES, or a text holding {instruction} once
+    response_separator: str = " "  # white space between prompt and response; "" joins them as the MetaMath authors' training script does
     too_long: str = field(default="drop", metadata={"choices": ["drop", "truncate", "error"]})
+    leakage_check: list[str] | None = None  # test sets whose questions are looked for in the training rows: paths, "openai/gsm8k:main"
+    leakage: str = field(default="report", metadata={"choices": ["report", "drop", "stop"]})  # what is done about the rows found
+    leakage_ngram: int = 13  # words in a sequence
+    leakage_share: float = 0.5  # a row is found from this share of a test question's sequences on; equal questions always are
     accuracy_rows: int = 0  # held-out problems decoded greedily before and after training
     accuracy_steps: int = 0  # and every so many optimizer steps between, logged as `accuracy`
     accuracy_max_new_tokens: int = 256
@@ -163,6 +218,11 @@ class DataArguments:
             resolve_template(self.prompt_template)
         except ValueError as error:
             raise RecipeError(str(error)) from None
+        if self.response_separator.strip():
+            raise RecipeError(
+                f"response_separator={self.response_separator!r} is no white space, so a model would have to write it before its answer. "
+                "Put words at the end of prompt_template."
+            )
         if self.accuracy_steps > 0 and self.accuracy_rows == 0:
             raise RecipeError(
                 f"accuracy_steps={self.accuracy_steps} says when to measure accuracy, but accuracy_rows is 0. "
@@ -182,47 +242,6 @@ class Recipe:
     training: MatrixConfig
     path: Path
     resolved: dict[str, Any]  # the keys actually given, YAML and overrides merged: what recipe.yaml in the output directory holds
-
-
-# ------------------------------------------------------------------------------------------------------------------- ranges
-
-_POSITIVE = (lambda x: x > 0, "above 0")
-_COUNT = (lambda x: x >= 1, "at least 1")
-_NOT_NEGATIVE = (lambda x: x >= 0, "at least 0")
-_FRACTION = (lambda x: 0 <= x < 1, "at least 0 and below 1")
-
-_RANGES = {
-    **dict.fromkeys(["learning_rate", "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "adam_epsilon"], _POSITIVE),
-    **dict.fromkeys(["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length"], _COUNT),
-    **dict.fromkeys(["mce_steps", "mce_order", "lora_r", "lora_alpha", "save_total_limit", "dataset_num_proc"], _COUNT),
-    **dict.fromkeys(["max_train_rows", "max_eval_rows", "builtin_rows", "builtin_eval_rows", "accuracy_max_new_tokens"], _COUNT),
-    **dict.fromkeys(
-        ["mce_weight", "effective_rank_steps", "accuracy_rows", "accuracy_steps", "weight_decay", "warmup_steps"], _NOT_NEGATIVE
-    ),
-    **dict.fromkeys(["max_grad_norm", "seed", "data_seed", "dataloader_num_workers"], _NOT_NEGATIVE),
-    **dict.fromkeys(["lora_dropout", "label_smoothing_factor", "adam_beta1", "adam_beta2"], _FRACTION),
-    "max_steps": (lambda x: x == -1 or x >= 1, "-1 (num_train_epochs decides) or at least 1"),
-    "tokenizer_vocab_size": (lambda x: x >= 260, "at least 260: 256 bytes and 3 special tokens, and one merge"),
-}
-
-
-def _check_range(key: str, value: Any) -> None:
-    if value is None or isinstance(value, (bool, str)) or key not in _RANGES:
-        return
-    holds, wanted = _RANGES[key]
-    if not (math.isfinite(value) and holds(value)):
-        raise RecipeError(f"{key}={value!r} cannot work: it must be {wanted}.")
-
-
-def _nearest(name: str, names) -> str:
-    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.6)
-    return f" Did you mean {' or '.join(close)}?" if close else ""
-
-
-def _check_choice(key: str, value: Any, choices: Sequence[str], also: str = "") -> None:
-    if value not in choices:
-        also = f", or {also}" if also else ""
-        raise RecipeError(f"{key}={value!r} is not one of {', '.join(map(str, choices))}{also}.{_nearest(value, choices)}")
 
 
 # ------------------------------------------------------------------------------------------------------------------ names
@@ -260,91 +279,11 @@ def _check_name(key: Any, where: str) -> None:
     if key in _HINTS:
         raise RecipeError(f"{where}: {key!r} is not a setting: {_HINTS[key]}.")
     nested = " A recipe is one flat mapping: use a comment for a section." if key in ("model", "data", "training", "train", "loss") else ""
-    raise RecipeError(f"{where}: {key!r} is not a setting.{nested or _nearest(key, _FIELDS)}")
+    raise RecipeError(f"{where}: {key!r} is not a setting.{nested or nearest(key, _FIELDS)}")
 
 
-# ------------------------------------------------------------------------------------------------------------------ values
-
-
-def _alternatives(annotation: Any) -> list[Any]:
-    """`int | str | None` -> [int, str, NoneType]; a Literal gives its type."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return [part for each in typing.get_args(annotation) for part in _alternatives(each)]
-    if typing.get_origin(annotation) is typing.Literal:
-        return [type(each) for each in typing.get_args(annotation)]
-    return [annotation]
-
-
-_ORDER: list[type] = [type(None), bool, int, float, dict, list, enum.Enum, str, object]  # of trying: "64" is an integer before it is a text
-_WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "a text", dict: "a mapping", list: "a list", type(None): "null"}
-
-
-def _class_of(kind: Any) -> type:
-    return typing.get_origin(kind) or kind
-
-
-def _from_text(text: str, origin: Any, text_allowed: bool) -> Any:
-    """What a word of the command line means where `origin` is wanted; a plain text stays one where a text is allowed as well."""
-    if origin is list and not text.startswith("["):
-        if text_allowed and not re.fullmatch(r"[\w.-]+(, *[\w.-]+)+", text):
-            return text
-        return [part.strip() for part in text.split(",")]  # --lora_target_modules q_proj,v_proj
-    if origin is type(None) and text.lower() == "none" and not text_allowed:
-        return None
-    return yaml.safe_load(text)
-
-
-def _convert(value: Any, kind: Any, from_text: bool, text_allowed: bool) -> Any:
-    """`value` as `kind`, or ValueError. YAML 1.1 reads 2e-5 as a text, so a text that spells a number is one where a number is wanted."""
-    origin = _class_of(kind)
-    if from_text and origin in (bool, dict, list, type(None)):
-        value = _from_text(value, origin, text_allowed)
-    if origin is int and isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value):
-        return int(value)
-    if origin is float and (isinstance(value, str) or type(value) in (int, float)):
-        return value if type(value) is int else float(value)
-    if issubclass(origin, enum.Enum) and isinstance(value, str):
-        return origin(value).value
-    if origin is list and isinstance(value, list) and all(isinstance(each, str) for each in value):
-        return value
-    if origin in (bool, int, str, dict, type(None)) and type(value) is origin:  # `type is`: True is no int
-        return value
-    raise ValueError
-
-
-def _check_value(key: str, value: Any, where: str, from_text: bool) -> Any:
-    """The value in the type that the dataclass wants, checked against its choices and its range."""
-    kinds = _alternatives(_TYPES[key])
-    choices = list(_FIELDS[key][1].metadata.get("choices") or [])
-    for kind in kinds:
-        if issubclass(_class_of(kind), enum.Enum):
-            choices = [each.value for each in kind]
-    if value is False and "no" in [*choices, _FIELDS[key][1].default]:
-        value = "no"  # YAML 1.1 reads a bare `no` as False: eval_strategy: no
-    if any(issubclass(_class_of(kind), enum.Enum) for kind in kinds):
-        kinds = [kind for kind in kinds if kind is not str]  # `SchedulerType | str`: the text must be one of the names
-    kinds.sort(key=lambda kind: [issubclass(_class_of(kind), each) for each in _ORDER].index(True))
-    for kind in kinds:
-        try:
-            result = _convert(value, kind, from_text, text_allowed=str in kinds)
-            break
-        except (ValueError, TypeError, yaml.YAMLError):
-            continue
-    else:
-        if choices:
-            _check_choice(f"{where}: {key}", value, choices)
-        wanted = " or ".join(dict.fromkeys(_WORDS.get(_class_of(k), _class_of(k).__name__) for k in kinds))
-        hint = " Put it in quotes." if str in kinds and isinstance(value, (int, float)) else ""
-        raise RecipeError(f"{where}: {key}={value!r} is {_WORDS.get(type(value), type(value).__name__)}, but {key} must be {wanted}.{hint}")
-    if isinstance(result, float) and not math.isfinite(result):
-        raise RecipeError(f"{where}: {key}={result!r} cannot work: it must be finite.")
-    if choices and result is not None:
-        _check_choice(f"{where}: {key}", result, choices)
-    try:
-        _check_range(key, result)
-    except RecipeError as error:
-        raise RecipeError(f"{where}: {error}") from None
-    return result
+def _check(key: str, value: Any, where: str, from_text: bool) -> Any:
+    return check_value(key, value, where, from_text, annotation=_TYPES[key], setting=_FIELDS[key][1])
 
 
 # ----------------------------------------------------------------------------------------------------------------- reading
@@ -368,7 +307,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     """The checked settings of a recipe file."""
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        there = f" Recipes in that folder: {', '.join(beside)}.{_nearest(path.name, beside)}" if beside else ""
+        there = f" Recipes in that folder: {', '.join(beside)}.{nearest(path.name, beside)}" if beside else ""
         raise RecipeError(f"no recipe at {path.absolute()}.{there}")
     loader = _StrictLoader(path.read_text(encoding="utf-8"))
     loader.name = str(path)
@@ -381,14 +320,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: this is not YAML: {error}.") from None
     if not isinstance(values, dict):
-        what = "is empty" if values is None else f"holds {_WORDS.get(type(values), type(values).__name__)}"
+        what = "is empty" if values is None else f"holds {WORDS.get(type(values), type(values).__name__)}"
         raise RecipeError(f"{path} {what}, but a recipe is one flat mapping of settings, `key: value` a line.")
     settings = {}
     assert root is not None  # values came from it
     for (key_node, _), (key, value) in zip(root.value, values.items(), strict=True):
         where = f"{path} line {key_node.start_mark.line + 1}"
         _check_name(key, where)
-        settings[key] = _check_value(key, value, where, from_text=False)
+        settings[key] = _check(key, value, where, from_text=False)
     return settings
 
 
@@ -405,9 +344,9 @@ def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         _check_name(key, "on the command line")
         if not equals and words and not words[0].startswith("--"):
             value, equals = words.pop(0), "="
-        if not equals and bool not in _alternatives(_TYPES[key]):
+        if not equals and bool not in alternatives(_TYPES[key]):
             raise RecipeError(f"on the command line: --{name} has no value. Write --{name} value.")
-        settings[key] = _check_value(key, value if equals else "true", "on the command line", from_text=True)
+        settings[key] = _check(key, value if equals else "true", "on the command line", from_text=True)
     return settings
 
 
@@ -429,6 +368,7 @@ def _check_together(model: ModelArguments, data: DataArguments, settings: dict[s
         source = getattr(data, key)
         if source is not None and looks_local(source) and local_path(source) is None:
             raise RecipeError(f"{key}={source!r}: nothing at {Path(source).expanduser().absolute()}. Correct the path.")
+    _check_data(data, settings)
     name = model.model_name_or_path
     if name is not None and name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise RecipeError(f"model_name_or_path={name!r}: no folder at {Path(name).expanduser().absolute()}. Correct the path.")
@@ -462,6 +402,29 @@ def _check_together(model: ModelArguments, data: DataArguments, settings: dict[s
             )
 
 
+def _check_data(data: DataArguments, settings: dict[str, Any]) -> None:
+    for source in data.leakage_check or []:
+        if looks_local(source) and local_path(source) is None:
+            raise RecipeError(f"leakage_check={source!r}: nothing at {Path(source).expanduser().absolute()}. Correct the path.")
+    idle = [key for key in ("leakage", "leakage_ngram", "leakage_share") if key in settings]
+    if idle and not data.leakage_check:
+        raise RecipeError(f"{', '.join(idle)} given, but leakage_check names no test set. Give leakage_check a list of paths or Hub ids.")
+    if not data.streaming:
+        if "streaming_buffer" in settings:
+            raise RecipeError(
+                f"streaming_buffer={data.streaming_buffer} does nothing without streaming. Set streaming to true, or remove it."
+            )
+        return
+    if settings.get("max_steps", -1) < 1:
+        raise RecipeError("streaming=True: a stream has no known end, so num_train_epochs means nothing. Set max_steps.")
+    for key, clash, reason in [
+        ("train_sampling_strategy", settings.get("train_sampling_strategy", "random") != "random", "a stream has one order"),
+        ("shuffle_dataset", settings.get("shuffle_dataset"), "streaming_buffer shuffles a stream"),
+    ]:
+        if clash:
+            raise RecipeError(f"streaming=True together with {key}={settings[key]!r} cannot work: {reason}. Remove {key}, or streaming.")
+
+
 def _matches(pattern: str, name: str) -> bool:
     try:
         return re.fullmatch(pattern, name) is not None
@@ -482,6 +445,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run: boo
     for key in ("dataset", "eval_dataset", "deepspeed", "mce_embeddings", "model_name_or_path", "tokenizer_name_or_path"):
         if isinstance(settings.get(key), str):
             settings[key] = _find(settings[key], path)
+    if settings.get("leakage_check"):
+        settings["leakage_check"] = [_find(each, path) for each in settings["leakage_check"]]
     given: dict[str, dict[str, Any]] = {part: {k: v for k, v in settings.items() if _FIELDS[k][0] == part} for part in _PARTS}
     try:
         model, data = ModelArguments(**given["model"]), DataArguments(**given["data"])

@@ -1,12 +1,6 @@
-"""The arithmetic of a run, before it starts: batches, steps, tokens, and memory per GPU. Needs no GPU and loads no weight.
+"""The arithmetic of a run, before it starts: batches, steps, tokens, the loss in words, a row with its mask. No weight is loaded.
 
-Memory counts, per GPU, with n parameters of which t train, on g GPUs (Rajbhandari et al. 2020, section 3):
-
-    weights      4 n  (float32 master; 2 n for bfloat16), over g from ZeRO-3 on; + 2 n half-precision copies (DeepSpeed)
-    gradients    4 t, over g from ZeRO-2 on
-    optimizer    8 t  (AdamW: two float32 moments), over g from ZeRO-1 on
-    activations  per layer and token 2 bytes x hidden with gradient checkpointing, about 34 without
-    LM head      float32 gradient of the weight, 4 V H, and one chunk of logits
+How much memory it takes is counted in memory.py.
 """
 
 from __future__ import annotations
@@ -14,15 +8,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from matrix_llm.config import MatrixConfig, Recipe
 from matrix_llm.data import IGNORED, DataReport
-from matrix_llm.mce import CHUNK_BYTES
+from matrix_llm.memory import count_parameters, memory_lines, plan_memory
 from matrix_llm.solvers import Solver
 
-GIB = 2**30
+__all__ = ["StepPlan", "count_parameters", "describe_loss", "masked_sample", "memory_lines", "plan_memory", "plan_steps"]
 
 
 def describe_loss(training: MatrixConfig, config: PretrainedConfig) -> str:
@@ -57,7 +50,7 @@ class StepPlan:
     micro_batch: int
     accumulation: int
     processes: int
-    epochs: float
+    epochs: float | None  # None: a stream, whose length is not known
     steps: int
     tokens_per_step: float
 
@@ -69,7 +62,7 @@ class StepPlan:
         return [
             f"effective batch  {self.micro_batch} x {self.accumulation} accumulation x {self.processes} processes"
             f" = {self.effective_batch} rows",
-            f"optimizer steps  {self.steps:,} ({self.epochs:g} epochs of {self.rows:,} rows)",
+            f"optimizer steps  {self.steps:,} " + (f"({self.epochs:g} epochs of {self.rows:,} rows)" if self.epochs else "(of a stream)"),
             f"tokens           about {self.tokens_per_step:,.0f} a step, {self.tokens_per_step * self.steps:,.0f} in all",
         ]
 
@@ -91,60 +84,8 @@ def plan_steps(recipe: Recipe, report: DataReport, processes: int) -> StepPlan:
     else:
         steps, epochs = math.ceil(training.num_train_epochs * per_epoch), training.num_train_epochs
     batch = micro * accumulation * processes
-    return StepPlan(rows, micro, accumulation, processes, epochs, steps, report.tokens / max(1, rows) * batch)
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Estimated bytes per GPU."""
-
-    stage: int
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    lm_head: float
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.lm_head
-
-    def line(self) -> str:
-        parts = {k: getattr(self, k) / GIB for k in ("weights", "gradients", "optimizer", "activations", "lm_head")}
-        name = "no sharding" if self.stage == 0 else f"ZeRO-{self.stage}"
-        return f"{name:12} {self.total / GIB:8.2f} GiB = " + " + ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in parts.items())
-
-
-def count_parameters(config: PretrainedConfig) -> int:
-    """Parameters of the architecture, tied ones once; built on the meta device, so nothing is allocated."""
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
-    return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
-
-
-def plan_memory(recipe: Recipe, config: PretrainedConfig, length: int, processes: int) -> list[MemoryPlan]:
-    """One estimate for no sharding and for each ZeRO stage (FSDP2's full sharding is ZeRO-3's line)."""
-    text = config.get_text_config()
-    total = count_parameters(config)
-    training, model = recipe.training, recipe.model
-    trained = total
-    if model.use_peft:  # rank r on each projection of each layer: 2 r x width, about seven projections
-        trained = 14 * model.lora_r * text.hidden_size * text.num_hidden_layers
-    half = training.bf16 or training.fp16
-    master = 0.55 if model.load_in_4bit else 2 if model.dtype in ("bfloat16", "float16") else 4
-    itemsize = 2 if half else 4
-    tokens = training.per_device_train_batch_size * length
-    per_token = itemsize * text.hidden_size * (1 if training.gradient_checkpointing else 17)
-    activations = tokens * (per_token * text.num_hidden_layers + 17 * itemsize * text.hidden_size)
-    head = 4 * text.vocab_size * text.hidden_size * (1 if not model.use_peft else 0)
-    head += min(CHUNK_BYTES, tokens * text.vocab_size * 16)
-    plans = []
-    for stage in range(4):
-        share = lambda first, size, stage=stage: size / processes if stage >= first else size  # noqa: E731
-        weights = share(3, master * total + (2 * total if half and stage and master == 4 else 0))
-        plans.append(MemoryPlan(stage, weights, share(2, 4 * trained), share(1, 8 * trained), activations, head))
-    return plans
+    known = None if report.sampled else epochs
+    return StepPlan(rows, micro, accumulation, processes, known, steps, report.tokens / max(1, rows) * batch)
 
 
 def masked_sample(row: dict, tokenizer: PreTrainedTokenizerBase) -> list[str]:

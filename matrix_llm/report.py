@@ -25,7 +25,11 @@ class MetricsFileCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         path = Path(str(args.output_dir)) / METRICS
-        kept = [entry for entry in read_metrics(path) if entry["step"] <= state.global_step] if state.global_step else []
+        kept = []
+        for entry in read_metrics(path) if state.global_step else []:
+            if entry["step"] > state.global_step or "train_runtime" in entry:  # the summary, and what followed it, will come again
+                break
+            kept.append(entry)
         write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def on_log(

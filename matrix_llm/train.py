@@ -20,15 +20,29 @@ if not __package__:  # run as a script: import from the repository, not from thi
 import json
 import os
 import shutil
+import tempfile
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from matrix_llm.checkpoints import (
+    CheckpointError,
+    last_complete_checkpoint,
+    not_written,
+    read_manifest,
+    remove_leftovers,
+    what_is_missing,
+    why_not_written,
+)
 from matrix_llm.config import Recipe, RecipeError, load_recipe
-from matrix_llm.data import DataError, build_dataset, load_rows, row_texts
+from matrix_llm.data import DataError, load_rows, row_texts
 from matrix_llm.files import write_text
+from matrix_llm.hub import PushError, destination_of, push, scrub
+
+if TYPE_CHECKING:
+    from matrix_llm.preemption import StopOnSignal
 
 USAGE = "usage: accelerate launch matrix_llm/train.py RECIPE.yaml [--key value ...] [--dry_run]"
 
@@ -36,8 +50,8 @@ USAGE = "usage: accelerate launch matrix_llm/train.py RECIPE.yaml [--key value .
 MAY_CHANGE = {
     "resume_from_checkpoint", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy",
     "report_to", "run_name", "disable_tqdm", "effective_rank_steps", "accuracy_rows", "accuracy_steps",
-    "dataloader_num_workers", "dataset_num_proc",
-    "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo",
+    "dataloader_num_workers", "dataset_num_proc", "gpu",
+    "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision", "hub_token",
 }  # fmt: skip
 
 
@@ -50,6 +64,7 @@ class HeldOutProblem:
 
 
 PARTIAL = "results.partial.json"
+PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "remote worker crashing", "remote process exited")  # gloo, NCCL
 GATHER = "stage3_gather_16bit_weights_on_model_save"
 
 
@@ -75,12 +90,16 @@ def check_output_dir(recipe: Recipe) -> None:
     if output.exists() and not output.is_dir():
         raise RecipeError(f"output_dir={str(output)!r} is a file. Choose another output_dir.")
     parent = next(p for p in (output, *output.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise RecipeError(f"output_dir={str(output)!r} cannot be written: {parent} is read-only. Choose another output_dir.")
-    from matrix_llm.trainer import last_complete_checkpoint
-
+    try:
+        with tempfile.TemporaryFile(dir=parent) as probe:  # os.access is no proof: root, quotas, network file systems
+            probe.write(b"x" * 4096)
+    except OSError as error:
+        raise RecipeError(
+            f"output_dir={str(output)!r} cannot be written: {parent}: {error.strerror}. Make it writable, or choose another output_dir."
+        ) from None
     last = last_complete_checkpoint(output)
-    if [*output.glob("*.safetensors")]:
+    is_cut_off = (output / PARTIAL).is_file()  # removed last: without it the weights there are those of a finished run
+    if [*output.glob("*.safetensors")] and not (resume and is_cut_off):
         raise RecipeError(f"output_dir={str(output)!r} holds the weights of a finished run. Choose another output_dir, or remove it.")
     if not resume:
         if last is not None:
@@ -89,19 +108,22 @@ def check_output_dir(recipe: Recipe) -> None:
                 "Add --resume_from_checkpoint true to go on with it, or choose another output_dir."
             )
         return
-    if not _from_last(resume) and not Path(str(resume)).is_dir():
-        raise RecipeError(f"resume_from_checkpoint={resume!r}: no such folder. Give true (the last checkpoint) or a checkpoint's path.")
-    if last is None and _from_last(resume):
+    if not _from_last(resume):
+        last = Path(str(resume))
+        if not last.is_dir():
+            raise RecipeError(f"resume_from_checkpoint={resume!r}: no such folder. Give true (the last checkpoint) or a checkpoint's path.")
+        if (reason := what_is_missing(last)) is not None:
+            raise RecipeError(f"resume_from_checkpoint={resume!r} is not whole: {reason}. Give true (the last whole one), or another path.")
+    if last is None:
         say(f"=> no whole checkpoint in {output}, so the run starts from the beginning")
         return
-    partial = output / PARTIAL
-    before_processes = json.loads(partial.read_text(encoding="utf-8")).get("processes") if partial.is_file() else None
-    if before_processes not in (None, recipe.training.world_size):
+    processes = read_manifest(last)["processes"]
+    if processes != recipe.training.world_size:
         raise RecipeError(
-            f"cannot resume {str(output)!r} with {recipe.training.world_size} processes: it was started with {before_processes}, and "
-            "the effective batch would change. Launch as many, or start anew in another output_dir."
+            f"cannot resume {str(last)!r} with {recipe.training.world_size} processes: it was made with {processes}, and the effective "
+            "batch and the shards would change. Launch as many, or start anew in another output_dir."
         )
-    stored = output / "recipe.yaml"
+    stored = last.parent / "recipe.yaml"
     if not stored.is_file():
         return
     before: dict[str, Any] = yaml.safe_load(stored.read_text(encoding="utf-8")) or {}
@@ -112,7 +134,7 @@ def check_output_dir(recipe: Recipe) -> None:
     ]
     if changed:
         raise RecipeError(
-            f"cannot resume {str(output)!r} with other settings than it was started with ({'; '.join(changed)}). "
+            f"cannot resume {str(last)!r} with other settings than it was started with ({'; '.join(changed)}). "
             "Restore them, or start anew in another output_dir."
         )
 
@@ -140,41 +162,10 @@ def held_out_problems(recipe: Recipe) -> list[HeldOutProblem]:
     return problems
 
 
-def prepare_data(recipe: Recipe):
-    """Tokenizer, training set and held-out set (or None), each with its report."""
-    from matrix_llm.model import load_tokenizer
-
-    data, training = recipe.data, recipe.training
-    rows = load_rows(
-        str(data.dataset), config=data.dataset_config, split=data.dataset_split, max_rows=data.max_train_rows,
-        builtin_rows=data.builtin_rows, seed=training.seed,
-    )  # fmt: skip
-    texts = ("".join(row_texts(row, data.prompt_template)) for row in rows) if recipe.model.tokenizer_vocab_size else None
-    tokenizer = load_tokenizer(
-        recipe.model, texts=texts, trust_remote_code=training.trust_remote_code, chat_template_path=training.chat_template_path
-    )
-
-    def build(rows, name):
-        return build_dataset(
-            rows, tokenizer, prompt_template=data.prompt_template, max_length=training.max_length, too_long=data.too_long,
-            name=name, num_proc=training.dataset_num_proc,
-        )  # fmt: skip
-
-    train = build(rows, "train")
-    held_out = None
-    if data.eval_dataset is not None:
-        eval_rows = load_rows(
-            data.eval_dataset, config=data.dataset_config, split=data.eval_split, max_rows=data.max_eval_rows,
-            builtin_rows=data.builtin_eval_rows, seed=training.seed,
-        )  # fmt: skip
-        held_out = build(eval_rows, "held out")
-    return tokenizer, train, held_out
-
-
 def print_plan(recipe: Recipe, tokenizer, dataset, report) -> None:
     """What --dry_run shows: the recipe as resolved, the step arithmetic, memory per GPU, one row with its mask."""
     from matrix_llm.model import load_config
-    from matrix_llm.plan import describe_loss, masked_sample, plan_memory, plan_steps
+    from matrix_llm.plan import describe_loss, masked_sample, memory_lines, plan_steps
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     config = load_config(recipe.model, tokenizer, trust_remote_code=recipe.training.trust_remote_code)
@@ -187,26 +178,27 @@ def print_plan(recipe: Recipe, tokenizer, dataset, report) -> None:
     say("# steps\n" + "\n".join(steps.lines()))
     say(f"(for WORLD_SIZE={processes}; set it to plan for more processes)\n")
     say(f"# memory per GPU, estimated, for rows of {length} tokens")
-    say("\n".join(plan.line() for plan in plan_memory(recipe, config, length, processes)) + "\n")
-    say("# the first row and its label mask\n" + "\n".join(masked_sample(dataset[0], tokenizer)))
+    say("\n".join(memory_lines(recipe, config, length, processes)) + "\n")
+    say("# the first row and its label mask\n" + "\n".join(masked_sample(next(iter(dataset)), tokenizer)))
 
 
-def train(recipe: Recipe) -> None:
-    """Steps 4 to 6 of the module's list."""
-    from huggingface_hub import HfApi
+def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
+    """Steps 4 to 6 of the module's list. A run that `stop` ends early leaves a checkpoint and prints how to go on."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     from matrix_llm.accuracy import AccuracyCallback, measure_accuracy
     from matrix_llm.hub import model_card, versions
     from matrix_llm.model import load_config, load_model, lora_config
     from matrix_llm.plan import describe_loss, plan_steps
+    from matrix_llm.preemption import resume_command
+    from matrix_llm.prepare import prepare_data
     from matrix_llm.prompts import resolve_template
     from matrix_llm.report import METRICS, PLOT, MetricsFileCallback, plot_losses, read_metrics
-    from matrix_llm.trainer import MatrixTrainer, last_complete_checkpoint
+    from matrix_llm.trainer import MatrixTrainer
 
     training = recipe.training
     started = time.perf_counter()
-    tokenizer, (dataset, report), held_out = prepare_data(recipe)
+    tokenizer, (dataset, report), held_out = prepare_data(recipe, say=say)
     problems = held_out_problems(recipe) if recipe.data.accuracy_rows else []
     if problems and (is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or training.fsdp):
         raise RecipeError(
@@ -267,12 +259,20 @@ def train(recipe: Recipe) -> None:
         measure("before")
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
+        if left := remove_leftovers(output):
+            say(f"=> removed what a cut-off run left half-written: {', '.join(left)}")
         recipe.resolved.pop("resume_from_checkpoint", None)  # how it was started, not what it is
         write_text(output / "recipe.yaml", yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True))
         write_text(earlier, json.dumps(results))
 
     clock = time.perf_counter()
+    trainer.add_callback(stop)
     trainer.train(resume_from_checkpoint=resume)
+    if stop.stopped:
+        say(f"=> stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved in {last_complete_checkpoint(output)}")
+        say(f"=> go on with: {scrub(resume_command(arguments, stop.launcher))}")
+        trainer.accelerator.wait_for_everyone()
+        return
     results["train_seconds"] = round(time.perf_counter() - clock, 1)
     results["steps"] = trainer.state.global_step
     if held_out:
@@ -299,10 +299,6 @@ def train(recipe: Recipe) -> None:
         write_text(output / "README.md", str(model_card(recipe, entries, results)))
         earlier.unlink(missing_ok=True)
         say(f"=> {output}/ holds the weights, tokenizer, recipe.yaml, {METRICS}, results.json, {PLOT} and README.md")
-        if training.push_to_hub:
-            HfApi(token=training.hub_token).upload_folder(
-                repo_id=str(trainer.hub_model_id), folder_path=output, ignore_patterns=["checkpoint-*", ".*"], commit_message="matrix_llm"
-            )
     trainer.accelerator.wait_for_everyone()  # no rank leaves while another still needs it
 
 
@@ -316,8 +312,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if arguments else 2
     try:
         recipe = load_recipe(arguments[0], arguments[1:], dry_run=dry_run)
+        destination = destination_of(recipe, ask=not dry_run)
         if dry_run:
-            tokenizer, (dataset, report), held_out = prepare_data(recipe)
+            from matrix_llm.prepare import prepare_data
+
+            tokenizer, (dataset, report), held_out = prepare_data(recipe, say=say, dry_run=True)
             for part in (report, held_out[1] if held_out else None):
                 say("\n".join(part.lines()) if part else "no held-out rows")
             say("")
@@ -326,33 +325,57 @@ def main(arguments: list[str] | None = None) -> int:
         check_output_dir(recipe)
         from transformers import set_seed
 
+        from matrix_llm.preemption import stop_on_signals
+
         set_seed(recipe.training.seed)
-        train(recipe)
+        with stop_on_signals() as stop:
+            train(recipe, stop, arguments)
+        if destination is not None and not stop.stopped:  # here, where no other process waits at a barrier that times out
+            say(f"=> {push(Path(str(recipe.training.output_dir)), destination)}")
     except (RecipeError, DataError) as error:
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {scrub(str(error))}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        from matrix_llm.trainer import NonFiniteLossError
-
-        if not isinstance(error, NonFiniteLossError):
+    except KeyboardInterrupt:
+        print("error: aborted, without saving.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        line = _one_line(error, Path(str(recipe.training.output_dir)))
+        if line is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {line}" if line else "", end="\n" if line else "", file=sys.stderr)
         return 1
     return 0
 
 
+def _one_line(error: Exception, output: Path) -> str | None:
+    """What to print for a failure that has a known way out; "" where the first process says it; None for any other error."""
+    from matrix_llm.trainer import NonFiniteLossError
+
+    if isinstance(error, NonFiniteLossError):  # raised on all processes, with the same words
+        return str(error) if int(os.environ.get("RANK", "0")) == 0 else ""
+    if isinstance(error, (CheckpointError, PushError)):
+        return str(error)
+    path = Path(getattr(error, "filename", None) or output)
+    if (reason := why_not_written(error)) is not None and output.absolute() in (path.absolute(), *path.absolute().parents):
+        return str(not_written(path, reason, output))
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in PEER_IS_GONE):
+        return f"process {os.environ.get('RANK', '0')} lost contact to another one, which has said why or was killed."
+    return None
+
+
 def run_as_script() -> None:
-    """Exit with main's status. On several CPU processes, past the interpreter's shutdown, which gloo's threads sometimes abort
-    ("terminate called without an active exception") after everything has been written."""
+    """Exit with main's status. Of several processes, past the interpreter's shutdown where it does harm: on CPUs gloo's threads
+    sometimes abort it ("terminate called without an active exception") after everything has been written, and after a failure
+    it can wait for processes that wait for this one."""
     status = main()
-    if status == 0 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         import torch
 
-        if not torch.cuda.is_available():
+        if status != 0 or not torch.cuda.is_available():
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(0)
+            os._exit(status)
     sys.exit(status)
 
 

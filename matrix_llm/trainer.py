@@ -5,37 +5,46 @@ What it adds to `SFTTrainer`:
   all ranks, so that accumulation 1 x 8 equals 8 x 1 and two ranks equal one
 - the logged names `ce, mce, entropy, mean_token_accuracy, tokens_per_second, mfu, peak_memory_gib, effective_rank`,
   token-weighted over the whole logging window
-- a guard: a non-finite loss stops the run before the optimizer steps, naming the step, the rows and the last checkpoint
+- a guard: a non-finite loss on any process stops all of them before the optimizer steps, naming the step, the rows and the
+  last checkpoint
+- checkpoints that are whole or absent (`checkpoints.py`)
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import resource
+import shutil
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
-from torch import Tensor, nn
+from accelerate.utils import gather_object, is_peft_model
+from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import compute_flops_per_token, get_peak_flops
 
+from matrix_llm.checkpoints import (
+    SAVING,
+    CheckpointError,
+    finish_checkpoint,
+    last_complete_checkpoint,
+    not_written,
+    remove_old_checkpoints,
+    why_not_written,
+)
 from matrix_llm.config import MatrixConfig
-from matrix_llm.head import MatrixLossOptions, add_matrix_head, head_effective_rank
+from matrix_llm.head import MatrixLossOptions, SummaryCache, add_matrix_head, head_effective_rank
+from matrix_llm.packing import check_isolation
 
 logger = logging.getLogger(__name__)
-
-
-def last_complete_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint-N whose trainer_state.json, written last, is there; one cut off by a kill is passed over."""
-    found = [p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdigit() and (p / "trainer_state.json").is_file()]
-    return max(found, key=lambda p: int(p.name[11:]), default=None)
+WINDOW = "log_window_{}.json"  # in a checkpoint, one for each process
 
 
 class NonFiniteLossError(RuntimeError):
@@ -69,6 +78,8 @@ class WatchCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self.trainer.restore_window()
+        self.trainer.check_packing()
         self.trainer.restart_clock()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
@@ -93,6 +104,8 @@ class MatrixTrainer(SFTTrainer):
     """
 
     _clock: tuple[float, int]
+    _saving = False
+    _resumed_from: str | None = None
     args: MatrixConfig
     model: PreTrainedModel
     _signature_columns: Any
@@ -132,13 +145,14 @@ class MatrixTrainer(SFTTrainer):
             args.mce_embeddings,
             args.mce_embedding_grad,
         )
-        self._has_matrix_head = True
+        self._head_cache: SummaryCache | None = None
+        self._runs = 0  # calls of train(); the weights may have changed between two
         try:
-            add_matrix_head(self._base_model(), options)
+            self._head_cache = add_matrix_head(self._base_model(), options)
         except ValueError as error:
             if args.mce_weight > 0:
                 raise
-            self._has_matrix_head = False  # plain SFT needs no MCE; evaluation then reports SFTTrainer's figures alone
+            # plain SFT needs no MCE; evaluation then reports SFTTrainer's figures alone
             logger.warning("MCE will not be measured on held-out rows: %s", error)
         self.add_callback(WatchCallback(self))
 
@@ -174,13 +188,15 @@ class MatrixTrainer(SFTTrainer):
         self._row_ids = inputs.pop("row_id", None)
         mode = "train" if self.model.training else "eval"
         # Plain SFT trains as SFTTrainer does; its held-out rows are measured like everybody's, so that runs compare.
-        if self.args.mce_weight == 0 and (mode == "train" or not self._has_matrix_head):
+        if self.args.mce_weight == 0 and (mode == "train" or self._head_cache is None):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             self._check_finite(result[0] if return_outputs else result, mode)
             return result
 
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
+        assert self._head_cache is not None
+        self._head_cache.step = (self._runs, self.state.global_step) if mode == "train" else None
         outputs = model(**inputs, use_cache=False, matrix_loss=True)
         tokens = outputs.label_mask.sum()
         count = tokens if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=tokens.device)
@@ -212,15 +228,25 @@ class MatrixTrainer(SFTTrainer):
         sums[name] = sums[name] + value if name in sums else value
 
     def _check_finite(self, loss: Tensor, mode: str) -> None:
-        """Before the backward pass, since DeepSpeed steps inside it."""
-        if mode == "eval" or torch.isfinite(loss):
+        """Before the backward pass, since DeepSpeed steps inside it; on all processes together, since one that stopped alone
+        would leave the others waiting for its gradients."""
+        if mode == "eval":
             return
-        rows = "unknown (packed)" if self._row_ids is None else self._row_ids.tolist()
+        bad = (~torch.isfinite(loss.detach())).float().reshape(1)
+        several = self.accelerator.num_processes > 1
+        if several:
+            distributed.all_reduce(bad, distributed.ReduceOp.MAX)
+        if not bad:
+            return
+        rows = None if self._row_ids is None else self._row_ids.tolist()
+        here = [(loss.item(), rows)]
+        found = [(value, rows) for value, rows in (gather_object(here) if several else here) if not math.isfinite(value)]
+        named = [row for _, rows in found for row in rows or []]
         last = last_complete_checkpoint(Path(str(self.args.output_dir)))
         way_out = f"resume from {last}" if last else "no checkpoint was written yet"
         raise NonFiniteLossError(
-            f"The loss is {loss.item()} at step {self.state.global_step + 1}, on the data rows {rows}. The optimizer has not "
-            f"stepped, {way_out}. Look at these rows, lower learning_rate, or set max_grad_norm."
+            f"The loss is {found[0][0]} at step {self.state.global_step + 1}, on the data rows {named or 'unknown (packed)'}. The "
+            f"optimizer has not stepped, {way_out}. Look at these rows, lower learning_rate, or set max_grad_norm."
         )
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
@@ -229,6 +255,116 @@ class MatrixTrainer(SFTTrainer):
             return super().evaluate(*args, **kwargs)
         finally:  # throughput is that of training
             self._clock = (self._clock[0] + time.perf_counter() - start, self._clock[1])
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder, SAVING)) if self._saving else folder
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """SFTTrainer's, written into a temporary folder that takes the checkpoint's name once it is whole."""
+        output = Path(self._get_output_dir(trial))
+        final = output / f"checkpoint-{self.state.global_step}"
+        staged = output / SAVING / final.name
+        self._saving = True
+        try:
+            if self.args.should_save:
+                shutil.rmtree(staged.parent, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self._keep_window(staged)
+            if self.args.should_save:
+                self._complete(staged, final)
+            self.accelerator.wait_for_everyone()  # every process has written its part
+            if self.args.should_save:
+                finish_checkpoint(staged, final, processes=self.args.world_size)
+                staged.parent.rmdir()
+        except BaseException as error:  # torch.distributed.checkpoint raises a BaseException
+            reason = why_not_written(error)
+            if reason is None:
+                raise
+            shutil.rmtree(staged.parent, ignore_errors=True)  # it may be what fills the disk
+            raise not_written(final, reason, output) from error
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()  # nobody goes on from a checkpoint that is not there yet
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            remove_old_checkpoints(output, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._saving:  # while it is being written, it is about to move
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _complete(self, staged: Path, final: Path) -> None:
+        """What Trainer leaves out, and the one path that it writes into the checkpoint."""
+        if self.state.best_model_checkpoint and Path(self.state.best_model_checkpoint).parent.name == SAVING:
+            self.state.best_model_checkpoint = str(final)
+        if self.state.best_global_step and (best := final.with_name(f"checkpoint-{self.state.best_global_step}")).is_dir():
+            self.state.best_model_checkpoint = str(best)
+        self.state.save_to_json(str(staged / "trainer_state.json"))
+        if not (staged / "config.json").is_file() and not is_peft_model(self.accelerator.unwrap_model(self.model)):  # sharded by FSDP
+            model = self._base_model()
+            model.config.save_pretrained(staged)
+            if model.can_generate() and model.generation_config is not None:
+                model.generation_config.save_pretrained(staged)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(staged)
+
+    def _keep_window(self, folder: Path) -> None:
+        """This process's sums since the last log, so that the row which straddles a checkpoint is that of an unbroken run."""
+        window = {
+            "tokens": self._total_train_tokens,
+            "last_logged": self._globalstep_last_logged,
+            "loss": float(self._tr_loss),
+            "sums": {name: float(value) for name, value in self._sums["train"].items()},
+            "metrics": {name: [float(value) for value in values] for name, values in self._metrics["train"].items()},
+        }
+        (folder / WINDOW.format(self.args.process_index)).write_text(json.dumps(window), encoding="utf-8")
+
+    def restore_window(self) -> None:
+        file = Path(self._resumed_from or "", WINDOW.format(self.args.process_index))
+        if self._resumed_from is None or not file.is_file():
+            return
+        window = json.loads(file.read_text(encoding="utf-8"))
+        device = self.args.device
+        self._total_train_tokens = window["tokens"]
+        self._globalstep_last_logged = window["last_logged"]
+        self._tr_loss = torch.tensor(window["loss"], device=device)
+        self._total_loss_scalar = -window["loss"]  # the summary's train_loss is over the steps of this call
+        self._sums["train"] = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in window["sums"].items()}
+        self._metrics["train"].update(window["metrics"])
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:  # resumed from the checkpoint of the last step: Trainer would train one more
+            self.control.should_training_stop = True
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_complete_checkpoint(Path(str(self.args.output_dir))) or "") or None
+            if resume_from_checkpoint is None:
+                raise CheckpointError(f"no whole checkpoint in {self.args.output_dir}. Leave resume_from_checkpoint out to start anew.")
+        self._resumed_from = resume_from_checkpoint or None
+        self._runs += 1
+        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def check_packing(self) -> None:
+        """Through the engine, once the weights are where they are trained (packing.py)."""
+        if not self.padding_free or self._head_cache is None:
+            return
+        base = self._base_model()
+        check_isolation(
+            self.model_wrapped,
+            self.data_collator,
+            self._prepare_inputs,
+            vocabulary=base.config.get_text_config().vocab_size,
+            half=self.args.bf16 or self.args.fp16 or base.dtype != torch.float32,
+            description=f"{type(base).__name__} with attn_implementation={base.config._attn_implementation!r}",
+        )
 
     # -- logs -----------------------------------------------------------------------------------------------------------
 

@@ -218,6 +218,45 @@ def test_lora_settings_without_use_peft_are_refused(recipe):
     assert "lora_r given, but use_peft is not" in refusal(recipe("lora_r: 8"))
 
 
+def test_a_stream_needs_max_steps_and_one_order(recipe):
+    assert "streaming=True: a stream has no known end, so num_train_epochs means nothing. Set max_steps" in refusal(
+        recipe("streaming: true")
+    )
+    path = recipe("streaming: true", "max_steps: 5")
+    assert load_recipe(path).data.streaming_buffer == 10000
+    assert load_recipe(path, ["--packing"]).training.packing
+    assert "a stream has one order" in refusal(path, "--train_sampling_strategy", "group_by_length")
+    assert "streaming_buffer=5 does nothing without streaming" in refusal(recipe("streaming_buffer: 5"))
+
+
+def test_leakage_settings_need_a_test_set_that_is_there(recipe, tmp_path):
+    assert "leakage given, but leakage_check names no test set" in refusal(recipe("leakage: drop"))
+    assert f"leakage_check='{tmp_path}/none.jsonl': nothing at" in refusal(recipe(f"leakage_check: [{tmp_path}/none.jsonl]"))
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text("")
+    loaded = load_recipe(recipe(), ["--leakage_check", f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", "--leakage", "drop"])
+    assert loaded.data.leakage_check == [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"]
+    (tmp_path / ".git").mkdir()  # a relative path is found from the recipe's repository
+    assert load_recipe(recipe("leakage_check: [a.jsonl, openai/gsm8k:main]")).data.leakage_check == [
+        f"{tmp_path}/a.jsonl",
+        "openai/gsm8k:main",
+    ]
+    assert "leakage_share=1.5 cannot work" in refusal(recipe("leakage_check: [a.jsonl]", "leakage_share: 1.5"))
+    assert "report, drop, stop" in refusal(recipe("leakage_check: [a.jsonl]", "leakage: remove"))
+
+
+def test_the_response_separator_is_white_space(recipe):
+    assert load_recipe(recipe('response_separator: ""')).data.response_separator == ""
+    assert load_recipe(recipe(), ["--response_separator="]).data.response_separator == ""
+    assert load_recipe(recipe()).data.response_separator == " "
+    assert "response_separator='###' is no white space" in refusal(recipe('response_separator: "###"'))
+
+
+def test_an_unknown_gpu_names_the_nearest(recipe):
+    assert "Did you mean h100-80gb" in refusal(recipe(), "--gpu", "h100")
+    assert load_recipe(recipe(), ["--gpu", "h200-141gb"]).model.gpu == "h200-141gb"
+
+
 def test_model_is_loaded_or_built_but_not_both(recipe):
     assert "both are given" in refusal(recipe("model_name_or_path: x/y"))
     assert "neither is given" in refusal(recipe(base="dataset: builtin\n"))

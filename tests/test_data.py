@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import datasets
 import pyarrow as pa
@@ -8,7 +9,9 @@ from conftest import SENTENCES
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from matrix_llm import rows as rows_module
 from matrix_llm.data import DataError, build_dataset, gsm8k_response, load_rows, row_texts
+from matrix_llm.rows import Source
 
 ROWS = [{"query": f"{i} + 1?", "response": f"The answer is: {i + 1}", "type": "x"} for i in range(5)]
 
@@ -237,3 +240,47 @@ def test_half_a_surrogate_pair_is_named_with_its_line(tmp_path):
     path.write_text('{"query": "a", "response": "b"}\n{"query": "\\ud83d", "response": "b"}\n')
     with pytest.raises(DataError, match=r"line 2: `query` holds half of a surrogate pair"):
         load_rows(str(path))
+
+
+# ------------------------------------------------------------------------------------------------------------ separators
+
+
+@pytest.mark.parametrize("kind", ["legacy", "first", "always", "never", "byte level"])
+@pytest.mark.parametrize("separator", ["", " ", "\n", "\n\n"])
+def test_the_response_separator_is_what_stands_between(kind, separator, tiny_tokenizer):
+    tokenizer = tiny_tokenizer if kind == "byte level" else llama_style(kind)
+    rows = datasets.Dataset.from_list([{"query": "1 + 1?", "response": "12 pens"}])
+    row = build_dataset(rows, tokenizer, prompt_template="plain", response_separator=separator)[0][0]
+    text = tokenizer.decode(row["input_ids"], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert text.removeprefix(" ") == f"Question: 1 + 1?\nAnswer:{separator}12 pens"
+    masked = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
+    assert masked == tokenizer("Question: 1 + 1?\nAnswer:")["input_ids"]  # the prompt of inference, whatever the separator
+
+
+# ------------------------------------------------------------------------------------------------------------ long files
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_is_read_whole_wherever_a_chunk_ends(tmp_path, monkeypatch, chunk, indent):
+    monkeypatch.setattr(rows_module, "ARRAY_CHUNK", chunk)
+    made = [{"query": f'say "{i}], [" \u00e9 {{', "response": "[1]"} for i in range(20)]
+    (tmp_path / "a.json").write_text(" \n" + json.dumps(made, indent=indent) + "\n", encoding="utf-8-sig")
+    assert load_rows(str(tmp_path / "a.json")).to_list() == made
+    text = json.dumps(made, indent=1)
+    (tmp_path / "b.json").write_text(text.replace('"response": "[1]"\n }\n]', '"response": \n }\n]'))
+    assert f"b.json line {text.count(chr(10))}: not JSON" in refusal(str(tmp_path / "b.json"))
+
+
+def test_memory_does_not_grow_with_a_json_array(tmp_path, monkeypatch):
+    """MetaMathQA is one array of 400 MB, which as Python objects takes 2 GB."""
+    monkeypatch.setattr(rows_module, "ARRAY_CHUNK", 1 << 14)
+    peaks = []
+    for count in (1000, 4000):
+        path = tmp_path / f"{count}.json"
+        path.write_text(json.dumps([{"query": f"{i}?", "response": "x" * 500} for i in range(count)]))
+        tracemalloc.start()
+        assert sum(1 for _ in Source(str(path)).read()) == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.3 * peaks[0]

@@ -11,7 +11,7 @@ from matrix_llm.config import load_recipe
 from matrix_llm.data import DataReport
 from matrix_llm.files import atomic_path, write_text
 from matrix_llm.hub import model_card
-from matrix_llm.plan import count_parameters, masked_sample, plan_memory, plan_steps
+from matrix_llm.plan import count_parameters, masked_sample, plan_steps
 from matrix_llm.report import plot_losses, read_metrics
 
 CONFIG = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -72,16 +72,6 @@ def test_a_plot_needs_no_mce_and_no_entries(tmp_path):
 def test_step_arithmetic_is_the_trainers(recipe, changes, processes, batch, steps):
     planned = plan_steps(recipe(**changes), REPORT, processes)
     assert (planned.effective_batch, planned.steps) == (batch, steps)
-
-
-def test_zero_stages_shard_optimizer_then_gradients_then_weights(recipe):
-    config = AutoConfig.for_model(**CONFIG, vocab_size=300)
-    plans = plan_memory(recipe(), config, 128, 4)
-    n = count_parameters(config)
-    assert n == 2 * 300 * 64 + 64 + 2 * (4 * 64 * 64 + 3 * 64 * 96 + 2 * 64)
-    assert [p.optimizer for p in plans] == [8 * n, 2 * n, 2 * n, 2 * n]
-    assert [p.gradients for p in plans] == [4 * n, 4 * n, n, n]
-    assert [p.weights for p in plans] == [4 * n, 4 * n, 4 * n, n]
 
 
 def test_a_tied_head_counts_once():
