@@ -138,7 +138,7 @@ def _gram(
         x = tl.load(rows + column[None, :], mask=of_head[:, None] & (column < width)[None, :], other=0.0)
         x = (x.to(tl.float32) * power[:, None]).to(source.dtype.element_ty)
         total = tl.dot(x, tl.trans(x), total, input_precision="ieee")
-    total = total * rest[:, None] * rest[None, :]
+    total = total * (rest[:, None] * rest[None, :])
     at = out + position * S * S + slot[:, None] * S + slot[None, :]
     tl.store(at, total, mask=of_head[:, None] & of_head[None, :])
 
@@ -233,13 +233,14 @@ def _solve(
     id = tl.load(ids + position * S + slot, mask=of_head, other=-1)
     p_r = tl.load(q + position * S + slot, mask=of_head, other=0.0).to(tl.float64)
     head_r, head_c, tail_r, tail_c = of_head[:, None], of_head[None, :], of_tail[:, None], of_tail[None, :]
-    g = tl.load(gram + position * S * S + r * S + c, mask=head_r & head_c, other=0.0)
+    # Symmetric to the last bit: rounding that differs above and below the diagonal disturbs Lanczos a thousand times more.
+    low, high = tl.minimum(r, c), tl.maximum(r, c)
+    g = tl.load(gram + position * S * S + high * S + low, mask=head_r & head_c, other=0.0)
     g += tl.load(coordinates + id[:, None] * P + (c - S), mask=head_r & tail_c, other=0.0)
     g += tl.load(coordinates + id[None, :] * P + (r - S), mask=tail_r & head_c, other=0.0)
     g += tl.where((r == c) & tail_r, 1.0, 0.0)
-    low, high = tl.minimum(r, c) - S, tl.maximum(r, c) - S
     moments += position * stride
-    b = tl.load(moments + low * (2 * P - low + 1) // 2 + high - low, mask=tail_r & tail_c, other=0.0)
+    b = tl.load(moments + (low - S) * (2 * P - (low - S) + 1) // 2 + high - low, mask=tail_r & tail_c, other=0.0)
     mass = tl.load(moments + P * (P + 1) // 2).to(tl.float64)
     trace = tl.sum(tl.sum(tl.where(r == c, b, 0.0).to(tl.float64), 1), 0)
     even = (mass - trace) / tl.maximum(width - P, 1).to(tl.float64)  # c; with P = D nothing is left to spread
@@ -324,7 +325,7 @@ def row_statistics(
     group_max = torch.empty(positions, GROUPS, dtype=torch.float32, device=z.device)
     with _on(z):
         _statistics[(positions,)](
-            z, labels, largest, log_z, entropy, of_label, group_max, z.stride(0), vocabulary,
+            z, labels.contiguous(), largest, log_z, entropy, of_label, group_max, z.stride(0), vocabulary,
             GROUPS=GROUPS, LEVELS=LEVELS, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     return RowStatistics(largest, log_z, entropy, of_label, group_max)
@@ -375,8 +376,8 @@ def solve_tiles(head: int, p: int, steps: int) -> dict[str, Any]:
     """Sizes of `_solve`'s tiles, and at least one Jacobi sweep more than tridiagonal matrices of any spectrum were seen to need."""
     n, kp = _power_of_two(head + p, 16), _power_of_two(steps, 2)
     return {
-        "S": head, "P": p, "K": steps, "N": n, "KP": kp, "SWEEPS": 2 * kp.bit_length() - 1,
-        "NOISE": 16 * torch.finfo(torch.float32).eps, "FLOOR": EIGENVALUE_FLOOR[torch.float32], "num_warps": min(8, max(n * n // 1024, kp * n // 256, 1)),
+        "S": head, "P": p, "K": steps, "N": n, "KP": kp, "SWEEPS": 2 * kp.bit_length() - 1, "NOISE": 16 * torch.finfo(torch.float32).eps,
+        "FLOOR": EIGENVALUE_FLOOR[torch.float32], "num_warps": min(8, max(n * n // 1024, kp * n // 256, 1)),
     }  # fmt: skip
 
 
@@ -391,7 +392,7 @@ def solve_head_tail(
 ) -> HeadTail:
     """head_tail.solve_head_tail, without the rows' updates."""
     (positions, head), (width, p) = ids.shape, summary.directions.shape
-    ids, q, source = ids.contiguous(), q.contiguous(), source.contiguous()
+    ids, q, labels, source = (x.contiguous() for x in (ids, q, labels, source))
     gram = torch.empty(positions, head, head, dtype=torch.float32, device=q.device)
     value, tail = (torch.empty(positions, dtype=torch.float32, device=q.device) for _ in range(2))
     at_ids = torch.empty_like(q)
