@@ -32,6 +32,7 @@ import json
 import math
 import os
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -220,10 +221,14 @@ def solver_row(kind: str, shape: Shape, args: argparse.Namespace) -> dict[str, A
 
 
 def training_step(task: dict[str, Any]) -> dict[str, Callable[[], None]]:
-    """A step (forward, backward, AdamW) of one Llama-shaped model, with mce_weight "0" and "1"."""
+    """A step (forward, backward, AdamW) of one Llama-shaped model as MatrixTrainer makes it, with mce_weight "0" (SFTTrainer's own
+    loss, TRL's fused head) and "1"."""
+    from datasets import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from matrix_llm.head import MatrixLossOptions, add_matrix_head
+    from matrix_llm.config import MatrixConfig
+    from matrix_llm.model import train_tokenizer
+    from matrix_llm.trainer import MatrixTrainer
 
     device, hidden, length = task["device"], task["hidden"], task["length"]
     torch.manual_seed(0)
@@ -239,23 +244,29 @@ def training_step(task: dict[str, Any]) -> dict[str, Callable[[], None]]:
     config.dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device(device):
         model = LlamaForCausalLM._from_config(config)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     ids = torch.randint(task["vocabulary"], (task["batch"], length), device=device)
-    forwards = {}
-    for weight in (0.0, 1.0):
-        options = MatrixLossOptions(weight, "krylov", None, 4, None, None, embeddings="lm_head", embedding_grad=False)
-        add_matrix_head(model, options)
-        forwards[f"{weight:.0f}"] = model.forward
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    tokens = torch.tensor(ids.shape[0] * (length - 1), device=device)
 
-    def step(forward: Callable[..., Any]) -> None:
-        out = forward(input_ids=ids, labels=ids, matrix_loss=True)
-        (out.loss_sum / (ids.shape[0] * (length - 1))).backward()
+    def step(trainer: MatrixTrainer) -> None:
+        trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
+        trainer.state.global_step += 1  # the weights have changed
 
-    return {name: functools.partial(step, forward) for name, forward in forwards.items()}
+    steps = {}
+    for weight in (0.0, 1.0):
+        settings = MatrixConfig(
+            tempfile.mkdtemp(), mce_weight=weight, gradient_checkpointing=True, use_cpu=device == "cpu", bf16=False,
+            max_length=length, report_to="none",
+        )  # fmt: skip
+        rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+        trainer = MatrixTrainer(model, settings, train_dataset=rows, processing_class=train_tokenizer(["a b"], 260))
+        steps[f"{weight:.0f}"] = functools.partial(step, trainer)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return steps
 
 
 def step_row(task: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:

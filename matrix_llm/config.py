@@ -45,7 +45,7 @@ class MatrixConfig(SFTConfig):
     mce_steps: int | None = None  # Krylov steps; None: the library's measured default
     mce_order: int = 4  # order of the Taylor solver
     mce_sketch_dim: int | None = None  # width the embeddings are sketched to; None: no sketch
-    mce_top_k: int | None = None  # likeliest tokens kept exactly, the rest spread evenly; None: the whole vocabulary
+    mce_top_k: int | None = None  # likeliest tokens kept exactly, the rest by its moments; None: 16, or all of a small vocabulary
     mce_embeddings: str = "lm_head"  # which token vectors: "lm_head", "input", or a path to a .safetensors
     mce_embedding_grad: bool = False  # True: the gradient also flows through the token vectors of the MCE
     effective_rank_steps: int = 0  # log the effective rank of the LM head every so many steps; 0: at start and end only

@@ -175,7 +175,8 @@ def _activations(recipe: Recipe, config: PretrainedConfig, length: int, c: int, 
     stream = tokens * max(c, m) * text.hidden_size  # the residual stream stays in the master weights' type under autocast
     checkpointed = text.num_hidden_layers * stream + layer
     waiting = checkpointed if recipe.training.gradient_checkpointing else text.num_hidden_layers * layer
-    return waiting, min(CHUNK_BYTES, tokens * text.vocab_size * 16)
+    chunk = max(CHUNK_BYTES, 4 * text.vocab_size * text.hidden_size)  # mce.linear_matrix_cross_entropy's budget
+    return waiting, min(chunk, tokens * text.vocab_size * 8)  # logits and probabilities in float32
 
 
 def memory_lines(recipe: Recipe, config: PretrainedConfig, length: int, processes: int) -> Iterator[str]:

@@ -19,7 +19,7 @@ __all__ = ["StepPlan", "count_parameters", "describe_loss", "masked_sample", "me
 
 
 def describe_loss(training: MatrixConfig, config: PretrainedConfig) -> str:
-    """The loss in words, e.g. "CE + 1 x MCE, krylov, 6 steps, the whole vocabulary of 32016, no sketch, embeddings lm_head, detached"."""
+    """The loss in words, e.g. "CE + 1 x MCE, krylov, 6 steps, top 16 of 32016 and tail, no sketch, embeddings lm_head, detached"."""
     if training.mce_weight == 0:
         return "CE (mce_weight: 0 is plain SFT)"
     text = config.get_text_config()
@@ -30,11 +30,12 @@ def describe_loss(training: MatrixConfig, config: PretrainedConfig) -> str:
         order=training.mce_order,
         sketch_dim=training.mce_sketch_dim,
         top_k=training.mce_top_k,
+        fused=not training.mce_embedding_grad,
     )
     parts = [f"CE + {training.mce_weight:g} x MCE", solver.name]
     if solver.name == "krylov":
         parts.append(f"{solver.steps} steps")
-        parts.append(f"top_k {solver.top_k} of {text.vocab_size}" if solver.top_k else f"the whole vocabulary of {text.vocab_size}")
+        parts.append(f"top {solver.top_k} of {text.vocab_size} and tail" if solver.top_k else f"the whole vocabulary of {text.vocab_size}")
     if solver.name == "taylor":
         parts.append(f"order {solver.order}")
     parts.append(f"sketch {solver.sketch_dim}" if solver.sketch_dim else "no sketch")

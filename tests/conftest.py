@@ -1,8 +1,14 @@
 """Shared by all tests: no network, two threads, and one tiny tokenizer."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import, which reads it once
+if "HF_DATASETS_CACHE" not in os.environ:  # the tests' tokenised rows are nobody's cache
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="matrix_llm-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 import pytest
 import torch
