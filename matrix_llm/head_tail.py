@@ -72,7 +72,8 @@ def inverse_norms(rows: Tensor, dtype: torch.dtype) -> Tensor:
 def _start(width: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Kept on the device: a copy from the host would wait for the GPU at every optimizer step."""
     generator = torch.Generator().manual_seed(BASIS_SEED)
-    return torch.randn(width, columns, generator=generator, dtype=torch.float64).to(device, dtype)
+    with torch.inference_mode(False):  # it outlives the caller's mode
+        return torch.randn(width, columns, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from matrix_llm.fused import HeadGradients, HeadOptions, head_pass
 from matrix_llm.head_tail import VocabularySummary
@@ -74,6 +75,7 @@ class _TokenMCE(torch.autograd.Function):
         return torch.cat(values)
 
     @staticmethod
+    @once_differentiable  # a second derivative is refused, not made up
     def backward(ctx, grad_value: Tensor):  # type: ignore[override]
         logits, rows, labels, grad_logits = ctx.saved_tensors
         if grad_logits is not None:
@@ -245,6 +247,7 @@ class _LinearMCE(torch.autograd.Function):
         return (loss.sum() if summed else loss), ce, mce, entropy, top1
 
     @staticmethod
+    @once_differentiable  # a second derivative is refused, not made up
     def backward(ctx, grad_loss, *_):  # type: ignore[override]
         if ctx.summed:
             if ctx.made is None:

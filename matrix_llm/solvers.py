@@ -91,7 +91,8 @@ class Embeddings(NamedTuple):
 @functools.lru_cache(maxsize=4)
 def _sketch(width: int, sketch_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(SKETCH_SEED)
-    return torch.randn(width, sketch_dim, generator=generator, dtype=torch.float64).to(device, dtype)
+    with torch.inference_mode(False):  # it outlives the caller's mode
+        return torch.randn(width, sketch_dim, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
 def unit_rows(

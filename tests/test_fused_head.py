@@ -367,3 +367,20 @@ def test_float32_follows_float64_through_head_and_tail():
         torch.testing.assert_close(b.entropy.double(), a.entropy, rtol=1e-4, atol=2e-5)
         for x, y in zip(gradients(b.loss, rough[:2]), gradients(a.loss, exact[:2]), strict=True):
             assert (x - y).norm() < 1e-4 * y.norm() + 1e-6
+
+
+def test_a_second_derivative_is_refused():
+    inputs = wide()
+    (grad,) = torch.autograd.grad(linear_matrix_cross_entropy(*inputs).loss, inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"sketch_dim": 8}], ids=["default", "sketch"])
+def test_scoring_under_inference_mode_first_leaves_training_as_it_is(kwargs):
+    """The random start and the sketch are kept between calls; made under inference_mode, autograd would refuse them."""
+    hidden, weight, labels = wide(h=23)  # a width of its own, so that nothing is kept yet
+    with torch.inference_mode():
+        linear_matrix_cross_entropy(hidden, weight, labels, **kwargs)
+    loss = linear_matrix_cross_entropy(hidden, weight, labels, embeddings=weight, top_k=None, **kwargs).loss
+    assert all(torch.isfinite(g).all() for g in gradients(loss, [hidden, weight]))
