@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
@@ -98,11 +98,21 @@ def _output_head(model: PreTrainedModel) -> Any:
     return head
 
 
+def _whole(parameter: DTensor) -> Tensor:
+    """Where FSDP2 shards the head as a unit of its own (PEFT's copy under modules_to_save, a wrap policy that names its class), nothing but
+    this unshards it, and nothing but this averages its gradient over the processes: full_tensor() alone would keep each one's own slice."""
+    mesh = parameter.device_mesh
+    whole = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / mesh.size())
+    return whole
+
+
 @contextlib.contextmanager
 def gathered(*parameters: Any) -> Iterator[list[Any]]:
     """The parameters whole: ZeRO-3 partitions gathered for the block, FSDP2 DTensors as full, differentiable tensors."""
     with maybe_gather_lm_head_ctx(*parameters):
-        yield [p.full_tensor() if isinstance(p, DTensor) else p for p in parameters]
+        yield [_whole(p) if isinstance(p, DTensor) else p for p in parameters]
 
 
 def head_effective_rank(model: PreTrainedModel) -> float:

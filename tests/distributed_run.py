@@ -9,7 +9,8 @@ The server imports everything once and forks, so that an engine costs its own se
  "cases": {"untied": {"architecture": "llama", "per_device_train_batch_size": 4, "deepspeed": "zero3.json"}}}
 
 `models` holds a checkpoint for each architecture, loaded by from_pretrained as in matrix_llm/train.py: whole, under zero.Init, or on one
-process only, as the engine wants it. "lora" adds an adapter; "fresh_summary" makes every micro-batch read the vocabulary anew.
+process only, as the engine wants it. "lora" adds an adapter, and lists what is trained whole beside it; "fresh_summary" makes every
+micro-batch read the vocabulary anew.
 """
 
 import gc
@@ -68,7 +69,8 @@ def how_sharded(trainer: MatrixTrainer) -> dict:
 
 def run_case(out: Path, models: Path, settings: dict) -> None:
     settings = dict(settings)
-    architecture, lora, fresh = settings.pop("architecture"), settings.pop("lora", False), settings.pop("fresh_summary", False)
+    architecture, lora, fresh = settings.pop("architecture"), settings.pop("lora", None), settings.pop("fresh_summary", False)
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], modules_to_save=lora or None, task_type="CAUSAL_LM")
     args = MatrixConfig(**config(out, **settings))  # first: under ZeRO-3 it decides how the weights are loaded
     set_seed(0)  # the adapter's random start
     made, summarise = [], head.summarise
@@ -78,7 +80,7 @@ def run_case(out: Path, models: Path, settings: dict) -> None:
         args,
         train_dataset=data(),
         processing_class=train_tokenizer(["a b"], 260),
-        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM") if lora else None,
+        peft_config=None if lora is None else adapter,
     )
     if fresh:
         reading = trainer._head_cache.summary_of

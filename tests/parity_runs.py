@@ -45,7 +45,8 @@ ENGINES = {
 CASES = {
     "untied": ({"architecture": "llama"}, 4),
     "tied, embedding_grad": ({"architecture": "llama_tied", "mce_embedding_grad": True}, 2),
-    "LoRA": ({"architecture": "llama", "lora": True}, 4),
+    "LoRA": ({"architecture": "llama", "lora": []}, 4),
+    "LoRA, lm_head saved": ({"architecture": "llama", "lora": ["lm_head"], "mce_embedding_grad": True}, 2),  # FSDP2: a unit of its own
     "top_k 16": ({"architecture": "llama", "mce_top_k": 16, "mce_steps": 6}, 1),
     "packed": ({"architecture": "llama", "packing": True, "max_length": 48, "mce_top_k": 16, "mce_steps": 6}, 1),
 }

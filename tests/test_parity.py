@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from accelerate.parallelism_config import ParallelismConfig
+from peft import LoraConfig
 from test_train import TINY
 from test_trainer import config, rows, tiny_model, train
 from transformers import AutoModelForCausalLM
@@ -86,6 +87,43 @@ def test_the_packing_check_leaves_weights_modes_and_random_numbers_alone(tmp_pat
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in trainer.model.modules())
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------- the head that the model itself multiplies with
+
+
+@pytest.mark.parametrize(
+    ("name", "adapted"),
+    [
+        ("llama", {"modules_to_save": ["lm_head"]}),
+        ("llama_tied", {"modules_to_save": ["lm_head"]}),
+        ("llama_tied", {"modules_to_save": ["embed_tokens"]}),
+        ("llama_tied", {"target_modules": ["q_proj", "embed_tokens"]}),
+    ],
+)
+def test_trained_or_tied_heads_under_lora_lose_what_the_models_own_logits_lose(name, adapted, tmp_path, tiny_tokenizer):
+    adapter = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **adapted})
+    settings = MatrixConfig(**config(tmp_path, learning_rate=1e-2))
+    trainer = MatrixTrainer(tiny_model(name), settings, train_dataset=rows(), processing_class=tiny_tokenizer, peft_config=adapter)
+    trainer.train()
+    assert_own_loss(trainer.model)
+
+
+def test_a_resized_vocabulary_loses_what_the_models_own_logits_lose(tmp_path, tiny_tokenizer):
+    model = tiny_model()
+    model.resize_token_embeddings(101)
+    assert_own_loss(train(tmp_path, tiny_tokenizer, model=model).model)
+
+
+def assert_own_loss(model):
+    ids = torch.randint(3, 96, (3, 9), generator=torch.Generator().manual_seed(1))
+    model.eval()
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(
+            model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+        )
+        found = model(input_ids=ids, labels=ids, matrix_loss=True).cross_entropy.flatten()
+    torch.testing.assert_close(found, expected)
 
 
 # ------------------------------------------------------------------------------------------------- refused before a weight loads
