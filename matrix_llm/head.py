@@ -213,9 +213,10 @@ class SummaryCache:
         )
         if solver.top_k is None or solver.sketch_dim is not None or embeddings.requires_grad:
             return None
-        if self._summary is None or self.step is None or self.step != self._made_at:
+        made_at = (self.step, embeddings.shape, embeddings.dtype, embeddings.device, dtype)
+        if self._summary is None or self.step is None or made_at != self._made_at:
             self._summary = summarise(embeddings, torch.float64 if dtype == torch.float64 else torch.float32)
-            self._made_at = self.step
+            self._made_at = made_at
         return self._summary
 
 
@@ -321,4 +322,5 @@ def add_matrix_head(model: PreTrainedModel, options: MatrixLossOptions) -> Summa
         return matrix_forward(self, kwargs.pop("labels", None), kwargs.pop("shift_labels", None), kwargs)
 
     model.forward = types.MethodType(forward, model)
+    model._matrix_head_cache = cache  # type: ignore[assignment]  # whose options the forward now follows
     return cache

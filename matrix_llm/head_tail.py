@@ -58,14 +58,15 @@ class VocabularySummary(NamedTuple):
 
 
 def inverse_norms(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """(V,) 1 / |row| in `dtype`, 0 for a zero row, whatever the norms; NaN stays NaN."""
+    """(V,) 1 / |row| in `dtype`, 0 for a row that is zero (or denormal); NaN stays NaN."""
     norm = torch.linalg.vector_norm(rows, dim=-1, dtype=dtype)
     doubtful = ~((norm > 1e-15) & (norm < 1e15))  # where squares overflow or vanish, and where the row is zero
     if rows.is_cuda or bool(doubtful.any()):  # no host synchronisation on a GPU
         largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=-1, dtype=dtype)
         unit = rows.to(dtype) / torch.where(largest > 0, largest, 1.0).unsqueeze(-1)
         norm = torch.where(doubtful, largest * torch.linalg.vector_norm(unit, dim=-1), norm)
-    return torch.where(norm == 0, 0.0, 1 / torch.where(norm == 0, 1.0, norm))
+    nothing = norm < 2 / torch.finfo(dtype).max  # its inverse is no number: such a row counts as zero
+    return torch.where(nothing, 0.0, 1 / torch.where(nothing, 1.0, norm))
 
 
 @functools.lru_cache(maxsize=4)

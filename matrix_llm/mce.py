@@ -49,6 +49,7 @@ def _check_labels(labels: Tensor, vocabulary: int, positions: int) -> None:
         raise TypeError(f"labels are {labels.dtype}, but token ids are integers.")
     if labels.numel() == 0:
         return
+    labels = labels.long()
     if labels.min() < 0 or labels.max() >= vocabulary:
         wrong = int(torch.nonzero((labels < 0) | (labels >= vocabulary))[0])
         raise ValueError(
@@ -85,15 +86,16 @@ class _TokenMCE(torch.autograd.Function):
             grad_rows = torch.zeros_like(rows)
             for start in range(0, logits.shape[0], ctx.chunk):
                 part = slice(start, start + ctx.chunk)
-                solve_chunk(
-                    ctx.solver,
-                    torch.softmax(logits[part].to(rows.dtype), dim=-1),
-                    labels[part],
-                    Embeddings(rows, ctx.summary),
-                    want_gradient=False,
-                    row_weight=grad_value[part],
-                    grad_rows=grad_rows,
-                )
+                with torch.autocast(logits.device.type, enabled=False):
+                    solve_chunk(
+                        ctx.solver,
+                        torch.softmax(logits[part].to(rows.dtype), dim=-1),
+                        labels[part],
+                        Embeddings(rows, ctx.summary),
+                        want_gradient=False,
+                        row_weight=grad_value[part],
+                        grad_rows=grad_rows,
+                    )
         return grad_logits, grad_rows, None, None, None, None, None
 
 
@@ -180,6 +182,7 @@ class TrainedPositions:
             raise ValueError(f"labels has shape {tuple(labels.shape)}, but one label a position needs (N,).")
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise TypeError(f"labels are {labels.dtype}, but token ids are integers.")
+        labels = labels.long()  # before any comparison: -100 is 156 among uint8
         keep = labels != ignore_index
         self.labels, self.vocabulary = labels, vocabulary
         self._wrong = keep & ((labels < 0) | (labels >= vocabulary))
@@ -259,16 +262,17 @@ class _LinearMCE(torch.autograd.Function):
                 ctx.made = None
         else:
             hidden, weight, bias, rows, labels = ctx.saved_tensors
-            made = head_pass(
-                hidden,
-                weight.to(hidden.dtype),
-                bias,
-                labels,
-                Embeddings(rows, ctx.summary),
-                ctx.options,
-                grad_loss.to(ctx.options.dtype),
-                ctx.needs_input_grad[:4],
-            )[-1]
+            with torch.autocast(hidden.device.type, enabled=False):
+                made = head_pass(
+                    hidden,
+                    weight.to(hidden.dtype),
+                    bias,
+                    labels,
+                    Embeddings(rows, ctx.summary),
+                    ctx.options,
+                    grad_loss.to(ctx.options.dtype),
+                    ctx.needs_input_grad[:4],
+                )[-1]
         cast = [None if g is None else g.to(d) for g, d in zip(made[:3], ctx.dtypes, strict=True)]
         return (*cast, made[3], None, None, None, None, None)
 
@@ -353,6 +357,11 @@ def linear_matrix_cross_entropy(
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype == torch.float32:
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))  # what autocast does to the LM head's own product
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if trained is not None and (trained.labels.shape != labels.shape or trained.vocabulary != vocabulary):
+        raise ValueError(
+            f"trained was made of {tuple(trained.labels.shape)} labels for a vocabulary of {trained.vocabulary}, but labels are "
+            f"{tuple(labels.shape)} and weight has {vocabulary} rows. Make it of these labels."
+        )
     index = (trained or TrainedPositions(labels, vocabulary, ignore_index)).index().to(hidden.device)
     kept_hidden, kept_labels = hidden, labels.long()
     if index.shape[0] < positions:

@@ -123,6 +123,15 @@ def prepare_embeddings(
     summary: VocabularySummary | None = None,
 ) -> Embeddings:
     """`summary`: one already made from these embeddings, to be used again."""
+    if summary is not None and (embeddings.requires_grad or solver.sketch_dim is not None):
+        raise ValueError("summary is that of fixed, unsketched embeddings; leave it out where they require grad or sketch_dim is set.")
+    if summary is not None and summary.directions.shape[0] != embeddings.shape[1]:
+        raise ValueError(f"summary is of vectors of width {summary.directions.shape[0]}, but embeddings are {tuple(embeddings.shape)}.")
+    if summary is not None and (summary.features.shape[0] != embeddings.shape[0] or summary.features.dtype != dtype):
+        raise ValueError(
+            f"summary is of {summary.features.shape[0]} vectors in {summary.features.dtype}, but embeddings are "
+            f"{tuple(embeddings.shape)} and the loss runs in {dtype}. Make it with summarise(embeddings, {dtype})."
+        )
     if solver.top_k is None:
         return Embeddings(unit_rows(embeddings, dtype=dtype, sketch_dim=solver.sketch_dim), None)
     rows = embeddings

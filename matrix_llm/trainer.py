@@ -196,6 +196,11 @@ class MatrixTrainer(SFTTrainer):
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         assert self._head_cache is not None
+        if self._base_model()._matrix_head_cache is not self._head_cache:
+            raise RuntimeError(
+                "another MatrixTrainer was made for this model since, and its forward now follows that one's mce_ settings. "
+                "Use the later trainer, or load the model anew."
+            )
         self._head_cache.step = (self._runs, self.state.global_step) if mode == "train" else None
         outputs = model(**inputs, use_cache=False, matrix_loss=True)
         tokens = outputs.label_mask.sum()
@@ -350,7 +355,11 @@ class MatrixTrainer(SFTTrainer):
                 raise CheckpointError(f"no whole checkpoint in {self.args.output_dir}. Leave resume_from_checkpoint out to start anew.")
         self._resumed_from = resume_from_checkpoint or None
         self._runs += 1
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        finally:
+            if self._head_cache is not None:
+                self._head_cache.step = None  # whoever calls the model now may have other weights
 
     def check_packing(self) -> None:
         """Through the engine, once the weights are where they are trained (packing.py)."""

@@ -384,3 +384,59 @@ def test_scoring_under_inference_mode_first_leaves_training_as_it_is(kwargs):
         linear_matrix_cross_entropy(hidden, weight, labels, **kwargs)
     loss = linear_matrix_cross_entropy(hidden, weight, labels, embeddings=weight, top_k=None, **kwargs).loss
     assert all(torch.isfinite(g).all() for g in gradients(loss, [hidden, weight]))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"top_k": 1500}], ids=["head and tail", "whole"])
+def test_backward_under_autocast_is_that_outside(kwargs):
+    """ "none" makes its gradients in the backward pass, which somebody may call inside the autocast region."""
+    found = []
+    for inside in (False, True):
+        hidden, weight, labels = wide(dtype=torch.float32)
+        half = hidden.detach().bfloat16().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = linear_matrix_cross_entropy(half, weight, labels, reduction="none", **kwargs).loss.sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        found.append((half.grad, weight.grad))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("dtype", "label"), [(torch.uint8, 156), (torch.uint8, 200), (torch.int8, 100), (torch.int16, 1400)])
+def test_labels_of_narrow_types_are_the_numbers_they_are(dtype, label):
+    """-100 is 156 among uint8, and the vocabulary's size may not fit the type at all."""
+    hidden, weight, labels = wide()
+    labels[:] = label
+    a, b = (linear_matrix_cross_entropy(hidden, weight, y).loss for y in (labels, labels.to(dtype)))
+    assert torch.equal(a, b)
+    logits = (hidden @ weight.T).detach()
+    assert torch.equal(token_mce(logits, labels, weight.detach(), top_k=8), token_mce(logits, labels.to(dtype), weight.detach(), top_k=8))
+
+
+@pytest.mark.parametrize("size", [1e-40, 0.0])
+def test_a_denormal_row_counts_as_zero_and_spoils_no_other(size):
+    hidden, weight, labels = wide(dtype=torch.float32)
+    labels[labels == 7] = 8
+    rows = weight.detach().clone()
+    rows[7] = size
+    value = linear_matrix_cross_entropy(hidden, weight, labels, embeddings=rows).matrix_cross_entropy
+    assert torch.isfinite(value).all()
+
+
+def test_a_summary_or_positions_of_something_else_are_named():
+    hidden, weight, labels = wide()
+    fixed = weight.detach()
+    summary = summarise(fixed, F64)
+    for kwargs, words in [
+        ({"embeddings": weight, "top_k": 16, "summary": summary}, "require grad"),
+        ({"sketch_dim": 8, "top_k": 16, "summary": summary}, "sketch_dim"),
+        ({"summary": summarise(fixed[:1400], F64)}, "1400 vectors"),
+        ({"summary": summarise(fixed[:, :9], F64)}, "width 9"),
+        ({"summary": summarise(fixed.float(), torch.float32)}, "float32"),
+        ({"trained": TrainedPositions(labels[:3], 1500)}, r"\(3,\) labels"),
+        ({"trained": TrainedPositions(labels, 9999)}, "9999"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            linear_matrix_cross_entropy(hidden, weight, labels, **kwargs)

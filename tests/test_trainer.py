@@ -13,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from matrix_llm.config import MatrixConfig
 from matrix_llm.head import MatrixLossOptions, add_matrix_head, check_head, head_effective_rank, logit_transform
 from matrix_llm.mce import token_mce
+from matrix_llm.model import train_tokenizer
 from matrix_llm.trainer import MatrixTrainer, NonFiniteLossError
 
 V = 96
@@ -376,3 +377,21 @@ def test_raw_rows_take_sft_trainers_own_preparation(tmp_path, tiny_tokenizer):
     data = Dataset.from_list([{"prompt": "the cat", "completion": " sat on the mat"}] * 8)
     trainer = train(tmp_path, tiny_tokenizer, model=tiny_model(vocab_size=len(tiny_tokenizer)), data=data, max_steps=1)
     assert history(trainer, "ce")[0] > history(trainer, "mce")[0] > 0
+
+
+def test_a_trainer_whose_model_a_later_one_took_over_says_so(tmp_path):
+    """The model's forward follows the later trainer's settings, and its summary the later trainer's steps."""
+    model, tokenizer = tiny_model("llama"), train_tokenizer(["a b"], 260)
+    first, second = (
+        MatrixTrainer(
+            model,
+            MatrixConfig(**config(tmp_path / str(weight), max_steps=1, mce_weight=weight)),
+            train_dataset=rows(8),
+            processing_class=tokenizer,
+        )
+        for weight in (1.0, 3.0)
+    )
+    with pytest.raises(RuntimeError, match="another MatrixTrainer"):
+        first.train()
+    second.train()
+    assert second._head_cache.step is None  # the weights are anybody's again
