@@ -6,24 +6,22 @@ Everything is checked here, before a weight or a row is loaded: names, types, ra
 >>> # load_recipe("recipes/tiny.yaml", ["--learning-rate", "2e-5", "--packing"]).training.learning_rate == 2e-5
 """
 
-import dataclasses
 import json
 import os
 import re
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
 from matrix_llm.gpus import GPUS
 from matrix_llm.prompts import resolve_template
 from matrix_llm.rows import local_path, looks_local
-from matrix_llm.values import WORDS, RecipeError, alternatives, check_choice, check_range, check_value, nearest
+from matrix_llm.settings import Settings, find_beside
+from matrix_llm.values import RecipeError, check_choice, check_range
 
 __all__ = ["DataArguments", "MatrixConfig", "ModelArguments", "Recipe", "RecipeError", "load_recipe"]
 
@@ -268,98 +266,10 @@ _HINTS = {
     **dict.fromkeys(["warmup", "num_warmup_steps"], "write `warmup_steps: 100`, or a fraction of all steps: `warmup_steps: 0.03`"),
 }
 
-_PARTS = {"model": ModelArguments, "data": DataArguments, "training": MatrixConfig}
-_TYPES: dict[str, Any] = {name: hint for part in _PARTS.values() for name, hint in typing.get_type_hints(part).items()}
-_FIELDS = {f.name: (part, f) for part, cls in _PARTS.items() for f in dataclasses.fields(cls) if f.init}
-
-
-def _check_name(key: Any, where: str) -> None:
-    if key in _FIELDS:
-        return
-    if key in _HINTS:
-        raise RecipeError(f"{where}: {key!r} is not a setting: {_HINTS[key]}.")
-    nested = " A recipe is one flat mapping: use a comment for a section." if key in ("model", "data", "training", "train", "loss") else ""
-    raise RecipeError(f"{where}: {key!r} is not a setting.{nested or nearest(key, _FIELDS)}")
-
-
-def _check(key: str, value: Any, where: str, from_text: bool) -> Any:
-    return check_value(key, value, where, from_text, annotation=_TYPES[key], setting=_FIELDS[key][1])
-
-
-# ----------------------------------------------------------------------------------------------------------------- reading
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, which YAML readers otherwise let win in silence."""
-
-    def construct_mapping(self, node, deep=False):
-        seen: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            line = key_node.start_mark.line + 1
-            if key in seen:
-                raise RecipeError(f"{self.name} line {line}: {key!r} is given twice, first on line {seen[key]}. Keep one.")
-            seen[key] = line
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """The checked settings of a recipe file."""
-    if not path.is_file():
-        beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        there = f" Recipes in that folder: {', '.join(beside)}.{nearest(path.name, beside)}" if beside else ""
-        raise RecipeError(f"no recipe at {path.absolute()}.{there}")
-    loader = _StrictLoader(path.read_text(encoding="utf-8"))
-    loader.name = str(path)
-    try:
-        root = loader.get_single_node()
-        values = loader.construct_document(root) if root is not None else None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise RecipeError(f"{path} line {mark.line + 1 if mark else '?'}: this is not YAML: {error.problem or error.context}.") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: this is not YAML: {error}.") from None
-    if not isinstance(values, dict):
-        what = "is empty" if values is None else f"holds {WORDS.get(type(values), type(values).__name__)}"
-        raise RecipeError(f"{path} {what}, but a recipe is one flat mapping of settings, `key: value` a line.")
-    settings = {}
-    assert root is not None  # values came from it
-    for (key_node, _), (key, value) in zip(root.value, values.items(), strict=True):
-        where = f"{path} line {key_node.start_mark.line + 1}"
-        _check_name(key, where)
-        settings[key] = _check(key, value, where, from_text=False)
-    return settings
-
-
-def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """["--learning-rate", "1e-4", "--packing"] -> {"learning_rate": 1e-4, "packing": True}"""
-    settings = {}
-    words = list(overrides)
-    while words:
-        flag = words.pop(0)
-        if not flag.startswith("--"):
-            raise RecipeError(f"on the command line: {flag!r} belongs to no setting. Write --key value, or --key=value.")
-        name, equals, value = flag[2:].partition("=")
-        key = name.replace("-", "_")
-        _check_name(key, "on the command line")
-        if not equals and words and not words[0].startswith("--"):
-            value, equals = words.pop(0), "="
-        if not equals and bool not in alternatives(_TYPES[key]):
-            raise RecipeError(f"on the command line: --{name} has no value. Write --{name} value.")
-        settings[key] = _check(key, value if equals else "true", "on the command line", from_text=True)
-    return settings
+SETTINGS = Settings({"model": ModelArguments, "data": DataArguments, "training": MatrixConfig}, _HINTS)
 
 
 # ------------------------------------------------------------------------------------------------------------ cross-checks
-
-
-def _find(path: str, recipe: Path) -> str:
-    """A relative path as seen from the current directory, or else from the repository that holds the recipe."""
-    if not Path(path).expanduser().exists():
-        for folder in recipe.absolute().parents:
-            if (folder / "pyproject.toml").exists() or (folder / ".git").exists():
-                return str(folder / path) if (folder / path).exists() else path
-    return path
 
 
 def _check_together(model: ModelArguments, data: DataArguments, settings: dict[str, Any]) -> None:
@@ -439,15 +349,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run: boo
     or FSDP run; the returned `training` then carries the recipe's own values, but must not be trained with.
     """
     path = Path(path).expanduser()
-    resolved = {**_read_yaml(path), **_read_overrides(overrides)}
+    resolved = SETTINGS.read(path, overrides)
     settings = dict(resolved)
     settings.setdefault("output_dir", f"runs/{path.stem}")
     for key in ("dataset", "eval_dataset", "deepspeed", "mce_embeddings", "model_name_or_path", "tokenizer_name_or_path"):
         if isinstance(settings.get(key), str):
-            settings[key] = _find(settings[key], path)
+            settings[key] = find_beside(settings[key], path)
     if settings.get("leakage_check"):
-        settings["leakage_check"] = [_find(each, path) for each in settings["leakage_check"]]
-    given: dict[str, dict[str, Any]] = {part: {k: v for k, v in settings.items() if _FIELDS[k][0] == part} for part in _PARTS}
+        settings["leakage_check"] = [find_beside(each, path) for each in settings["leakage_check"]]
+    given = SETTINGS.split(settings)
     try:
         model, data = ModelArguments(**given["model"]), DataArguments(**given["data"])
         _check_together(model, data, settings)

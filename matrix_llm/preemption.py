@@ -93,14 +93,15 @@ def _parent_command() -> list[str]:
     return words if any(word.rsplit("/", 1)[-1].startswith(LAUNCHERS) for word in words[:3]) else []
 
 
-def resume_command(arguments: Sequence[str], launcher: Sequence[str] = ()) -> str:
-    """The command that goes on with the run: the launcher's own where it is known, `python matrix_llm/train.py` otherwise.
+def resume_command(arguments: Sequence[str], launcher: Sequence[str] = (), script: str = "matrix_llm/train.py") -> str:
+    """The command that goes on with the run: the launcher's own where it is known, `python SCRIPT` otherwise.
 
     >>> resume_command(["recipes/tiny.yaml", "--resume_from_checkpoint=true", "--seed", "1"])
     'python matrix_llm/train.py recipes/tiny.yaml --seed 1 --resume_from_checkpoint true'
     """
-    script = next((index for index, word in enumerate(launcher) if word.endswith("train.py") or word == "matrix_llm.train"), None)
-    start = list(launcher[: script + 1]) if script is not None else ["python", "matrix_llm/train.py"]
+    file, module = Path(script).name, script.removesuffix(".py").replace("/", ".")
+    place = next((index for index, word in enumerate(launcher) if word.endswith(file) or word == module), None)
+    start = list(launcher[: place + 1]) if place is not None else ["python", script]
     kept: list[str] = []
     value_follows = False
     for word in arguments:

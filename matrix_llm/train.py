@@ -20,7 +20,6 @@ if not __package__:  # run as a script: import from the repository, not from thi
 import json
 import os
 import shutil
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,28 +30,19 @@ from matrix_llm.checkpoints import (
     CheckpointError,
     last_complete_checkpoint,
     not_written,
-    read_manifest,
     remove_leftovers,
-    what_is_missing,
     why_not_written,
 )
 from matrix_llm.config import Recipe, RecipeError, load_recipe
 from matrix_llm.data import DataError, load_rows, row_texts
 from matrix_llm.files import write_text
 from matrix_llm.hub import PushError, destination_of, push, scrub
+from matrix_llm.output import PARTIAL, check_output_dir, from_last, leave, say
 
 if TYPE_CHECKING:
     from matrix_llm.preemption import StopOnSignal
 
 USAGE = "usage: accelerate launch matrix_llm/train.py RECIPE.yaml [--key value ...] [--dry_run]"
-
-# Settings that may change between a run and its resumption: they say when to look, not what is computed.
-MAY_CHANGE = {
-    "resume_from_checkpoint", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy",
-    "report_to", "run_name", "disable_tqdm", "effective_rank_steps", "accuracy_rows", "accuracy_steps",
-    "dataloader_num_workers", "dataset_num_proc", "gpu",
-    "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision", "hub_token",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,80 +53,8 @@ class HeldOutProblem:
     answer: str
 
 
-PARTIAL = "results.partial.json"
 PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "remote worker crashing", "remote process exited")  # gloo, NCCL
 GATHER = "stage3_gather_16bit_weights_on_model_save"
-
-
-def _from_last(value: str | bool | None) -> bool:
-    return value is True or (isinstance(value, str) and value.lower() in ("true", "1", "yes"))
-
-
-def say(text: str) -> None:
-    """Print on the first process only."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(text, flush=True)
-
-
-def check_output_dir(recipe: Recipe) -> None:
-    """Refuse to write over an earlier run, and to resume with settings that would make a different model.
-
-    Raises:
-        RecipeError: the directory holds a finished or interrupted run and resume was not asked for; it is no directory or
-            cannot be written; or a setting differs from the one the checkpoint was made with.
-    """
-    output = Path(str(recipe.training.output_dir))
-    resume = recipe.training.resume_from_checkpoint
-    if output.exists() and not output.is_dir():
-        raise RecipeError(f"output_dir={str(output)!r} is a file. Choose another output_dir.")
-    parent = next(p for p in (output, *output.absolute().parents) if p.exists())
-    try:
-        with tempfile.TemporaryFile(dir=parent) as probe:  # os.access is no proof: root, quotas, network file systems
-            probe.write(b"x" * 4096)
-    except OSError as error:
-        raise RecipeError(
-            f"output_dir={str(output)!r} cannot be written: {parent}: {error.strerror}. Make it writable, or choose another output_dir."
-        ) from None
-    last = last_complete_checkpoint(output)
-    is_cut_off = (output / PARTIAL).is_file()  # removed last: without it the weights there are those of a finished run
-    if [*output.glob("*.safetensors")] and not (resume and is_cut_off):
-        raise RecipeError(f"output_dir={str(output)!r} holds the weights of a finished run. Choose another output_dir, or remove it.")
-    if not resume:
-        if last is not None:
-            raise RecipeError(
-                f"output_dir={str(output)!r} holds {last.name} of an earlier run. "
-                "Add --resume_from_checkpoint true to go on with it, or choose another output_dir."
-            )
-        return
-    if not _from_last(resume):
-        last = Path(str(resume))
-        if not last.is_dir():
-            raise RecipeError(f"resume_from_checkpoint={resume!r}: no such folder. Give true (the last checkpoint) or a checkpoint's path.")
-        if (reason := what_is_missing(last)) is not None:
-            raise RecipeError(f"resume_from_checkpoint={resume!r} is not whole: {reason}. Give true (the last whole one), or another path.")
-    if last is None:
-        say(f"=> no whole checkpoint in {output}, so the run starts from the beginning")
-        return
-    processes = read_manifest(last)["processes"]
-    if processes != recipe.training.world_size:
-        raise RecipeError(
-            f"cannot resume {str(last)!r} with {recipe.training.world_size} processes: it was made with {processes}, and the effective "
-            "batch and the shards would change. Launch as many, or start anew in another output_dir."
-        )
-    stored = last.parent / "recipe.yaml"
-    if not stored.is_file():
-        return
-    before: dict[str, Any] = yaml.safe_load(stored.read_text(encoding="utf-8")) or {}
-    changed = [
-        f"{key}: {before.get(key, 'not given')!r} then, {recipe.resolved.get(key, 'not given')!r} now"
-        for key in sorted({*before, *recipe.resolved} - MAY_CHANGE)
-        if before.get(key) != recipe.resolved.get(key)
-    ]
-    if changed:
-        raise RecipeError(
-            f"cannot resume {str(last)!r} with other settings than it was started with ({'; '.join(changed)}). "
-            "Restore them, or start anew in another output_dir."
-        )
 
 
 def held_out_problems(recipe: Recipe) -> list[HeldOutProblem]:
@@ -249,7 +167,7 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
             say(f"   Q: {problem.query}\n   A:{response}\n   gold: {problem.answer}")
 
     resume: str | None = str(training.resume_from_checkpoint) if training.resume_from_checkpoint else None
-    if _from_last(resume):
+    if from_last(resume):
         last = last_complete_checkpoint(output)
         resume = str(last) if last else None
     earlier = output / PARTIAL
@@ -322,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
             say("")
             print_plan(recipe, tokenizer, dataset, report)
             return 0
-        check_output_dir(recipe)
+        check_output_dir(recipe.training, recipe.resolved)
         from transformers import set_seed
 
         from matrix_llm.preemption import stop_on_signals
@@ -364,20 +282,5 @@ def _one_line(error: Exception, output: Path) -> str | None:
     return None
 
 
-def run_as_script() -> None:
-    """Exit with main's status. Of several processes, past the interpreter's shutdown where it does harm: on CPUs gloo's threads
-    sometimes abort it ("terminate called without an active exception") after everything has been written, and after a failure
-    it can wait for processes that wait for this one."""
-    status = main()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        import torch
-
-        if status != 0 or not torch.cuda.is_available():
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    sys.exit(status)
-
-
 if __name__ == "__main__":
-    run_as_script()
+    leave(main())

@@ -7,7 +7,7 @@ What it adds to `SFTTrainer`:
   token-weighted over the whole logging window
 - a guard: a non-finite loss on any process stops all of them before the optimizer steps, naming the step, the rows and the
   last checkpoint
-- checkpoints that are whole or absent (`checkpoints.py`)
+- checkpoints that are whole or absent (`saving.py`)
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import resource
-import shutil
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -30,18 +29,11 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import compute_flops_per_token, get_peak_flops
 
-from matrix_llm.checkpoints import (
-    SAVING,
-    CheckpointError,
-    finish_checkpoint,
-    last_complete_checkpoint,
-    not_written,
-    remove_old_checkpoints,
-    why_not_written,
-)
+from matrix_llm.checkpoints import last_complete_checkpoint
 from matrix_llm.config import MatrixConfig
 from matrix_llm.head import MatrixLossOptions, SummaryCache, add_matrix_head, head_effective_rank
 from matrix_llm.packing import check_isolation
+from matrix_llm.saving import WholeCheckpoints
 
 logger = logging.getLogger(__name__)
 WINDOW = "log_window_{}.json"  # in a checkpoint, one for each process
@@ -90,7 +82,7 @@ class WatchCallback(TrainerCallback):
             self.trainer.record_effective_rank()
 
 
-class MatrixTrainer(SFTTrainer):
+class MatrixTrainer(WholeCheckpoints, SFTTrainer):
     """Drop-in for `trl.SFTTrainer` that trains on CE + mce_weight * MCE. With mce_weight 0 it is `SFTTrainer`.
 
     Takes `SFTTrainer`'s arguments; `args` is a `MatrixConfig`.
@@ -104,8 +96,6 @@ class MatrixTrainer(SFTTrainer):
     """
 
     _clock: tuple[float, int]
-    _saving = False
-    _resumed_from: str | None = None
     args: MatrixConfig
     model: PreTrainedModel
     _signature_columns: Any
@@ -263,53 +253,9 @@ class MatrixTrainer(SFTTrainer):
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    def _get_output_dir(self, trial) -> str:
-        folder = super()._get_output_dir(trial)
-        return str(Path(folder, SAVING)) if self._saving else folder
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """SFTTrainer's, written into a temporary folder that takes the checkpoint's name once it is whole."""
-        output = Path(self._get_output_dir(trial))
-        final = output / f"checkpoint-{self.state.global_step}"
-        staged = output / SAVING / final.name
-        self._saving = True
-        try:
-            if self.args.should_save:
-                shutil.rmtree(staged.parent, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            self._keep_window(staged)
-            if self.args.should_save:
-                self._complete(staged, final)
-            self.accelerator.wait_for_everyone()  # every process has written its part
-            if self.args.should_save:
-                finish_checkpoint(staged, final, processes=self.args.world_size)
-                staged.parent.rmdir()
-        except BaseException as error:  # torch.distributed.checkpoint raises a BaseException
-            reason = why_not_written(error)
-            if reason is None:
-                raise
-            shutil.rmtree(staged.parent, ignore_errors=True)  # it may be what fills the disk
-            raise not_written(final, reason, output) from error
-        finally:
-            self._saving = False
-        self.accelerator.wait_for_everyone()  # nobody goes on from a checkpoint that is not there yet
-        if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(final))
-        if self.args.should_save:
-            remove_old_checkpoints(output, self.args.save_total_limit, self.state.best_model_checkpoint)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._saving:  # while it is being written, it is about to move
-            super()._push_from_checkpoint(checkpoint_folder)
-
     def _complete(self, staged: Path, final: Path) -> None:
-        """What Trainer leaves out, and the one path that it writes into the checkpoint."""
-        if self.state.best_model_checkpoint and Path(self.state.best_model_checkpoint).parent.name == SAVING:
-            self.state.best_model_checkpoint = str(final)
-        if self.state.best_global_step and (best := final.with_name(f"checkpoint-{self.state.best_global_step}")).is_dir():
-            self.state.best_model_checkpoint = str(best)
-        self.state.save_to_json(str(staged / "trainer_state.json"))
+        """What Trainer leaves out of a sharded checkpoint."""
+        super()._complete(staged, final)
         if not (staged / "config.json").is_file() and not is_peft_model(self.accelerator.unwrap_model(self.model)):  # sharded by FSDP
             model = self._base_model()
             model.config.save_pretrained(staged)
@@ -342,21 +288,10 @@ class MatrixTrainer(SFTTrainer):
         self._sums["train"] = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in window["sums"].items()}
         self._metrics["train"].update(window["metrics"])
 
-    def _run_epoch(self, *args, **kwargs) -> None:
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
-        else:  # resumed from the checkpoint of the last step: Trainer would train one more
-            self.control.should_training_stop = True
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(last_complete_checkpoint(Path(str(self.args.output_dir))) or "") or None
-            if resume_from_checkpoint is None:
-                raise CheckpointError(f"no whole checkpoint in {self.args.output_dir}. Leave resume_from_checkpoint out to start anew.")
-        self._resumed_from = resume_from_checkpoint or None
+    def train(self, *args, **kwargs):
         self._runs += 1
         try:
-            return super().train(resume_from_checkpoint or None, *args, **kwargs)
+            return super().train(*args, **kwargs)
         finally:
             if self._head_cache is not None:
                 self._head_cache.step = None  # whoever calls the model now may have other weights

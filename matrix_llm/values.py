@@ -33,7 +33,9 @@ _RANGES = {
         ["mce_weight", "effective_rank_steps", "accuracy_rows", "accuracy_steps", "weight_decay", "warmup_steps"], _NOT_NEGATIVE
     ),
     **dict.fromkeys(["max_grad_norm", "seed", "data_seed", "dataloader_num_workers"], _NOT_NEGATIVE),
-    **dict.fromkeys(["streaming_buffer", "leakage_ngram"], _COUNT),
+    **dict.fromkeys(["streaming_buffer", "leakage_ngram", "image_size"], _COUNT),
+    **dict.fromkeys(["base_learning_rate", "probe_learning_rate"], _POSITIVE),
+    "momentum": _FRACTION,
     "leakage_share": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
     **dict.fromkeys(["lora_dropout", "label_smoothing_factor", "adam_beta1", "adam_beta2"], _FRACTION),
     "max_steps": (lambda x: x == -1 or x >= 1, "-1 (num_train_epochs decides) or at least 1"),
@@ -72,8 +74,28 @@ def alternatives(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-_ORDER: list[type] = [type(None), bool, int, float, dict, list, enum.Enum, str, object]  # of trying: "64" is an integer before it is a text
-WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "a text", dict: "a mapping", list: "a list", type(None): "null"}
+_ORDER: list[type] = [
+    type(None),
+    bool,
+    int,
+    float,
+    dict,
+    list,
+    tuple,
+    enum.Enum,
+    str,
+    object,
+]  # of trying: "64" is an integer before it is a text
+WORDS = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    dict: "a mapping",
+    list: "a list",
+    tuple: "a list",
+    type(None): "null",
+}
 
 
 def class_of(kind: Any) -> type:
@@ -82,7 +104,7 @@ def class_of(kind: Any) -> type:
 
 def _from_text(text: str, origin: Any, text_allowed: bool) -> Any:
     """What a word of the command line means where `origin` is wanted; a plain text stays one where a text is allowed as well."""
-    if origin is list and not text.startswith("["):
+    if origin in (list, tuple) and not text.startswith("["):
         if text_allowed and not re.fullmatch(r"[\w.-]+(, *[\w.-]+)+", text):
             return text
         return [part.strip() for part in text.split(",")]  # --lora_target_modules q_proj,v_proj
@@ -94,7 +116,7 @@ def _from_text(text: str, origin: Any, text_allowed: bool) -> Any:
 def _convert(value: Any, kind: Any, from_text: bool, text_allowed: bool) -> Any:
     """`value` as `kind`, or ValueError. YAML 1.1 reads 2e-5 as a text, so a text that spells a number is one where a number is wanted."""
     origin = class_of(kind)
-    if from_text and origin in (bool, dict, list, type(None)):
+    if from_text and origin in (bool, dict, list, tuple, type(None)):
         value = _from_text(value, origin, text_allowed)
     if origin is int and isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value):
         return int(value)
@@ -102,8 +124,9 @@ def _convert(value: Any, kind: Any, from_text: bool, text_allowed: bool) -> Any:
         return value if type(value) is int else float(value)
     if issubclass(origin, enum.Enum) and isinstance(value, str):
         return origin(value).value
-    if origin is list and isinstance(value, list) and all(isinstance(each, str) for each in value):
-        return value
+    if origin in (list, tuple) and isinstance(value, (list, tuple)):
+        element = next(iter(typing.get_args(kind)), str)
+        return origin(_convert(each, element, False, text_allowed=element is str) for each in value)
     if origin in (bool, int, str, dict, type(None)) and type(value) is origin:  # `type is`: True is no int
         return value
     raise ValueError

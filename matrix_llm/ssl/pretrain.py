@@ -1,0 +1,255 @@
+"""Pre-train an image backbone without labels, from one recipe.
+
+    accelerate launch matrix_llm/ssl/pretrain.py recipes/ssl/digits.yaml [--key value ...]
+    python matrix_llm/ssl/pretrain.py recipes/ssl/imagenet_r50_100ep.yaml --dry_run
+
+1. the recipe, its overrides and the output directory are checked; nothing has been loaded yet
+2. images are found; --dry_run prints the plan and stops
+3. model, trainer, training; metrics.jsonl grows as it goes
+4. the backbone for `AutoModel.from_pretrained`, preprocessor_config.json, pretraining/ (heads and target network too), recipe.yaml,
+   results.json and README.md (the card) are moved into place
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import json
+import os
+import shutil
+import time
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from matrix_llm.checkpoints import CheckpointError, last_complete_checkpoint, remove_leftovers
+from matrix_llm.files import write_text
+from matrix_llm.output import PARTIAL, check_output_dir, from_last, leave, say
+from matrix_llm.ssl.config import RESNET_50, SSLRecipe, load_ssl_recipe
+from matrix_llm.ssl.data import ImageDataError, Images, load_images
+from matrix_llm.values import RecipeError
+
+if TYPE_CHECKING:
+    from matrix_llm.preemption import StopOnSignal
+    from matrix_llm.ssl.modeling import SSLModel
+
+USAGE = "usage: accelerate launch matrix_llm/ssl/pretrain.py RECIPE.yaml [--key value ...] [--dry_run]"
+PRETRAINING = "pretraining"
+
+
+def load_data(recipe: SSLRecipe) -> tuple[Images, Images | None]:
+    """The training images, and the labelled held-out ones of the online probe."""
+    data = recipe.data
+    columns: dict[str, Any] = {"config": data.dataset_config, "image_column": data.image_column, "label_column": data.label_column}
+    images = load_images(str(data.dataset), split=data.dataset_split, max_rows=data.max_train_rows, **columns)
+    held_out = None if data.eval_dataset is None else load_images(data.eval_dataset, split=data.eval_split, **columns)
+    if str(recipe.training.eval_strategy) not in ("no", "IntervalStrategy.NO") and (held_out is None or images.labels is None):
+        raise RecipeError(
+            f"eval_strategy={recipe.training.eval_strategy!r} measures the online probe, which needs labelled images and eval_dataset. "
+            "Give eval_dataset, or set eval_strategy to no."
+        )
+    return images, held_out
+
+
+def build_model(recipe: SSLRecipe, images: Images) -> "SSLModel":
+    from transformers import set_seed
+
+    from matrix_llm.ssl.modeling import SSLConfig, SSLModel
+
+    settings, channels = recipe.model, recipe.augment.channels
+    backbone = {**(settings.backbone_config or RESNET_50)}
+    if backbone.setdefault("num_channels", channels) != channels:
+        raise RecipeError(
+            f"backbone_config has num_channels={backbone['num_channels']}, but images have channels={channels}. Make them equal."
+        )
+    classes = int(images.labels.max()) + 1 if images.labels is not None and settings.online_probe else 0
+    set_seed(recipe.training.seed)
+    try:
+        config = SSLConfig(
+            method=settings.method,
+            backbone_config=backbone,
+            projector_widths=settings.projector_widths,
+            predictor_widths=settings.predictor_widths,
+            loss_settings=settings.loss_settings,
+            queue_size=settings.queue_size,
+            prototypes=settings.prototypes,
+            zero_init_residual=settings.zero_init_residual,
+            probe_classes=classes,
+        )
+    except (ValueError, KeyError) as error:
+        raise RecipeError(f"{recipe.path}: {error}") from None
+    return SSLModel(config)
+
+
+def plan_lines(recipe: SSLRecipe, images: Images, model: "SSLModel") -> list[str]:
+    training, config = recipe.training, model.config
+    steps = len(images) // training.images_per_step
+    total = training.max_steps if training.max_steps > 0 else int(steps * training.num_train_epochs)
+    backbone = sum(p.numel() for p in model.backbone.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    method = model.method
+    lines = [
+        f"images           {len(images):,} of {images.name}, {'with' if images.labels is not None else 'without'} labels",
+        f"method           {method.title} ({method.paper}), loss settings {config.loss_settings or 'as published'}",
+        f"backbone         {type(model.backbone).__name__}, {backbone:,} parameters; trained with heads: {trained:,}",
+        f"projector        {' - '.join(map(str, config.projector_widths))}"
+        + (f", predictor {' - '.join(map(str, config.predictor_widths))}" if config.predictor_widths else ""),
+        f"batch            {training.per_device_train_batch_size} x {training.world_size} process(es) = {training.images_per_step} images",
+        f"steps            {steps} an epoch, {total} in all; warm-up {training.get_warmup_steps(total)}",
+        f"optimizer        {training.optimizer}, learning rate {training.learning_rate:g}"
+        + (f" = {training.base_learning_rate:g} x {training.images_per_step} / 256" if training.base_learning_rate else "")
+        + f", weight decay {training.weight_decay:g}",
+    ]
+    if steps == 0:
+        raise RecipeError(f"{images.name} has {len(images)} images, but one step takes {training.images_per_step}. Set a smaller batch.")
+    return lines
+
+
+def card(recipe: SSLRecipe, model: "SSLModel", entries: list[dict[str, Any]], results: dict[str, Any]) -> str:
+    """README.md: how the backbone was made, and what this run measured."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    from matrix_llm.card import versions
+    from matrix_llm.report import last_values
+
+    title = Path(str(recipe.training.output_dir)).name
+    small = type(model.backbone).__name__.startswith("SmallResNet")
+    names = (
+        "loss",
+        "online_probe_accuracy",
+        "eval_online_probe_accuracy",
+        "effective_rank",
+        "feature_effective_rank",
+        "effective_rank_rows",
+    )
+    tags = ["self-supervised", "matrix-llm", recipe.model.method]
+    data = ModelCardData(library_name="transformers", pipeline_tag="image-feature-extraction", tags=tags)
+    lines = [
+        f"# {title}",
+        "",
+        f"A {type(model.backbone).__name__} pre-trained without labels on `{recipe.data.dataset}` by {model.method.title} "
+        f"({model.method.paper}), with matrix_llm. Not fine-tuned: put a head on it.",
+        "",
+        "```python",
+        *(["import matrix_llm.ssl.modeling  # the stem for small images"] if small else []),
+        "from transformers import AutoModel",
+        "",
+        f'backbone = AutoModel.from_pretrained("{title}")',
+        "```",
+        "",
+        "| quantity, last logged | value |",
+        "|---|---|",
+        *[f"| {name} | {value:.4g} |" for name, value in last_values(entries, names).items()],
+        *[f"| {name} | {results[name]} |" for name in ("images", "steps", "processes", "skipped_images", "train_seconds")],
+        "",
+        "Effective ranks are those of one batch of `effective_rank_rows` images, biased low. The online probe is trained along on augmented "
+        "images; it is not the linear evaluation protocol, whose results are below `eval/`.",
+        "",
+        "## Recipe",
+        "",
+        "```yaml",
+        yaml.safe_dump({k: v for k, v in recipe.resolved.items() if k != "hub_token"}, sort_keys=False, allow_unicode=True).strip(),
+        "```",
+        "",
+        "## Versions",
+        "",
+        ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "",
+    ]  # fmt: skip
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)))
+
+
+def pretrain(recipe: SSLRecipe, stop: "StopOnSignal", arguments: list[str]) -> None:
+    """Steps 2 to 4 of the module's list. A run that `stop` ends early leaves a checkpoint and prints how to go on."""
+    from matrix_llm.card import versions
+    from matrix_llm.preemption import resume_command
+    from matrix_llm.report import METRICS, MetricsFileCallback, read_metrics
+    from matrix_llm.ssl.trainer import SSLTrainer
+
+    training, output = recipe.training, Path(str(recipe.training.output_dir))
+    images, held_out = load_data(recipe)
+    model = build_model(recipe, images)
+    say("\n".join(f"=> {line}" for line in plan_lines(recipe, images, model)))
+    trainer = SSLTrainer(
+        model, training, images=images, augment=recipe.augment, eval_images=held_out if model.probe is not None else None,
+        callbacks=[MetricsFileCallback(), stop],
+    )  # fmt: skip
+    resume: str | None = str(training.resume_from_checkpoint) if training.resume_from_checkpoint else None
+    if from_last(resume):
+        last = last_complete_checkpoint(output)
+        resume = str(last) if last else None
+    if trainer.is_world_process_zero():
+        output.mkdir(parents=True, exist_ok=True)
+        if left := remove_leftovers(output):
+            say(f"=> removed what a cut-off run left half-written: {', '.join(left)}")
+        recipe.resolved.pop("resume_from_checkpoint", None)  # how it was started, not what it is
+        write_text(output / "recipe.yaml", yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True))
+        write_text(output / PARTIAL, "{}")
+
+    clock = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume)
+    if stop.stopped:
+        say(f"=> stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved in {last_complete_checkpoint(output)}")
+        say(f"=> go on with: {resume_command(arguments, stop.launcher, script='matrix_llm/ssl/pretrain.py')}")
+        trainer.accelerator.wait_for_everyone()
+        return
+    results: dict[str, Any] = {"images": len(images), "steps": trainer.state.global_step, "processes": training.world_size}
+    results["train_seconds"] = round(time.perf_counter() - clock, 1)
+    if trainer.eval_dataset is not None:
+        results["evaluation"] = trainer.evaluate()
+    results["skipped_images"] = len(trainer.skipped)
+    if trainer.skipped:
+        say(f"=> {len(trainer.skipped)} unreadable image(s) were skipped, e.g. {sorted(trainer.skipped)[0]}")
+    if trainer.is_world_process_zero():
+        staging = output / ".saving"
+        shutil.rmtree(staging, ignore_errors=True)
+        model.backbone.save_pretrained(staging)
+        trainer.transform.save(staging)
+        model.save_pretrained(staging / PRETRAINING)
+        for item in sorted(staging.iterdir()):
+            os.replace(item, output / item.name)
+        shutil.rmtree(staging)
+        results["versions"] = versions()
+        write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
+        write_text(output / "README.md", card(recipe, model, read_metrics(output / METRICS), results))
+        (output / PARTIAL).unlink(missing_ok=True)
+        say(
+            f"=> {output}/ holds the backbone, preprocessor_config.json, {PRETRAINING}/, recipe.yaml, {METRICS}, results.json and README.md"
+        )
+    trainer.accelerator.wait_for_everyone()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0, or 2 with one line on stderr where the recipe or the images cannot be used."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    dry_run = any(a in ("--dry_run", "--dry-run") for a in arguments)
+    arguments = [a for a in arguments if a not in ("--dry_run", "--dry-run")]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    from matrix_llm.preemption import stop_on_signals
+
+    try:
+        recipe = load_ssl_recipe(arguments[0], arguments[1:], dry_run=dry_run)
+        if dry_run:
+            images, _ = load_data(recipe)
+            say(f"# {recipe.path}, resolved\n{yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True)}")
+            say("\n".join(plan_lines(recipe, images, build_model(recipe, images))))
+            return 0
+        check_output_dir(recipe.training, recipe.resolved)
+        with stop_on_signals() as stop:
+            pretrain(recipe, stop, arguments)
+    except (RecipeError, ImageDataError, CheckpointError, ValueError) as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: aborted, without saving.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    leave(main())
