@@ -20,6 +20,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -175,7 +176,7 @@ class TwoViewCollator:
     def __init__(self, config: AugmentConfig, seed: int, labels: Tensor | None = None) -> None:
         self.config, self.seed, self.labels = config, seed, labels
 
-    def __call__(self, items: Sequence[tuple[int, int, Image.Image, str | None]]) -> dict[str, Tensor | list[str]]:
+    def __call__(self, items: Sequence[tuple[int, int, Image.Image, str | None]]) -> dict[str, Any]:
         epochs, indices, images, skipped = zip(*items, strict=True)
         size, channels = self.config.image_size, self.config.channels
         mode = "L" if channels == 1 else "RGB"

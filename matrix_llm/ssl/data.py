@@ -29,8 +29,7 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".t
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, which starts Ghostscript, whatever the file is called
 MAX_PIXELS = 89_478_485  # a quarter of a GiB as RGB; where Pillow starts to warn of decompression bombs
 SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
-GIVE_UP = 16  # unreadable images in a row
-ORIENTATION = 0x0112  # EXIF
+GIVE_UP, ORIENTATION = 16, 0x0112  # unreadable images in a row; EXIF's tag
 
 
 class ImageDataError(ValueError):

@@ -1,0 +1,189 @@
+"""What a run's features look like: matrix information between two views, effective ranks over training, t-SNE maps.
+
+    python matrix_llm/ssl/figures.py runs/ssl/digits [MORE RUNS] --data digits --output figures/
+
+writes information.json, effective_rank.png (from the runs' metrics.jsonl; runs with `eval_strategy` have the classes' ranks) and tsne.png.
+
+Legend: B rows, d width of the embedding, F of the features.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from matrix_llm.files import atomic_path, write_text
+from matrix_llm.information import effective_rank, matrix_cross_entropy, matrix_kl
+
+__all__ = ["batch_information", "plot_lines", "plot_tsne"]
+
+RIDGE = 1e-3
+
+
+def batch_information(
+    z1: Tensor,  # (B, d)
+    z2: Tensor,  # (B, d)
+    *,
+    ridge: float = RIDGE,
+) -> dict[str, float]:
+    """Matrix information of one batch of two views: how uniform the first is, and how far the second is from it (section 5).
+
+    With rows of length one, C_i = Z_i^T Z_i / B of trace 1, not centred:
+    matrix_kl_to_uniform = MKL(C_1 || I / d), 0 where uniform; effective_rank = d exp(-MKL) (prop. 5.1);
+    matrix_kl_views = MKL(C_1 + ridge I || C_2 + ridge I), matrix_cross_entropy_views = MCE of the same two, whose least value,
+    where the views agree, is the matrix entropy of C_1 + ridge I.
+
+    Args:
+        z1, z2: embeddings of two views of the same images. The paper's batches have 512.
+        ridge: keeps the logarithm of a rank-deficient C_2 finite; its size decides how much a missing direction costs.
+
+    Returns:
+        nats, but for the effective rank; and `rows` = B, on which all of them depend.
+
+    >>> found = batch_information(torch.eye(4), torch.eye(4))
+    >>> round(found["matrix_kl_to_uniform"], 6), round(found["effective_rank"], 4), round(found["matrix_kl_views"], 6)
+    (0.0, 4.0, 0.0)
+    """
+    if z1.shape != z2.shape or z1.ndim != 2 or len(z1) < 2:
+        raise ValueError(f"z1 is {tuple(z1.shape)} and z2 is {tuple(z2.shape)}, but two views of the same B >= 2 images are compared.")
+    c1, c2 = ((z.T @ z) / len(z) for z in (F.normalize(z.detach().double(), dim=1) for z in (z1, z2)))
+    eye = torch.eye(len(c1), dtype=c1.dtype, device=c1.device)
+    return {
+        "rows": len(z1),
+        "width": len(c1),
+        "ridge": ridge,
+        "effective_rank": float(effective_rank(c1)),
+        "matrix_kl_to_uniform": float(matrix_kl(c1, eye / len(c1))),
+        "matrix_kl_views": float(matrix_kl(c1 + ridge * eye, c2 + ridge * eye)),
+        "matrix_cross_entropy_views": float(matrix_cross_entropy(c1 + ridge * eye, c2 + ridge * eye)),
+    }
+
+
+def two_view_embeddings(run: Path, data: str, *, split: str, rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Embeddings of two augmented views of the first `rows` images by a run's whole network, with its own augmentation."""
+    from transformers import AutoModel
+
+    import matrix_llm.ssl.modeling  # noqa: F401  (registers the model)
+    from matrix_llm.ssl.augment import Augment, TwoViewCollator
+    from matrix_llm.ssl.config import load_ssl_recipe
+    from matrix_llm.ssl.data import TrainImages, load_images
+
+    recipe = load_ssl_recipe(run / "recipe.yaml", dry_run=True)
+    images = TrainImages(load_images(data, split=split, max_rows=rows))
+    batch = TwoViewCollator(recipe.augment, seed=seed, labels=None)([images[(0, i)] for i in range(len(images))])
+    model = AutoModel.from_pretrained(run / "pretraining").eval()
+    with torch.no_grad():
+        views = Augment(recipe.augment)(batch["crops"], batch["draws"])
+        return model(views[0]).embedding, model(views[1]).embedding
+
+
+# ------------------------------------------------------------------------------------------------------------------- plots
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def plot_lines(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], path: Path, *, x: str) -> None:
+    """One panel a title, in it one line of (x, y) a label."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.6), squeeze=False)
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for label, points in lines.items():
+            axis.plot(*zip(*points, strict=True), marker=".", label=label)
+        axis.set(title=title, xlabel=x)
+        axis.grid(alpha=0.3)
+    axes[0][-1].legend(fontsize=7)
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    plt.close(figure)
+
+
+def plot_tsne(
+    features: Mapping[str, Tensor],  # title -> (B, F)
+    labels: Tensor,  # (B,)
+    path: Path,
+    *,
+    seed: int = 0,
+) -> None:
+    """t-SNE maps (scikit-learn, perplexity 30) of the same images by several networks, coloured by class.
+
+    Distances between clusters in such a map mean nothing, and a map is no score.
+    """
+    from sklearn.manifold import TSNE
+
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(features), figsize=(3.6 * len(features), 3.8), squeeze=False)
+    for axis, (title, rows) in zip(axes[0], features.items(), strict=True):
+        where = TSNE(perplexity=min(30, (len(rows) - 1) / 3), init="pca", random_state=seed).fit_transform(rows.numpy())
+        axis.scatter(where[:, 0], where[:, 1], c=labels.numpy(), s=6, cmap="tab10")
+        axis.set(title=title, xticks=[], yticks=[])
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    plt.close(figure)
+
+
+def trajectory(run: Path, name: str) -> list[tuple[float, float]]:
+    """(epoch, value) of one logged name."""
+    from matrix_llm.report import METRICS, read_metrics
+
+    return [(entry["epoch"], entry[name]) for entry in read_metrics(run / METRICS) if name in entry and "epoch" in entry]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--rows", type=int, default=512, help="images in a batch (the paper's 512)")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args(arguments)
+    from matrix_llm.ssl.augment import EvalTransform
+    from matrix_llm.ssl.data import ImageDataError, load_images
+    from matrix_llm.ssl.loops import extract_features
+    from matrix_llm.ssl.modeling import load_backbone
+
+    try:
+        for run in args.runs:
+            if not (run / "pretraining").is_dir():
+                raise ImageDataError(f"{str(run)!r} has no pretraining/, so it is no finished run of pretrain.py. Give its output_dir.")
+        images = load_images(args.data, split=args.split, max_rows=args.rows)
+    except ImageDataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    found, maps = {}, {}
+    for run in args.runs:
+        found[str(run)] = batch_information(*two_view_embeddings(run, args.data, split=args.split, rows=args.rows))
+        features = extract_features(load_backbone(run), images, EvalTransform.load(run))
+        maps[run.name] = features.x
+        print(f"{run}: " + ", ".join(f"{name} {value:.4g}" for name, value in found[str(run)].items()))
+    args.output.mkdir(parents=True, exist_ok=True)
+    write_text(args.output / "information.json", json.dumps(found, indent=1) + "\n")
+    if images.labels is not None:
+        plot_tsne(maps, features.y, args.output / "tsne.png")
+    names = ("feature_effective_rank", "eval_intra_class_effective_rank", "eval_inter_class_effective_rank")
+    panels = {name: {run.name: points for run in args.runs if (points := trajectory(run, name))} for name in names}
+    if panels := {name: lines for name, lines in panels.items() if lines}:
+        plot_lines(panels, args.output / "effective_rank.png", x="epoch")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
