@@ -96,8 +96,8 @@ class SSLTrainingConfig(TrainingArguments):
         super().__post_init__()
         if self.gradient_accumulation_steps != 1:
             raise RecipeError(
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps} does not enlarge the batch here: covariances, negatives and "
-                "batch normalisation are those of each micro-batch alone. Use more ranks or a smaller batch, and set it to 1."
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} does not enlarge the batch here: covariances, negatives "
+                "and batch normalisation are those of each micro-batch alone. Use more ranks or a smaller batch, and set it to 1."
             )
         if not self.dataloader_drop_last:
             raise RecipeError("dataloader_drop_last=False: the last batch would be smaller, another loss. Set it to true.")

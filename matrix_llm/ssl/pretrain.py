@@ -144,8 +144,8 @@ def card(recipe: SSLRecipe, model: "SSLModel", entries: list[dict[str, Any]], re
         *[f"| {name} | {value:.4g} |" for name, value in last_values(entries, names).items()],
         *[f"| {name} | {results[name]} |" for name in ("images", "steps", "processes", "skipped_images", "train_seconds")],
         "",
-        "Effective ranks are those of one batch of `effective_rank_rows` images, biased low. The online probe is trained along on augmented "
-        "images; it is not the linear evaluation protocol, whose results are below `eval/`.",
+        "Effective ranks are those of one batch of `effective_rank_rows` images, biased low. The online probe is trained along on "
+        "augmented images; it is not the linear evaluation protocol, whose results are below `eval/`.",
         "",
         "## Recipe",
         "",
