@@ -1,4 +1,5 @@
 # make demo   set up, generate problems, train a small model with CE + MCE, decode held-out problems before and after
+# make demo-ssl  the same for images: pre-train on scikit-learn's digits, probe against a random network and raw pixels
 # make test   set up, then lint, types and every test
 # Both create .venv first. PYTHON=python3.12 make ... chooses the interpreter.
 
@@ -9,12 +10,18 @@ TORCH := 2.13.0
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint setup setup-test clean
+.PHONY: demo demo-ssl test lint setup setup-ssl setup-test clean
 
 demo: setup
 	rm -rf runs/tiny
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --cpu --mixed_precision no --dynamo_backend no \
 		matrix_llm/train.py recipes/tiny.yaml
+
+demo-ssl: setup-ssl
+	rm -rf runs/ssl/digits
+	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --cpu --mixed_precision no --dynamo_backend no \
+		matrix_llm/ssl/pretrain.py recipes/ssl/digits.yaml
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/ssl_digits.py demo --output runs/ssl/digits
 
 test: setup-test lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
@@ -25,6 +32,7 @@ lint: setup-test
 	$(BIN)/mypy
 
 setup: $(VENV)/.installed
+setup-ssl: $(VENV)/.installed-ssl
 setup-test: $(VENV)/.installed-test
 
 $(VENV)/.python:
@@ -46,6 +54,10 @@ $(VENV)/.torch: $(VENV)/.python constraints.txt
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	$(PIP) install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-ssl: $(VENV)/.installed
+	$(PIP) install -q -c constraints.txt -e '.[ssl]'
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

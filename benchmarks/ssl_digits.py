@@ -2,6 +2,7 @@
 
     python benchmarks/ssl_digits.py run --output runs/ssl_digits     # resumable: one line of rows.jsonl for each finished run
     python benchmarks/ssl_digits.py page --output runs/ssl_digits    # writes the figures and the measured part of docs/ssl.md
+    python benchmarks/ssl_digits.py demo --output runs/ssl/digits    # one finished run beside a random network and raw pixels
 
 Fixed before the runs: every method trains with recipes/ssl/digits.yaml (network, widths, augmentation, SGD, 600 steps of 128). Its base
 learning rate is chosen among 0.25, 0.5, 1 and 2 on seed 100 by the accuracy with 5 labels a class, on training images alone: labels are
@@ -14,6 +15,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -87,10 +89,14 @@ def one(job: dict) -> dict:
 
     folder, started = Path(job["folder"]), time.perf_counter()
     if not (folder / "results.json").is_file():
+        shutil.rmtree(folder, ignore_errors=True)  # what a run cut off left behind
         words = [str(ROOT / "recipes/ssl/digits.yaml"), "--output_dir", str(folder), "--save_strategy", "no", *job["words"]]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
-            if main(words) != 0:
-                raise SystemExit(f"{job['key']}: {errors.getvalue()[-2000:]}")
+            status = main(words)
+        if status == 1 and job["sweep"]:  # the loss was no number: this rate is out
+            return {"key": job["key"], "seconds": 0.0, "validation": 0.0, "diverged": True}
+        if status != 0:
+            raise SystemExit(f"{job['key']}: {errors.getvalue()[-2000:]}")
     seconds = json.loads((folder / "results.json").read_text())["train_seconds"]
     x, y, u, v = features_of(load_backbone(folder), EvalTransform.load(folder))
     row = {"key": job["key"], "seconds": seconds, "job_seconds": round(time.perf_counter() - started, 1)}
@@ -100,7 +106,7 @@ def one(job: dict) -> dict:
     return row | scores(x, y, u, v)
 
 
-def baselines(folder: Path) -> list[dict]:
+def baselines() -> list[dict]:
     """Raw pixels, and the recipe's network at its random initialisation."""
     import torch
 
@@ -120,6 +126,22 @@ def baselines(folder: Path) -> list[dict]:
         model = build_model(recipe, parts[0]).backbone.eval()
         rows.append({"key": f"baseline/random/{seed}", "seconds": 0.0} | scores(*features_of(model, transform)))
     return rows
+
+
+def demo(run: Path) -> None:
+    """A finished run of recipes/ssl/digits.yaml beside what it must beat."""
+    from matrix_llm.ssl.augment import EvalTransform
+    from matrix_llm.ssl.modeling import load_backbone
+
+    if not (run / "results.json").is_file():
+        raise SystemExit(
+            f"error: {run} is no finished run. First: accelerate launch --cpu matrix_llm/ssl/pretrain.py recipes/ssl/digits.yaml"
+        )
+    found = {"pre-trained": scores(*features_of(load_backbone(run), EvalTransform.load(run)))}
+    found |= {row["key"].removeprefix("baseline/"): row for row in baselines()}
+    print(f"{'accuracy on 500 held-out digits':34}{'linear':>8}{'5 labels':>10}{'1 label':>9}   (labels a class; means of 20 draws)")
+    for name, row in found.items():
+        print(f"{name:34}{row['linear']:8.3f}{row['five']:10.3f}{row['one']:9.3f}")
 
 
 def read(output: Path) -> dict[str, dict]:
@@ -157,7 +179,7 @@ def run(output: Path, workers: int) -> None:
     run_all([job(output, f"sweep/{m}/{rate}", m, rate, 100) for m in EXTRA for rate in RATES], output, workers)
     if "baseline/pixels" not in read(output):
         with (output / "rows.jsonl").open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in baselines(output))
+            file.writelines(json.dumps(row) + "\n" for row in baselines())
     rates = chosen_rates(output)
     jobs = [job(output, f"main/{m}/{seed}", m, rates[m], seed) for seed in SEEDS for m in EXTRA]
     base = rates["matrix_ssl"]
@@ -275,9 +297,13 @@ def page(output: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("what", choices=["run", "page"])
+    parser.add_argument("what", choices=["run", "page", "demo"])
     parser.add_argument("--output", type=Path, default=ROOT / "runs/ssl_digits")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    run(arguments.output.resolve(), arguments.workers) if arguments.what == "run" else page(arguments.output.resolve())
+    output = arguments.output.resolve()
+    if arguments.what == "run":
+        run(output, arguments.workers)
+    else:
+        {"page": page, "demo": demo}[arguments.what](output)

@@ -18,6 +18,7 @@ from matrix_llm.data import looks_local
 from matrix_llm.files import write_text
 from matrix_llm.report import METRICS, PLOT, last_values, read_metrics
 
+PROCESSOR = "preprocessor_config.json"  # in the folder of an image backbone (ssl/pretrain.py), where a language model has a tokenizer
 PAPER = "https://arxiv.org/abs/2305.17326"
 PACKAGES = ("matrix-llm", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed")
 
@@ -210,6 +211,10 @@ def stored_recipe(run: Path) -> Recipe:
     return Recipe(model=model, data=data, training=training, path=run / "recipe.yaml", resolved=settings)
 
 
+def is_image_run(run: Path) -> bool:
+    return (run / PROCESSOR).is_file()
+
+
 def _licence_of(folder: Path) -> str | None:
     """The licence that a folder's README.md states."""
     try:
@@ -230,5 +235,7 @@ def write_card(run: Path, *, licence: str | None = None, base_model: str | None 
     Raises:
         RecipeError: the folder is not a finished run of train.py.
     """
+    if is_image_run(run):
+        raise RecipeError(f"{str(run)!r} is a run of ssl/pretrain.py, which wrote its card. Edit README.md there; push sends it as it is.")
     write_text(run / "README.md", card_of(run, stored_recipe(run), licence, base_model))
     return run / "README.md"

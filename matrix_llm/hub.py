@@ -26,16 +26,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import yaml
 from huggingface_hub import HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import get_session, validate_repo_id
 
-from matrix_llm.card import card_of, is_hub_name, model_card, stored_recipe, versions, write_card
+from matrix_llm.card import PROCESSOR, card_of, is_hub_name, is_image_run, model_card, stored_recipe, versions, write_card
 from matrix_llm.config import Recipe, RecipeError
 from matrix_llm.report import METRICS, PLOT
+
+if TYPE_CHECKING:
+    from matrix_llm.ssl.config import SSLRecipe
 
 __all__ = ["Destination", "PushError", "destination_of", "model_card", "push", "scrub", "versions", "write_card"]
 
@@ -43,7 +46,7 @@ __all__ = ["Destination", "PushError", "destination_of", "model_card", "push", "
 
 SENT = (
     *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
-    *("*.model", "*.jinja", "additional_chat_templates/*.jinja", "*.py", "results.json", METRICS, PLOT, "eval/*.json"),
+    *("*.model", "*.jinja", "additional_chat_templates/*.jinja", "*.py", "results.json", METRICS, PLOT, "eval/*.json", PROCESSOR),
 )  # and the weights, recipe.yaml and README.md; never pickles, optimizer states or checkpoints: what is not named stays here
 STALE = ["model*.safetensors", "model.safetensors.index.json", "adapter_model*.safetensors", "adapter_config.json"]
 SECRET = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{16,}")
@@ -153,7 +156,7 @@ def check_run(run: Path, token: str | None = None, *, base_model: str | None = N
         RecipeError: no finished run, weights that cannot be loaded, no tokenizer, or a token in a file that would be sent.
     """
     recipe, weights = stored_recipe(run), check_weights(run)
-    if not (run / "tokenizer_config.json").is_file():
+    if not (run / "tokenizer_config.json").is_file() and not is_image_run(run):
         raise RecipeError(f"{str(run)!r} has no tokenizer_config.json. Save the tokenizer beside the weights, then push.")
     others = sorted({file for pattern in SENT for file in run.glob(pattern) if file.is_file()} - set(weights))
     for file in [*others, run / "recipe.yaml"]:
@@ -391,6 +394,7 @@ def push(run: Path, to: Destination, *, licence: str | None = None, base_model: 
         return ""
     check_name(to.repo)
     recipe, files = check_run(run, to.token or get_token(), base_model=base_model)
+    keep_card = keep_card or is_image_run(run)  # pretrain.py wrote it
     card = (run / "README.md").read_text(encoding="utf-8") if keep_card else card_of(run, recipe, licence, base_model)
     _check_secrets(run / "README.md", card, to.token or get_token())
     way_out = f"The run in {run} is whole. Push it again, and only what is missing is sent: {to.command(run)}"
@@ -423,7 +427,7 @@ def push(run: Path, to: Destination, *, licence: str | None = None, base_model: 
     return f"{api.endpoint}/{to.repo}" + (f"/tree/{to.revision}" if to.revision else "")
 
 
-def destination_of(recipe: Recipe, *, ask: bool = True) -> Destination | None:
+def destination_of(recipe: Recipe | SSLRecipe, *, ask: bool = True) -> Destination | None:
     """Where `push_to_hub` of a recipe leads, with token and name checked by the Hub before anything is loaded; None without it, and on
     every process but the first. hub_token leaves the recipe here, so that no file of the run holds it.
 
@@ -441,8 +445,8 @@ def destination_of(recipe: Recipe, *, ask: bool = True) -> Destination | None:
         return None
     if (strategy := resolved.get("hub_strategy", "end")) != "end":
         raise RecipeError(f"hub_strategy={strategy!r}: only the finished run is pushed, no checkpoint. Remove it, or say end.")
-    base = recipe.model.model_name_or_path
-    if recipe.model.use_peft and not is_hub_name(base):
+    base = getattr(recipe.model, "model_name_or_path", None)
+    if getattr(recipe.model, "use_peft", False) and not is_hub_name(base):
         raise RecipeError(
             f"push_to_hub=True would publish an adapter of the folder {base!r}, which nobody else can load. Set push_to_hub: false, and "
             "push the finished run with --base-model user/name."

@@ -128,6 +128,35 @@ def test_what_was_pushed_loads_to_the_same_logits_and_nothing_else_was_pushed(hu
     assert hub.seen("GET /user/x/resolve/.*/model.safetensors")
 
 
+def test_a_pretrained_image_backbone_is_pushed_with_its_own_card_and_weights(hub, client, tmp_path, capsys):
+    from ssl_parity_run import BACKBONE
+
+    from matrix_llm.ssl.pretrain import main as pretrain
+
+    recipe = tmp_path / "tiny.yaml"
+    settings = {
+        "method": "simsiam",
+        "dataset": "digits",
+        "backbone_config": {**BACKBONE, "model_type": "resnet"},
+        "image_size": 16,
+        "channels": 1,
+    }
+    settings |= {"projector_widths": [8, 8], "predictor_widths": [4, 8], "max_steps": 2, "per_device_train_batch_size": 32, "use_cpu": True}
+    recipe.write_text(yaml.safe_dump({**settings, "disable_tqdm": True, "save_strategy": "no"}))
+    run = tmp_path / "digits"
+    assert pretrain([str(recipe), "--output_dir", str(run)]) == 0
+    outcome = client("hub", "push", run, "--repo", "user/digits")
+    assert outcome.status == 0, outcome.shown()
+    sent = hub.repositories["user/digits"].branches["main"]
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "recipe.yaml", "results.json", "README.md"} <= set(sent)
+    assert not any(name.startswith("pretraining") for name in sent)
+    assert sent["README.md"] == (run / "README.md").read_bytes()
+    assert sent["model.safetensors"] == (run / "model.safetensors").read_bytes()
+    assert ModelCard(sent["README.md"].decode()).data.pipeline_tag == "image-feature-extraction"
+    assert main(["card", str(run)]) == 2
+    assert "pretrain.py, which wrote its card" in capsys.readouterr().err
+
+
 def test_the_pushed_card_carries_licence_method_and_scores(hub, client, run):
     assert client("hub", "push", run, "--repo", "user/x", "--license", "mit").status == 0
     card = ModelCard(hub.repositories["user/x"].branches["main"]["README.md"].decode())

@@ -26,6 +26,7 @@ import yaml
 
 from matrix_llm.checkpoints import CheckpointError, last_complete_checkpoint, remove_leftovers
 from matrix_llm.files import write_text
+from matrix_llm.hub import PushError, destination_of, push, scrub
 from matrix_llm.output import PARTIAL, check_output_dir, from_last, leave, say
 from matrix_llm.ssl.config import RESNET_50, SSLRecipe, load_ssl_recipe
 from matrix_llm.ssl.data import ImageDataError, Images, load_images
@@ -230,6 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(USAGE)
         return 0 if arguments else 2
     from matrix_llm.preemption import stop_on_signals
+    from matrix_llm.ssl.trainer import NonFiniteLossError
 
     try:
         recipe = load_ssl_recipe(arguments[0], arguments[1:], dry_run=dry_run)
@@ -238,13 +240,20 @@ def main(arguments: list[str] | None = None) -> int:
             say(f"# {recipe.path}, resolved\n{yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True)}")
             say("\n".join(plan_lines(recipe, images, build_model(recipe, images))))
             return 0
+        destination = destination_of(recipe)
         check_output_dir(recipe.training, recipe.resolved)
         with stop_on_signals() as stop:
             pretrain(recipe, stop, arguments)
-    except (RecipeError, ImageDataError, CheckpointError, ValueError) as error:
+        if destination is not None and not stop.stopped:
+            say(f"=> {push(Path(str(recipe.training.output_dir)), destination)}")
+    except (RecipeError, ImageDataError, CheckpointError, ValueError, PushError) as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {scrub(str(error))}", file=sys.stderr)
+        return 1 if isinstance(error, PushError) else 2
+    except NonFiniteLossError as error:  # on every process, with the same words
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1
     except KeyboardInterrupt:
         print("error: aborted, without saving.", file=sys.stderr)
         return 130
