@@ -230,8 +230,11 @@ def page(output: Path) -> None:
     gamma = {f"{g:g}": groups[f"gamma/{g}"] if g != 1.0 else groups["main/matrix_ssl"] for g in sorted((*GAMMAS, 1.0))}
     order = {str(n): groups[f"order/{n}"] if n != 4 else groups["main/matrix_ssl"] for n in sorted((*ORDERS, 4))}
     figures = ROOT / "docs"
-    names = {"feature effective rank (128 images)": "feature_effective_rank", "intra-class effective rank": "eval_intra_class_effective_rank",
-             "inter-class effective rank": "eval_inter_class_effective_rank"}  # fmt: skip
+    names = {
+        "feature effective rank (128 images)": "feature_effective_rank",
+        "intra-class effective rank": "eval_intra_class_effective_rank",
+        "inter-class effective rank": "eval_inter_class_effective_rank",
+    }
     plot_lines(
         {title: {METHODS[m].title: trajectory(output / f"main/{m}/0", name) for m in EXTRA} for title, name in names.items()},
         figures / "ssl_effective_rank.png", x="epoch",
