@@ -8,7 +8,7 @@ Medians. The JPEG is generated (500 x 375, smooth), so real photographs decode m
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 import io
