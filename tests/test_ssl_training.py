@@ -258,8 +258,15 @@ def test_every_optimizer_trains_each_weight_once(tmp_path, optimizer):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_before_the_step(tmp_path):
-    with pytest.raises((NonFiniteLossError, ValueError), match=r"NaN|loss is"):
+    with pytest.raises(NonFiniteLossError, match=r"at step \d+, which was not taken: (z1 holds NaN|the loss is).*Lower base_learning_rate"):
         ssl_parity_run.run("vicreg", 64, str(tmp_path), max_steps=6, learning_rate=1e30)
+
+
+def test_a_diverged_run_ends_with_one_line_and_status_1(tmp_path, capsys):
+    assert (
+        main([recipe(tmp_path, method="vicreg", predictor_widths=None, learning_rate=1.0e30), "--output_dir", str(tmp_path / "run")]) == 1
+    )
+    assert "which was not taken" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_unreadable_images_are_skipped_named_and_counted(tmp_path, capsys):

@@ -206,10 +206,9 @@ def _line(result: Result, out: Path) -> str:
     top5 = f", top-5 {result['top5']:.2%}" if "top5" in result else ""
     skipped = sum(map(len, result["skipped"].values()))
     unreadable = f", {skipped} unreadable" if skipped else ""
-    return (
-        f"{result['protocol']}: {result['model']} on {result['data']}: top-1 {result['top1']:.2%} "
-        f"({low:.2%} to {high:.2%} over {over}){top5}; {result['n_train']} labels, {result['seconds']:.1f} s{unreadable}; {out}"
-    )
+    what = f"{result['protocol']}: {result['model']} on {result['data']}"
+    how = f"{result['n_train']} labels{unreadable}, {result['seconds']:.1f} s"
+    return f"{what}: top-1 {result['top1']:.2%} ({low:.2%} to {high:.2%} over {over}){top5}; {how}; {out}"
 
 
 def _device(name: str) -> torch.device:

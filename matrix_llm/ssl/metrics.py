@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from matrix_llm.information import effective_rank, matrix_entropy
+from matrix_llm.ssl.rows import NonFiniteRowsError
 
 __all__ = ["batch_effective_rank", "batch_matrix_entropy", "inter_class_effective_rank", "intra_class_effective_rank"]
 
@@ -28,7 +29,7 @@ def _features(
         raise ValueError(f"features has {len(features)} row(s), but a spectrum over samples needs at least {minimum}.")
     features = features.detach().to(torch.promote_types(features.dtype, torch.float32))
     if not torch.isfinite(features).all():
-        raise ValueError(f"features of shape {tuple(features.shape)} holds NaN or infinity.")
+        raise NonFiniteRowsError(f"features of shape {tuple(features.shape)} hold NaN or infinity.")
     return features
 
 

@@ -38,13 +38,11 @@ from matrix_llm.ssl.subjects import Subject
 __all__ = ["Job", "run_few", "run_knn", "run_linear", "run_semi", "score", "split_file"]
 
 ENOUGH_REACH = 3.0  # of `lars_reach`: weights can grow twentyfold. Under that a LARS probe on the digits stays far from its optimum
+FEW_STEPS = 100  # of fine-tuning
 
 
 def split_file(result: Path) -> Path:
     return result.with_suffix(".split.txt")
-
-
-FEW_STEPS = 100  # of fine-tuning
 
 
 @dataclass

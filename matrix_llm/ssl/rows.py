@@ -10,9 +10,13 @@ from typing import ParamSpec
 import torch
 from torch import Tensor
 
-__all__ = ["check_positive", "check_rows", "outside_autocast"]
+__all__ = ["NonFiniteRowsError", "check_positive", "check_rows", "outside_autocast"]
 
 Parameters = ParamSpec("Parameters")
+
+
+class NonFiniteRowsError(ValueError):
+    """NaN or infinity in the rows: a training run that has diverged."""
 
 
 def outside_autocast(function: Callable[Parameters, Tensor]) -> Callable[Parameters, Tensor]:
@@ -44,7 +48,7 @@ def check_rows(minimum: int, **views: Tensor) -> tuple[Tensor, ...]:
     for name, view in views.items():
         if not torch.isfinite(view.sum()) and not (finite := torch.isfinite(view)).all():  # the sum alone is cheap, and may overflow
             bad = int((~finite.all(1)).sum())
-            raise ValueError(f"{name} holds NaN or infinity in {bad} of {len(view)} rows, so the loss has no value.")
+            raise NonFiniteRowsError(f"{name} holds NaN or infinity in {bad} of {len(view)} rows, so the loss has no value.")
     dtype = torch.float32
     for view in views.values():
         dtype = torch.promote_types(dtype, view.dtype)

@@ -31,6 +31,7 @@ from matrix_llm.ssl.gather import gather_rows
 from matrix_llm.ssl.lars import LARS
 from matrix_llm.ssl.metrics import batch_effective_rank, inter_class_effective_rank, intra_class_effective_rank
 from matrix_llm.ssl.modeling import SSLModel, synchronise_batch_norm
+from matrix_llm.ssl.rows import NonFiniteRowsError
 
 __all__ = ["EmaCallback", "NonFiniteLossError", "SSLTrainer", "ema_momentum"]
 
@@ -160,12 +161,12 @@ class SSLTrainer(WholeCheckpoints):
                 logger.warning("unreadable image, skipped: %s", name)
         with torch.no_grad(), torch.autocast(inputs["crops"].device.type, enabled=False):
             views = self.augment(inputs["crops"], inputs["draws"])
-        out = model(*views, labels=inputs.get("labels"), epoch=float(self.state.epoch or 0.0))
+        try:
+            out = model(*views, labels=inputs.get("labels"), epoch=float(self.state.epoch or 0.0))
+        except NonFiniteRowsError as error:
+            raise self._diverged(str(error)) from None
         if not torch.isfinite(out.loss):
-            raise NonFiniteLossError(
-                f"the loss is {float(out.loss)} at step {self.state.global_step + 1}, and the step was not taken. "
-                "Lower base_learning_rate, lengthen warmup_steps, or train in float32."
-            )
+            raise self._diverged(f"the loss is {float(out.loss)}.")
         loss = out.loss
         if out.probe_loss is not None:  # its gradient reaches the probe alone; the logged loss stays the method's
             loss = loss + (out.probe_loss - out.probe_loss.detach())
@@ -173,6 +174,12 @@ class SSLTrainer(WholeCheckpoints):
             self._probe_sums[1] += 1
         self._last = (out.embedding.detach(), out.features.detach())
         return (loss, out) if return_outputs else loss
+
+    def _diverged(self, what: str) -> NonFiniteLossError:
+        return NonFiniteLossError(
+            f"at step {self.state.global_step + 1}, which was not taken: {what} "
+            "Lower base_learning_rate, lengthen warmup_steps, or train in float32."
+        )
 
     # -- optimizer ---------------------------------------------------------------------------------------------------------
 
@@ -283,6 +290,8 @@ class SSLTrainer(WholeCheckpoints):
                 hits.append((guess == labels)[labels >= 0])
         model.train(was_training)
         features, labels = torch.cat(rows), torch.cat(classes)
+        if not torch.isfinite(features).all():
+            raise self._diverged("the held-out features hold NaN or infinity.")
         found = {
             "online_probe_accuracy": float(torch.cat(hits).float().mean()),
             "feature_effective_rank": batch_effective_rank(features),
