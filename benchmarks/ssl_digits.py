@@ -8,8 +8,9 @@ Fixed before the runs: every method trains with recipes/ssl/digits.yaml (network
 learning rate is chosen among 0.25, 0.5, 1 and 2 on seed 100 by the accuracy with 5 labels a class, on training images alone: labels are
 drawn from the first 1,000, and the other 297 are scored. The test images are looked at once, with seeds 0, 1 and 2.
 
-Added after the first runs: with its chosen rate, 1, VICReg's loss became infinite on seeds 0 and 1 (seed 2 finished and was scored). A rate
-whose loss does so on any seed is out, for all seeds, and the next best on seed 100 takes its place; such runs are kept as rows `diverged/...`.
+Added after the first runs: with its chosen rate, 1, VICReg's loss became infinite on seeds 0 and 1 (seed 2 finished and was scored).
+A rate whose loss does so on any seed is out, for all seeds, and the next best on seed 100 takes its place; such runs are kept as
+rows `diverged/...`.
 """
 
 import argparse

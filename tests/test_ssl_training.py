@@ -168,6 +168,17 @@ def test_one_process_of_the_rank_wide_normalisation_is_batch_normalisation():
         torch.testing.assert_close(ours.eval()(x), ordinary.eval()(x))
 
 
+def test_a_backbone_with_missing_weights_is_refused_not_started_at_random(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    ssl_parity_run.tiny("simclr").backbone.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop("embedder.embedder.convolution.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weight\(s\).*embedder.embedder.convolution"):
+        load_backbone(tmp_path)
+
+
 # --- LARS --------------------------------------------------------------------------------------------------------------------
 
 

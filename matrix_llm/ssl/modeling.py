@@ -384,6 +384,11 @@ def load_backbone(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     Raises:
         OSError: from `transformers`, where there is no such model.
+        ValueError: the weights lack some that the configuration asks for, which `transformers` would start at random.
     """
-    model = AutoModel.from_pretrained(path, **kwargs)
+    model, report = AutoModel.from_pretrained(path, output_loading_info=True, **kwargs)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{path} lacks {len(missing)} weight(s) of its configuration ({', '.join(missing[:3])}, ...). Save the model again."
+        )
     return (model.backbone if isinstance(model, SSLModel) else model).eval()
