@@ -83,6 +83,17 @@ class _EvalImages(Dataset):
             return torch.zeros(self.transform.channels, self.transform.image_size, self.transform.image_size), -100
 
 
+class _DrawsStayOnTheHost:
+    """The collator, with the draws as an array, which accelerate leaves where it is: choosing rows on the device would wait for it."""
+
+    def __init__(self, collator: TwoViewCollator) -> None:
+        self.collator = collator
+
+    def __call__(self, items: list[Any]) -> dict[str, Any]:
+        batch = self.collator(items)
+        return {**batch, "draws": batch["draws"].numpy()}
+
+
 class SSLTrainer(WholeCheckpoints):
     """
     Args:
@@ -142,7 +153,9 @@ class SSLTrainer(WholeCheckpoints):
             args=args,
             train_dataset=TrainImages(images),
             eval_dataset=None if eval_images is None else _EvalImages(eval_images, self.transform),
-            data_collator=TwoViewCollator(augment, seed=self._seed, labels=images.labels if model.probe is not None else None),
+            data_collator=_DrawsStayOnTheHost(
+                TwoViewCollator(augment, seed=self._seed, labels=images.labels if model.probe is not None else None)
+            ),
             callbacks=list(callbacks),
         )
         if method.target:
@@ -160,7 +173,7 @@ class SSLTrainer(WholeCheckpoints):
                 self.skipped.add(name)
                 logger.warning("unreadable image, skipped: %s", name)
         with torch.no_grad(), torch.autocast(inputs["crops"].device.type, enabled=False):
-            views = self.augment(inputs["crops"], inputs["draws"])
+            views = self.augment(inputs["crops"], torch.from_numpy(inputs["draws"]))
         try:
             out = model(*views, labels=inputs.get("labels"), epoch=float(self.state.epoch or 0.0))
         except NonFiniteRowsError as error:
