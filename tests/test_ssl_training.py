@@ -12,6 +12,7 @@ import torch
 import yaml
 from transformers import AutoModel
 
+from matrix_llm.ssl import losses
 from matrix_llm.ssl.config import SSLTrainingConfig, load_ssl_recipe
 from matrix_llm.ssl.data import load_images
 from matrix_llm.ssl.lars import LARS
@@ -102,6 +103,35 @@ def test_the_residual_branches_start_at_zero_unless_told_otherwise():
         model = SSLModel(SSLConfig(**config, zero_init_residual=zero))
         last = model.backbone.encoder.stages[0].layers[0].layer[-1].normalization.weight
         assert bool((last == 0).all()) is zero
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_combines_its_branches_as_published(method):
+    """Symmetrised and halved (Matrix-SSL, MEC, SimSiam), summed (BYOL), one-sided (MoCo), with the target of the other view."""
+    model, (x, y) = ssl_parity_run.tiny(method).eval(), views()
+    (_, z1, p1), (_, z2, p2) = model._online(x), model._online(y)
+    t1, t2 = (model._target(v) if METHODS[method].target else None for v in (x, y))
+    unit = torch.nn.functional.normalize
+    expected = {
+        "matrix_ssl": lambda: (losses.matrix_ssl_loss(t2, p1) + losses.matrix_ssl_loss(t1, p2)) / 2,
+        "mec": lambda: (losses.mec_loss(p1, t2) + losses.mec_loss(p2, t1)) / 2,
+        "barlow_twins": lambda: losses.barlow_twins_loss(z1, z2),
+        "vicreg": lambda: losses.vicreg_loss(z1, z2),
+        "simclr": lambda: losses.nt_xent_loss(z1, z2),
+        "moco": lambda: losses.moco_loss(z1, t2, model.queue),
+        "byol": lambda: losses.byol_loss(p1, t2) + losses.byol_loss(p2, t1),
+        "simsiam": lambda: losses.simsiam_loss(p1, p2, z1, z2),
+        "swav": lambda: losses.swav_loss(*(unit(z, dim=1) @ unit(model.prototypes, dim=1).T for z in (z1, z2))),
+    }[method]()
+    torch.testing.assert_close(model(x, y).loss, expected)
+
+
+def test_the_papers_preset_is_one_sided():
+    config = ssl_parity_run.tiny("matrix_ssl").config
+    config.loss_settings = {"preset": "paper", "lambda_": 0.1}
+    model, (x, y) = SSLModel(config).eval(), views()
+    expected = losses.matrix_ssl_loss(model._target(x), model._online(y)[2], preset="paper", lambda_=0.1)
+    torch.testing.assert_close(model(x, y).loss, expected)
 
 
 def test_the_queue_holds_the_newest_keys_and_wraps_around():
@@ -249,6 +279,16 @@ def test_training_moves_the_loss_down_and_the_probe_learns(tmp_path):
     assert found["eval_rows"] == 500
     assert found["eval_online_probe_accuracy"] > 0.2
     assert found["eval_inter_class_effective_rank"] < 9 + 1e-3  # K - 1
+
+
+def test_the_target_network_follows_each_step(tmp_path):
+    before = next(ssl_parity_run.tiny("byol").backbone.parameters()).detach().clone()
+    trainer = ssl_parity_run.run("byol", 64, str(tmp_path), max_steps=1, ema_momentum=0.75, ema_schedule="constant")
+    online, target = (next(part.parameters()) for part in (trainer.ssl_model.backbone, trainer.ssl_model.target_backbone))
+    assert not torch.equal(online, before)
+    torch.testing.assert_close(target, 0.75 * before + 0.25 * online)
+    whole = ssl_parity_run.run("byol", 64, str(tmp_path / "b"), max_steps=3)
+    assert whole.momentum == 1.0  # the end of the cosine
 
 
 def test_only_simsiams_predictor_keeps_its_learning_rate(tmp_path):
