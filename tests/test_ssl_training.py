@@ -266,18 +266,17 @@ def test_a_resumed_run_ends_with_the_bits_of_an_unbroken_one(tmp_path, method):
 
 
 def test_training_moves_the_loss_down_and_the_probe_learns(tmp_path):
-    trainer = ssl_parity_run.run(
-        "matrix_ssl", 128, str(tmp_path), max_steps=60, learning_rate=0.5, logging_steps=10, effective_rank_steps=20
-    )
+    settings = {"learning_rate": 0.5, "probe_learning_rate": 1.0, "logging_steps": 10, "effective_rank_steps": 20}
+    trainer = ssl_parity_run.run("matrix_ssl", 128, str(tmp_path), max_steps=100, **settings)
     rows = [row for row in trainer.state.log_history if "loss" in row]
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.1
-    assert rows[-1]["online_probe_accuracy"] > rows[0]["online_probe_accuracy"] + 0.1
+    assert rows[-1]["online_probe_accuracy"] > rows[0]["online_probe_accuracy"] + 0.08
     ranked = [row for row in rows if "effective_rank" in row]
-    assert [row["step"] for row in ranked] == [20, 40, 60]
+    assert [row["step"] for row in ranked] == [20, 40, 60, 80, 100]
     assert all(1 < row["effective_rank"] < 12 and row["effective_rank_rows"] == 128 for row in ranked)
     found = trainer.evaluate()
     assert found["eval_rows"] == 500
-    assert found["eval_online_probe_accuracy"] > 0.2
+    assert found["eval_online_probe_accuracy"] > 0.25
     assert found["eval_inter_class_effective_rank"] < 9 + 1e-3  # K - 1
 
 
