@@ -16,7 +16,7 @@ from matrix_llm.ssl import losses
 from matrix_llm.ssl.config import SSLTrainingConfig, load_ssl_recipe
 from matrix_llm.ssl.data import load_images
 from matrix_llm.ssl.lars import LARS
-from matrix_llm.ssl.methods import METHODS
+from matrix_llm.ssl.methods import METHODS, Branches
 from matrix_llm.ssl.modeling import SSLConfig, SSLModel, SyncBatchNorm, load_backbone, pooled
 from matrix_llm.ssl.pretrain import main
 from matrix_llm.ssl.trainer import NonFiniteLossError, SSLTrainer, ema_momentum
@@ -90,11 +90,14 @@ def test_the_momentum_rises_on_a_cosine_to_one():
 def test_the_target_network_normalises_with_its_own_batch_statistics():
     """In train mode, as in the released codes: its running statistics move, and the online ones are not copied into it."""
     model = ssl_parity_run.tiny("matrix_ssl").train()
+    with torch.no_grad():
+        model.target_backbone.embedder.embedder.convolution.weight.mul_(3)
     model(*views())
+    model.update_target(1.0)
     online = model.backbone.embedder.embedder.normalization
     target = model.target_backbone.embedder.embedder.normalization
     assert target.num_batches_tracked == 2  # once a view
-    torch.testing.assert_close(online.running_mean, target.running_mean)  # equal weights, equal views
+    torch.testing.assert_close(3 * online.running_mean, target.running_mean)
 
 
 def test_the_residual_branches_start_at_zero_unless_told_otherwise():
@@ -422,6 +425,36 @@ def test_the_paper_recipe_has_the_papers_learning_rate_on_eight_gpus(monkeypatch
     assert found.training.get_warmup_steps(100 * 625) == 10 * 625
     assert SSLConfig(method="matrix_ssl").projector_widths == [2048, 2048, 2048]
     assert SSLConfig(method="matrix_ssl").predictor_widths == [512, 2048]
+
+
+def test_every_method_of_a_cifar_recipe_can_be_planned():
+    for method in METHODS:
+        found = load_ssl_recipe(ROOT / "recipes/ssl/cifar10_r18.yaml", ["--method", method], dry_run=True).model
+        SSLConfig(method=method, backbone_config=found.backbone_config, projector_widths=found.projector_widths)
+
+
+def test_unknown_labels_are_refused_before_training(tmp_path):
+    images = load_images("digits")
+    images.labels = images.labels.clone()
+    images.labels[::3] = -1
+    args = SSLTrainingConfig(str(tmp_path), per_device_train_batch_size=8, use_cpu=True)
+    with pytest.raises(ValueError, match="has the label -1"):
+        SSLTrainer(ssl_parity_run.tiny("byol"), args, images=images, augment=ssl_parity_run.AUGMENT)
+
+
+def test_moco_passes_each_network_over_one_view_alone():
+    model = ssl_parity_run.tiny("moco").train()
+    model(*views())
+    assert model.backbone.embedder.embedder.normalization.num_batches_tracked == 1
+    assert model.target_backbone.embedder.embedder.normalization.num_batches_tracked == 1
+
+
+def test_swav_keeps_its_cosines_in_float32_under_autocast():
+    model, (x, y) = ssl_parity_run.tiny("swav").eval(), views()
+    branches = Branches(model._online(x)[1], model._online(y)[1], None, None, None, None, prototypes=model.prototypes.detach())
+    expected = METHODS["swav"].loss(branches)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(METHODS["swav"].loss(branches), expected)
 
 
 def test_an_unlabelled_probe_is_refused_before_training(tmp_path):

@@ -170,20 +170,21 @@ class TwoViewCollator:
     [(0, 5, <L 8x8>, None), (0, 2, <L 8x8>, None)]
         -> {"crops": uint8 (2, B, C, S, S), "draws": float32 (2, B, K), "indices": [5, 2], "labels": [9, 1], "skipped": []}
 
-    `labels` is there where the images have labels. The bicubic resize sees the crop alone, as in torchvision.
+    `labels` is there where the images have labels; views=1 makes the first view alone, as a supervised step needs it. The bicubic
+    resize sees the crop alone, as in torchvision.
     """
 
-    def __init__(self, config: AugmentConfig, seed: int, labels: Tensor | None = None) -> None:
-        self.config, self.seed, self.labels = config, seed, labels
+    def __init__(self, config: AugmentConfig, seed: int, labels: Tensor | None = None, *, views: int = 2) -> None:
+        self.config, self.seed, self.labels, self.views = config, seed, labels, range(views)
 
     def __call__(self, items: Sequence[tuple[int, int, Image.Image, str | None]]) -> dict[str, Any]:
         epochs, indices, images, skipped = zip(*items, strict=True)
         size, channels = self.config.image_size, self.config.channels
         mode = "L" if channels == 1 else "RGB"
         widths, heights = np.array([image.size for image in images], dtype=np.int64).T
-        draws = torch.stack([draw(self.seed, epochs, indices, view) for view in (0, 1)])
-        crops = torch.empty((2, len(items), channels, size, size), dtype=torch.uint8)
-        for view in (0, 1):
+        draws = torch.stack([draw(self.seed, epochs, indices, view) for view in self.views])
+        crops = torch.empty((len(self.views), len(items), channels, size, size), dtype=torch.uint8)
+        for view in self.views:
             boxes = _crop_boxes(self.config, draws[view], widths, heights).tolist()
             out = crops[view].numpy()
             for row, (image, box) in enumerate(zip(images, boxes, strict=True)):
@@ -269,16 +270,16 @@ class Augment:
     @torch.no_grad()
     def __call__(
         self,
-        crops: Tensor,  # (2, B, C, S, S) uint8
+        crops: Tensor,  # (2, B, C, S, S) uint8; or (1, ...), the first view alone
         draws: Tensor,  # (2, B, K)
-    ) -> tuple[Tensor, Tensor]:
-        """Two (B, C, S, S) float32 tensors on the device of `crops`. Another shape or type is a ValueError."""
+    ) -> tuple[Tensor, ...]:
+        """A (B, C, S, S) float32 tensor for each view, on the device of `crops`. Another shape or type is a ValueError."""
         c = self.config
         size = (c.channels, c.image_size, c.image_size)
-        if crops.dtype != torch.uint8 or crops.ndim != 5 or crops.shape[0] != 2 or crops.shape[2:] != size:
+        if crops.dtype != torch.uint8 or crops.ndim != 5 or crops.shape[0] not in (1, 2) or crops.shape[2:] != size:
             raise ValueError(f"crops is {tuple(crops.shape)} {crops.dtype}, not (2, B, {', '.join(map(str, size))}) uint8.")
-        if draws.shape != (2, crops.shape[1], DRAWS):
-            raise ValueError(f"draws is {tuple(draws.shape)}, but these crops come with (2, {crops.shape[1]}, {DRAWS}).")
+        if draws.shape != (*crops.shape[:2], DRAWS):
+            raise ValueError(f"draws is {tuple(draws.shape)}, but these crops come with {(*crops.shape[:2], DRAWS)}.")
         x = crops.flatten(0, 1).float().div_(255)  # (R, C, S, S), R = 2 B
         u = draws.flatten(0, 1)
         second = torch.arange(len(u), device=u.device) >= crops.shape[1]
@@ -297,8 +298,7 @@ class Augment:
         _on_rows(x, solarized, lambda part, _: torch.where(part >= 0.5, 1 - part, part))
 
         mean, std = (torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (c.image_mean, c.image_std))
-        view1, view2 = x.sub_(mean).div_(std).view(crops.shape)
-        return view1, view2
+        return tuple(x.sub_(mean).div_(std).view(crops.shape))
 
     def _color_jitter(self, x: Tensor, u: Tensor) -> Tensor:
         """(R, C, S, S), in place, each row in an order of its own, from uniforms (R, K).

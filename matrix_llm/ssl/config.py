@@ -89,6 +89,8 @@ class SSLTrainingConfig(TrainingArguments):
     dataloader_drop_last: bool = True
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = False
+    ddp_broadcast_buffers: bool | None = False  # rank-wide normalisation and gathered keys keep them equal
+    per_device_eval_batch_size: int = 256
     report_to: str | list[str] | None = "none"
     logging_nan_inf_filter: bool = False
 
@@ -98,6 +100,11 @@ class SSLTrainingConfig(TrainingArguments):
             raise RecipeError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} does not enlarge the batch here: covariances, negatives "
                 "and batch normalisation are those of each micro-batch alone. Use more ranks or a smaller batch, and set it to 1."
+            )
+        if self.n_gpu > 1:
+            raise RecipeError(
+                f"one process sees {self.n_gpu} GPUs, and transformers would split each batch over copies of the model, with a loss for "
+                f"each part. Start it with `accelerate launch --num_processes {self.n_gpu}`, or set CUDA_VISIBLE_DEVICES=0."
             )
         if not self.dataloader_drop_last:
             raise RecipeError("dataloader_drop_last=False: the last batch would be smaller, another loss. Set it to true.")

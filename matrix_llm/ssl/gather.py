@@ -63,8 +63,8 @@ def gather_rows(*rows: Tensor, group: dist.ProcessGroup | None = None) -> tuple[
     mine = torch.cat(sizes)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, mine, group=group)
-    held = [x[2::3].tolist() for x in everyone]
-    if any(not torch.equal(mine, other) for other in everyone):
+    if not bool((torch.stack(everyone) == mine).all()):  # one wait for the device, not one for each rank
+        held = [x[2::3].tolist() for x in everyone]
         raise ValueError(
             f"the ranks hold different numbers of rows ({held}, a list for each rank) or widths, but the whole batch is the ranks' equal "
             "parts. Set `drop_last=True` in the loader, or a batch size that the number of ranks divides."

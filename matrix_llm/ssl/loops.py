@@ -64,10 +64,10 @@ class _Upright:
 
 
 class _Cropped:
-    """RandomResizedCrop of each image, in the worker; crops and uniforms for `Augment`. The second view is made for nothing."""
+    """RandomResizedCrop of each image, in the worker; crops and uniforms for `Augment`."""
 
     def __init__(self, config: AugmentConfig, seed: int) -> None:
-        self.collate = TwoViewCollator(config, seed)
+        self.collate = TwoViewCollator(config, seed, views=1)
 
     def __call__(self, items: Sequence[Item]) -> tuple[dict[str, Any] | None, list[str]]:
         kept = [(epoch, i, image, None) for epoch, i, image in items if not isinstance(image, str)]
@@ -146,7 +146,7 @@ def augmented_batches(
             if skipped is not None:
                 skipped.update(dict.fromkeys(missing))
             if batch is not None:
-                pixels, _ = flipped(batch["crops"].to(device), batch["draws"])
+                (pixels,) = flipped(batch["crops"].to(device), batch["draws"])
                 yield pixels, labels[batch["indices"]].to(device)
 
     return batches

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,7 +26,7 @@ class Branches(NamedTuple):
     """What the heads made of the two views; the rows of all ranks. An entry is None where the method lacks that head or network."""
 
     z1: Tensor  # (B, d) online projections
-    z2: Tensor
+    z2: Tensor | None
     p1: Tensor | None  # (B, d) online predictions
     p2: Tensor | None
     t1: Tensor | None  # (B, d) the target network's projections, without gradients
@@ -66,6 +67,7 @@ def _byol(b: Branches) -> Tensor:
 def _simsiam(b: Branches) -> Tensor:
     assert b.p1 is not None
     assert b.p2 is not None
+    assert b.z2 is not None
     return losses.simsiam_loss(b.p1, b.p2, b.z1, b.z2)
 
 
@@ -77,7 +79,10 @@ def _moco(b: Branches, **settings: Any) -> Tensor:
 
 def _swav(b: Branches, **settings: Any) -> Tensor:
     assert b.prototypes is not None
-    return losses.swav_loss(*(F.normalize(z.float(), dim=1) @ b.prototypes.float().T for z in (b.z1, b.z2)), **settings)
+    assert b.z2 is not None
+    with torch.autocast(b.z1.device.type, enabled=False):  # bfloat16 cosines would move the assignments
+        scores = [F.normalize(z.float(), dim=1) @ b.prototypes.float().T for z in (b.z1, b.z2)]
+    return losses.swav_loss(*scores, **settings)
 
 
 def _mec_warm_up(settings: dict[str, Any], epoch: float) -> dict[str, Any]:
@@ -98,6 +103,7 @@ class Method:
     hidden_bn: bool = True  # batch normalisation after the hidden layers
     predictor: tuple[int, ...] | None = None
     target: bool = False  # a moving average of the online network
+    one_sided: bool = False  # the online network sees the first view alone, the target network the second
     queue: int = 0
     prototypes: int = 0
     ema_momentum: float = 0.996
@@ -124,7 +130,7 @@ METHODS: dict[str, Method] = {
     ),
     "moco": Method(
         "MoCo v2", "arXiv 2003.04297", _moco, losses.moco_loss, (2048, 128), hidden_bn=False,
-        target=True, queue=65536, ema_momentum=0.999, ema_schedule="constant",
+        target=True, one_sided=True, queue=65536, ema_momentum=0.999, ema_schedule="constant",
     ),
     "byol": Method("BYOL", "arXiv 2006.07733", _byol, losses.byol_loss, (4096, 256), predictor=(4096, 256), target=True),
     "simsiam": Method(

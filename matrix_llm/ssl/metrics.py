@@ -16,7 +16,13 @@ from torch import Tensor
 from matrix_llm.information import effective_rank, matrix_entropy
 from matrix_llm.ssl.rows import NonFiniteRowsError
 
-__all__ = ["batch_effective_rank", "batch_matrix_entropy", "inter_class_effective_rank", "intra_class_effective_rank"]
+__all__ = [
+    "batch_effective_rank",
+    "batch_matrix_entropy",
+    "class_effective_ranks",
+    "inter_class_effective_rank",
+    "intra_class_effective_rank",
+]
 
 
 def _features(
@@ -136,3 +142,21 @@ def inter_class_effective_rank(
         raise ValueError("all rows are of one class, but the inter-class effective rank compares the means of at least two.")
     means = features.new_zeros(len(counts), features.shape[1]).index_add_(0, index, features) / counts.unsqueeze(1)
     return float(effective_rank(_second_moment(means - means.mean(0))))
+
+
+def class_effective_ranks(
+    features: Tensor,  # (B, d)
+    labels: Tensor,  # (B,)
+) -> dict[str, float]:
+    """Intra- and inter-class effective rank, without the one that has no meaning: no class of two rows, or a single class.
+
+    >>> list(class_effective_ranks(torch.eye(2), torch.tensor([0, 1])))
+    ['inter_class_effective_rank']
+    """
+    counts = torch.bincount(_classes(features, labels))
+    found = {}
+    if int(counts.max()) > 1:
+        found["intra_class_effective_rank"] = intra_class_effective_rank(features, labels)
+    if len(counts) > 1:
+        found["inter_class_effective_rank"] = inter_class_effective_rank(features, labels)
+    return found

@@ -104,6 +104,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         axes = [0, *range(2, input.ndim)]
         shape = [1, -1] + [1] * (input.ndim - 2)
+        given, input = input.dtype, input.float()  # under autocast rows may be bfloat16
         mean = _mean_over_ranks(input.mean(axes))
         centred = input - mean.view(shape)
         variance = _mean_over_ranks(centred.square().mean(axes))
@@ -115,7 +116,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
                 self.running_mean.lerp_(mean, momentum)
                 self.running_var.lerp_(variance * (rows / max(rows - 1, 1)), momentum)
         out = centred * (variance + self.eps).rsqrt().view(shape)
-        return out if self.weight is None else out * self.weight.view(shape) + self.bias.view(shape)
+        return (out if self.weight is None else out * self.weight.view(shape) + self.bias.view(shape)).to(given)
 
 
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> None:
@@ -326,8 +327,11 @@ class SSLModel(PreTrainedModel):
         embedding = z1 if p1 is None else p1
         if pixel_values2 is None:
             return SSLOutput(features=features, embedding=embedding)
-        _, z2, p2 = self._online(pixel_values2)
-        targets = [None, None] if self.target_backbone is None else [self._target(x) for x in (pixel_values, pixel_values2)]
+        one_sided = self.method.one_sided
+        targets: list[Tensor | None] = [None, None]
+        _, z2, p2 = (None, None, None) if one_sided else self._online(pixel_values2)
+        if self.target_backbone is not None:
+            targets = [None if one_sided else self._target(pixel_values), self._target(pixel_values2)]
         present = [x for x in (z1, z2, p1, p2, *targets) if x is not None]
         gathered = iter(gather_rows(*present))
         rows = [None if x is None else next(gathered) for x in (z1, z2, p1, p2, *targets)]

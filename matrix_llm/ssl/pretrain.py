@@ -51,6 +51,13 @@ def load_data(recipe: SSLRecipe) -> tuple[Images, Images | None]:
             f"eval_strategy={recipe.training.eval_strategy!r} measures the online probe, which needs labelled images and eval_dataset. "
             "Give eval_dataset, or set eval_strategy to no."
         )
+    if recipe.model.online_probe and held_out is not None and images.labels is not None:
+        from matrix_llm.ssl.subjects import ProbeError, aligned
+
+        try:
+            images, held_out, _ = aligned(images, held_out)  # folders are counted where they are
+        except ProbeError as error:
+            raise RecipeError(f"eval_dataset={recipe.data.eval_dataset!r}: {error}") from None
     return images, held_out
 
 
@@ -164,6 +171,8 @@ def card(recipe: SSLRecipe, model: "SSLModel", entries: list[dict[str, Any]], re
 
 def pretrain(recipe: SSLRecipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     """Steps 2 to 4 of the module's list. A run that `stop` ends early leaves a checkpoint and prints how to go on."""
+    from accelerate.utils import gather_object
+
     from matrix_llm.card import versions
     from matrix_llm.preemption import resume_command
     from matrix_llm.report import METRICS, MetricsFileCallback, read_metrics
@@ -188,6 +197,7 @@ def pretrain(recipe: SSLRecipe, stop: "StopOnSignal", arguments: list[str]) -> N
         recipe.resolved.pop("resume_from_checkpoint", None)  # how it was started, not what it is
         write_text(output / "recipe.yaml", yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True))
         write_text(output / PARTIAL, "{}")
+        trainer.transform.save(output)  # evaluate.py reads it for a checkpoint, too
 
     clock = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume)
@@ -200,14 +210,14 @@ def pretrain(recipe: SSLRecipe, stop: "StopOnSignal", arguments: list[str]) -> N
     results["train_seconds"] = round(time.perf_counter() - clock, 1)
     if trainer.eval_dataset is not None:
         results["evaluation"] = trainer.evaluate()
-    results["skipped_images"] = len(trainer.skipped)
-    if trainer.skipped:
-        say(f"=> {len(trainer.skipped)} unreadable image(s) were skipped, e.g. {sorted(trainer.skipped)[0]}")
+    skipped = sorted(set(gather_object(sorted(trainer.skipped))))  # of all processes
+    results["skipped_images"] = len(skipped)
+    if skipped:
+        say(f"=> {len(skipped)} unreadable image(s) were skipped, e.g. {skipped[0]}")
     if trainer.is_world_process_zero():
         staging = output / ".saving"
         shutil.rmtree(staging, ignore_errors=True)
         model.backbone.save_pretrained(staging)
-        trainer.transform.save(staging)
         model.save_pretrained(staging / PRETRAINING)
         for item in sorted(staging.iterdir()):
             os.replace(item, output / item.name)

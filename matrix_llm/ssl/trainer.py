@@ -29,7 +29,7 @@ from matrix_llm.ssl.config import SSLTrainingConfig
 from matrix_llm.ssl.data import EpochSampler, ImageDataError, Images, TrainImages
 from matrix_llm.ssl.gather import gather_rows
 from matrix_llm.ssl.lars import LARS
-from matrix_llm.ssl.metrics import batch_effective_rank, inter_class_effective_rank, intra_class_effective_rank
+from matrix_llm.ssl.metrics import batch_effective_rank, class_effective_ranks
 from matrix_llm.ssl.modeling import SSLModel, synchronise_batch_norm
 from matrix_llm.ssl.rows import NonFiniteRowsError
 
@@ -130,9 +130,10 @@ class SSLTrainer(WholeCheckpoints):
             if model.probe is not None and part is not None:
                 if part.labels is None:
                     raise ValueError(f"{part.name} has no labels, which the online probe needs. Set online_probe: false.")
-                if int(part.labels.max()) >= model.config.probe_classes:
+                low, high = int(part.labels.min()), int(part.labels.max())
+                if low < 0 or high >= model.config.probe_classes:
                     raise ValueError(
-                        f"{part.name} has the label {int(part.labels.max())}, but the online probe knows {model.config.probe_classes} "
+                        f"{part.name} has the label {low if low < 0 else high}, but the online probe knows {model.config.probe_classes} "
                         "classes. Use the training images' classes, or set online_probe: false."
                     )
         if args.world_size > 1:
@@ -146,6 +147,7 @@ class SSLTrainer(WholeCheckpoints):
         self.skipped: set[str] = set()
         self._probe_sums = [0.0, 0]
         self._last: tuple[Tensor, Tensor] | None = None
+        self._ranked = 0  # the step of the last effective ranks
         self._clock = (time.perf_counter(), 0)
         self._seed = args.seed if args.data_seed is None else args.data_seed
         super().__init__(
@@ -238,9 +240,10 @@ class SSLTrainer(WholeCheckpoints):
     # -- logs ----------------------------------------------------------------------------------------------------------------
 
     def _effective_ranks(self) -> dict[str, float]:
-        every = self.args.effective_rank_steps
-        if not every or self._last is None or self.state.global_step % every:
+        every, step = self.args.effective_rank_steps, self.state.global_step
+        if not every or self._last is None or step // every == self._ranked // every:
             return {}
+        self._ranked = step
         with torch.no_grad():
             embedding, features = gather_rows(*self._last)
         return {
@@ -268,7 +271,7 @@ class SSLTrainer(WholeCheckpoints):
         super().log(logs, start_time)
 
     def train(self, *args, **kwargs):
-        self._clock = (time.perf_counter(), self.state.global_step)
+        self._clock, self._ranked = (time.perf_counter(), self.state.global_step), 0
         return super().train(*args, **kwargs)
 
     # -- evaluation ----------------------------------------------------------------------------------------------------------
@@ -308,8 +311,7 @@ class SSLTrainer(WholeCheckpoints):
         found = {
             "online_probe_accuracy": float(torch.cat(hits).float().mean()),
             "feature_effective_rank": batch_effective_rank(features),
-            "intra_class_effective_rank": intra_class_effective_rank(features, labels),
-            "inter_class_effective_rank": inter_class_effective_rank(features, labels),
+            **class_effective_ranks(features, labels),
             "rows": len(features),
             "runtime": round(time.perf_counter() - started, 3),
         }

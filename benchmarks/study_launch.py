@@ -1,0 +1,94 @@
+"""Large runs of the controlled study: their commands, printed or submitted, and their results, read back into runs.jsonl.
+
+A run is OUT/ARM-sSEED, trained by matrix_llm/train.py and scored by eval/gsm8k.py and eval/hendrycks_math.py. Locally the commands
+of a run follow each other; with Slurm, training is docs/slurm.sh, which goes on by itself, and scoring waits for its success.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from study import ARMS, PROBLEMS, ROOT, RUNS, Arm, StudyError, append, figures_of, folder_of, last_line, read_jsonl, say, train_command
+
+SUBMITTED = "submitted.jsonl"
+Planned = list[tuple[str, list[str]]]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How and where."""
+
+    how: str = "local"  # or "slurm"
+    launcher: str = "accelerate launch"  # local: what starts training, with its own options
+    nodes: int = 1  # slurm: of a training job
+    gsm8k: Path | None = None  # test sets as files; None: from the Hub
+    math: Path | None = None
+    evaluation: str = ""  # further options of both scripts
+
+
+def plan(recipe: Path, output: Path, *, seeds: Sequence[int], arms: Sequence[Arm], extra: Sequence[str], launch: Launch) -> Planned:
+    """(run, its shell commands), seed by seed."""
+    planned: Planned = []
+    for seed in seeds:
+        for arm in arms:
+            folder = folder_of(output, arm.name, seed)
+            arguments = shlex.join(train_command(recipe, arm, seed, folder, extra)[1:])
+            scoring = []
+            for script, data in (("gsm8k", launch.gsm8k), ("hendrycks_math", launch.math)):
+                options = shlex.join(["--model", str(folder), *(["--data", str(data)] if data else [])])
+                scoring.append(f"python eval/{script}.py {options} {launch.evaluation}".rstrip())
+            if launch.how == "local":
+                there = f"[ -f {shlex.quote(str(folder / 'results.json'))} ]"  # so that the same lines go on after a kill
+                training = f"{there} || {launch.launcher} matrix_llm/train.py {arguments} --resume_from_checkpoint true"
+                planned.append((folder.name, [training, *scoring]))
+                continue
+            job = f"JOB=$(sbatch --parsable --nodes {launch.nodes} --job-name {folder.name} docs/slurm.sh {arguments})"
+            after = f"sbatch --dependency=afterok:${{JOB%%;*}} --nodes 1 --gpus 1 --time 6:00:00 --job-name {folder.name}-eval"
+            planned.append((folder.name, [job, *(f"{after} --wrap {shlex.quote(command)}" for command in scoring)]))
+    return planned
+
+
+def submit(planned: Planned, output: Path) -> None:
+    """Runs each run's commands in one shell; a run that OUT/submitted.jsonl names is left out."""
+    done = {row["run"] for row in read_jsonl(output / SUBMITTED)}
+    for name, commands in planned:
+        if name in done:
+            say(f"{name} was submitted before: remove its line in {output / SUBMITTED} to submit it again")
+            continue
+        ran = subprocess.run(["bash", "-euc", "\n".join(commands)], cwd=ROOT, text=True, capture_output=True)
+        if ran.returncode:
+            raise StudyError(f"submitting {name} failed: {last_line(ran.stderr)}")
+        append(output / SUBMITTED, {"run": name, "said": ran.stdout.splitlines()[-3:]})
+        say(f"submitted {name}")
+
+
+def collect(output: Path, benchmarks: Sequence[str] = ("gsm8k", "math")) -> int:
+    """Rows of the runs in OUT/ARM-sSEED that have none yet and are trained and scored on all `benchmarks`, from results.json,
+    metrics.jsonl and eval/*.json; returns how many."""
+    known, added = {(row["arm"], row["seed"]) for row in read_jsonl(output / RUNS)}, 0
+    for arm in ARMS:
+        for folder in sorted(output.glob(f"{arm.name}-s*"), key=lambda path: (len(path.name), path.name)):
+            number = folder.name.removeprefix(f"{arm.name}-s")
+            if not number.isdigit() or (arm.name, int(number)) in known:
+                continue
+            found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "eval").glob("*.json"))]
+            summaries = [summary for summary in found if "verdicts" in summary]  # the others are settings
+            missing = sorted(set(benchmarks) - {summary["benchmark"] for summary in summaries})
+            if not (folder / "results.json").is_file() or missing:
+                say(f"{folder.name} is not there yet: {', '.join(missing) or 'results.json'}")
+                continue
+            row = {"arm": arm.name, "seed": int(number), "settings": dict(arm.overrides), "status": "done", **figures_of(folder)}
+            for summary in summaries:
+                name, verdicts = summary["name"], summary["verdicts"]
+                row[f"accuracy_{name}"] = sum(v is True for v in verdicts.values()) / len(verdicts)
+                row |= {f"pass@{k}_{name}": share for k, share in summary.get("pass_at_k", {}).items()}
+                correct = "".join("1" if verdicts[problem] is True else "0" for problem in sorted(verdicts))
+                append(output / PROBLEMS, {"arm": arm.name, "seed": int(number), "set": name, "correct": correct})
+            append(output / RUNS, row)
+            added += 1
+    return added

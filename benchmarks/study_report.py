@@ -1,0 +1,382 @@
+"""From runs.jsonl and problems.jsonl to the tables, plots and sentences of docs/results.md. Every verdict follows study.py's header.
+
+analyse       rows -> one Contrast for each arm and its reference
+sentence      a Contrast in words, plainly where there is no difference
+write_report  puts it all between the page's markers, plots and raw rows beside
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from study import ARMS, BY_NAME, PROBLEMS, RUNS, StudyError, read_jsonl
+from study_statistics import Paired, hierarchical_bootstrap, holm, minimum_detectable_effect, paired_t, sign_flip
+
+from eval.statistics import mcnemar_exact
+from matrix_llm.files import atomic_path, write_text
+
+ALPHA = 0.05
+BEGIN, END = "<!-- study: begin, written by benchmarks/study.py report -->", "<!-- study: end -->"
+EMPTY_PAGE = f"# Does matrix cross-entropy help?\n\n{BEGIN}\n{END}\n"
+LABELS = {
+    "heldout": "held-out generated problems",
+    "gsm8k": "GSM8K",
+    "math": "MATH",
+    "pass@1": "pass@1",
+    "pass@4": "pass@4",
+    "pass@8": "pass@8",
+    "ce_heldout": "CE a token, held-out responses (nats)",
+    "ce_recipe": "CE a token, the recipe's held-out rows (nats)",
+    "ece_token": "ECE of the next token",
+    "ece_answer": "ECE of the answer",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "distinct_3": "distinct-3",
+    "distinct_answers": "distinct final answers, share of samples",
+    "unanswered": "greedy responses without an answer",
+    "rank_head": "effective rank, LM head",
+    "rank_hidden": "effective rank, last hidden states",
+    "train_seconds": "training (s)",
+    "peak_memory_gib": "peak memory (GiB)",
+}
+NOT_METRICS = {"seed", "steps", "measure_seconds", "resumed"}
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """An arm minus its reference on the primary metric, over the seeds that both have."""
+
+    arm: str
+    reference: str
+    seeds: tuple[int, ...]
+    differences: tuple[float, ...]  # of accuracy, one a seed
+    mcnemar: tuple[tuple[int, int, float], ...]  # (arm alone right, reference alone right, exact p), one a seed
+    test: Paired
+    bootstrap: tuple[float, float]
+    permutation_p: float
+    detectable: float
+    adjusted_p: float  # Holm's for ablations, else the test's own
+
+    @property
+    def differs(self) -> bool:
+        low, high = self.bootstrap
+        return self.adjusted_p < ALPHA and not low <= 0 <= high
+
+
+def primary_set(problems: Sequence[Row]) -> str:
+    sets = {row["set"] for row in problems}
+    found = next((name for name in ("heldout", "gsm8k", *sorted(sets)) if name in sets), None)
+    if found is None:
+        raise StudyError(f"there is no {PROBLEMS} with verdicts yet. Run the study, or collect its runs, first.")
+    return found
+
+
+def analyse(problems: Sequence[Row], which: str | None = None) -> list[Contrast]:
+    """The contrasts of all arms that have a reference and a seed in common with it; of two rows of one run the last counts."""
+    which = which or primary_set(problems)
+    verdicts = {(row["arm"], row["seed"]): np.array([c == "1" for c in row["correct"]]) for row in problems if row["set"] == which}
+    contrasts = []
+    for arm in ARMS:
+        seeds = tuple(sorted(s for name, s in verdicts if name == arm.name and (arm.reference, s) in verdicts))
+        if arm.reference is None or not seeds:
+            continue
+        pairs = [(verdicts[arm.name, seed], verdicts[arm.reference, seed]) for seed in seeds]
+        if len({len(v) for pair in pairs for v in pair}) > 1:
+            raise StudyError(f"the runs of {arm.name} and {arm.reference} were scored on different numbers of problems ({which}).")
+        matrix = np.array([a.astype(float) - b for a, b in pairs])  # (S, P)
+        differences = matrix.mean(1)
+        counts = [(int((a & ~b).sum()), int((b & ~a).sum())) for a, b in pairs]
+        test = paired_t(differences.tolist())
+        contrasts.append(
+            Contrast(
+                arm.name,
+                arm.reference,
+                seeds,
+                tuple(differences.tolist()),
+                tuple((a, b, mcnemar_exact(a, b)) for a, b in counts),
+                test,
+                hierarchical_bootstrap(matrix),
+                sign_flip(differences.tolist()),
+                minimum_detectable_effect(test.sd, len(seeds)),
+                test.p,
+            )
+        )
+    corrected = [c for c in contrasts if BY_NAME[c.arm].group != "main"]
+    adjusted = dict(zip([c.arm for c in corrected], holm([c.test.p for c in corrected]), strict=True))
+    return [replace(c, adjusted_p=adjusted.get(c.arm, c.adjusted_p)) for c in contrasts]
+
+
+# --- words ---------------------------------------------------------------------------------------------------------------------
+
+
+def points(share: float) -> str:
+    return "n/a" if math.isnan(share) else f"{100 * share:+.2f}"
+
+
+def p_text(p: float) -> str:
+    return "n/a" if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else f"{p:.1e}"
+
+
+def sentence(contrast: Contrast, which: str) -> str:
+    """The verdict of one contrast.
+
+    The rule: a difference only where the (corrected) t test and the bootstrap interval agree.
+    """
+    c, place = contrast, LABELS.get(which, which)
+    if len(c.seeds) < 2:
+        return (
+            f"**{c.arm} against {c.reference}, {place}: one seed only, so nothing can be said.** Difference {points(c.test.mean)} points."
+        )
+    figures = (
+        f"{points(c.test.mean)} points over {len(c.seeds)} seeds (t interval {points(c.test.low)} to {points(c.test.high)}, p = "
+        f"{p_text(c.test.p)}{'' if c.adjusted_p == c.test.p else f', Holm {p_text(c.adjusted_p)}'}; bootstrap over seeds and problems "
+        f"{points(c.bootstrap[0])} to {points(c.bootstrap[1])})"
+    )
+    missed = f"A true difference of {100 * c.detectable:.2f} points would have been found with 80 % power."
+    if c.differs:
+        return f"**{c.arm} is {'better' if c.test.mean > 0 else 'worse'} than {c.reference} on {place}**: {figures}. {missed}"
+    return (
+        f"**No difference found between {c.arm} and {c.reference} on {place}**: {figures}. {missed} "
+        "No difference found is not the same as equal: the interval says what remains possible."
+    )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
+
+
+def metrics_of(rows: Sequence[Row]) -> list[str]:
+    """Names of all single figures, the labelled ones first, in that order."""
+    found = dict.fromkeys(k for row in rows for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool))
+    names = [name for name in found if name not in NOT_METRICS]
+    place = {name: index for index, name in enumerate(LABELS)}
+    return sorted(names, key=lambda name: (not name.startswith("accuracy_"), place.get(name, len(place)), name))
+
+
+def label(name: str) -> str:
+    if name.startswith("accuracy_"):
+        return f"accuracy, {LABELS.get(name.removeprefix('accuracy_'), name.removeprefix('accuracy_'))}"
+    return LABELS.get(name, name.replace("ce_", "CE a token, text of ", 1).replace("_", " ") if name.startswith("ce_") else name)
+
+
+def number(name: str, value: float) -> str:
+    if name.startswith(("accuracy", "pass@", "unanswered")):
+        return f"{100 * value:.2f} %"
+    return f"{value:.1f}" if name.endswith("_seconds") else f"{value:.2f}" if name.startswith(("rank", "peak")) else f"{value:.4f}"
+
+
+def arms_table(rows: Sequence[Row]) -> str:
+    """Mean and standard deviation over seeds of every figure, one column an arm."""
+    names = [arm.name for arm in ARMS if any(row["arm"] == arm.name for row in rows)]
+    lines = []
+    for metric in metrics_of(rows):
+        cells = []
+        for name in names:
+            values = [row[metric] for row in rows if row["arm"] == name and row.get(metric) is not None]
+            spread = f" ± {number(metric, float(np.std(values, ddof=1))).removesuffix(' %')}" if len(values) > 1 else ""
+            cells.append(number(metric, float(np.mean(values))) + spread if values else "")
+        lines.append([label(metric), *cells])
+    seeds = ["seeds", *(str(sum(row["arm"] == name for row in rows)) for name in names)]
+    return table(["mean ± standard deviation over seeds", *names], [seeds, *lines])
+
+
+def paired_table(rows: Sequence[Row], arm: str, reference: str) -> str:
+    """Every figure of the arm minus its reference's, paired by seed."""
+    by = {(row["arm"], row["seed"]): row for row in rows}
+    lines = []
+    for metric in metrics_of(rows):
+        found = [
+            by[arm, s][metric] - by[reference, s][metric]
+            for name, s in sorted(by)
+            if name == arm and (reference, s) in by and all(by[k, s].get(metric) is not None for k in (arm, reference))
+        ]
+        if len(found) < 2:
+            continue
+        t = paired_t(found)
+        scale, unit = (100, " points") if metric.startswith(("accuracy", "pass@", "unanswered")) else (1, "")
+        digits = 2 if scale == 100 or metric.startswith(("rank", "peak", "train")) else 4
+        cells = [f"{scale * value:+.{digits}f}" for value in (t.mean, t.low, t.high)]
+        mde = scale * minimum_detectable_effect(t.sd, t.seeds)
+        lines.append(
+            [label(metric), cells[0] + unit, f"{cells[1]} to {cells[2]}", p_text(t.p), p_text(sign_flip(found)), f"{mde:.{digits}f}"]
+        )
+    return table([f"{arm} minus {reference}", "mean", "95 % t interval", "paired t, p", "sign flip, p", "detectable (80 %)"], lines)
+
+
+def seeds_table(contrast: Contrast, rows: Sequence[Row], which: str) -> str:
+    accuracy = {(row["arm"], row["seed"]): row.get(f"accuracy_{which}") for row in rows}
+    lines = []
+    for seed, difference, (a, b, p) in zip(contrast.seeds, contrast.differences, contrast.mcnemar, strict=True):
+        each = [accuracy.get((name, seed)) for name in (contrast.arm, contrast.reference)]
+        shown = ["" if value is None else f"{100 * value:.2f} %" for value in each]
+        lines.append([str(seed), *shown, points(difference), str(a), str(b), p_text(p)])
+    header = [
+        "seed",
+        contrast.arm,
+        contrast.reference,
+        "difference, points",
+        f"{contrast.arm} alone right",
+        f"{contrast.reference} alone right",
+    ]
+    return table([*header, "exact McNemar, p"], lines)
+
+
+def ablation_table(contrasts: Sequence[Contrast]) -> str:
+    lines = []
+    for c in contrasts:
+        intervals = [f"{points(low)} to {points(high)}" for low, high in ((c.test.low, c.test.high), c.bootstrap)]
+        verdict = ("better" if c.test.mean > 0 else "worse") if c.differs else "no difference found"
+        figures = [points(c.test.mean), *intervals, p_text(c.test.p), p_text(c.adjusted_p), points(c.detectable).lstrip("+"), verdict]
+        lines.append([c.arm, BY_NAME[c.arm].what, c.reference, str(len(c.seeds)), *figures])
+    header = ["arm", "what", "against", "seeds", "points", "95 % t interval", "bootstrap", "p", "Holm p", "detectable", "verdict"]
+    return table(header, lines)
+
+
+def rank_table(rows: Sequence[Row]) -> str:
+    """Effective ranks at the first and last step at which each was read, means over seeds: whether anything collapses."""
+    lines = []
+    for arm in ARMS:
+        cells: list[str] = []
+        for curve in ("curve_rank_head", "curve_rank_hidden"):
+            curves = [row[curve] for row in rows if row["arm"] == arm.name and row.get(curve)]
+            ends = [[float(np.mean([c[place][1] for c in curves])) for place in (0, -1)] for _ in range(bool(curves))]
+            cells += [f"{a:.1f} (step {curves[0][0][0]}) to {b:.1f}" for a, b in ends] or [""]
+        if any(cells):
+            lines.append([arm.name, *cells])
+    return table(["arm", "LM head, over training", "last hidden states, over training"], lines)
+
+
+# --- plots -----------------------------------------------------------------------------------------------------------------------
+
+
+def draw_contrasts(contrasts: Sequence[Contrast], which: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.45 * len(contrasts)), layout="constrained")
+    for place, c in enumerate(reversed(contrasts)):
+        colour = "#d62728" if c.differs else "#1f77b4"
+        axes.plot([100 * x for x in c.bootstrap], [place, place], color=colour, linewidth=5, alpha=0.35, solid_capstyle="butt")
+        if len(c.seeds) > 1:
+            axes.plot([100 * c.test.low, 100 * c.test.high], [place, place], color=colour, linewidth=1)
+        axes.plot([100 * d for d in c.differences], [place] * len(c.seeds), "o", color=colour, markersize=3)
+        axes.plot(100 * c.test.mean, place, "D", color=colour, markersize=6)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(contrasts)), [f"{c.arm} - {c.reference}" for c in reversed(contrasts)])
+    axes.set(xlabel="accuracy difference, points; dots: seeds, thick: bootstrap 95 %, thin: t 95 %", title=LABELS.get(which, which))
+    axes.grid(alpha=0.3, axis="x")
+    _save(figure, path)
+
+
+def draw_curves(rows: Sequence[Row], path: Path) -> None:
+    """Training CE and both effective ranks against steps, a line an arm: the mean over its seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    titles = {"curve_ce": "training CE (nats)", "curve_rank_head": "effective rank, LM head", "curve_rank_hidden": "effective rank, hidden"}
+    for axes, (curve, title) in zip(panels, titles.items(), strict=True):
+        for place, arm in enumerate(ARMS):
+            values: dict[int, list[float]] = {}
+            for row in rows:
+                for step, value in row.get(curve) or [] if row["arm"] == arm.name else []:
+                    values.setdefault(step, []).append(value)
+            if values:
+                axes.plot(
+                    sorted(values), [np.mean(values[s]) for s in sorted(values)], label=arm.name, color=f"C{place % 10}", linewidth=1.2
+                )
+        axes.set(xlabel="optimizer step", title=title)
+        axes.grid(alpha=0.3)
+    if panels[0].lines:
+        panels[0].set_yscale("log")
+        panels[0].legend(fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+    plt.close(figure)
+
+
+# --- the page --------------------------------------------------------------------------------------------------------------------
+
+
+def secondary(rows: Sequence[Row], arm: str = "mce", reference: str = "ce", metric: str = "ce_heldout") -> str:
+    by = {(row["arm"], row["seed"]): row.get(metric) for row in rows}
+    seeds = [s for name, s in sorted(by) if name == arm and by[name, s] is not None and by.get((reference, s)) is not None]
+    if len(seeds) < 2:
+        return ""
+    t = paired_t([by[arm, s] - by[reference, s] for s in seeds])
+    verdict = f"{'lower' if t.mean < 0 else 'higher'} with {arm}" if t.p < ALPHA else "no difference found"
+    return f"**Held-out CE a token: {verdict}**: {t.mean:+.5f} nats ({t.low:+.5f} to {t.high:+.5f}), paired t, p = {p_text(t.p)}."
+
+
+def render(rows: Sequence[Row], problems: Sequence[Row], stem: str) -> str:
+    """The Markdown between the markers."""
+    done, which = [row for row in rows if row.get("status") == "done"], primary_set(problems)
+    kept = [p for p in problems if any((p["arm"], p["seed"]) == (row["arm"], row["seed"]) for row in done)]
+    contrasts = analyse(kept, which)
+    main = [c for c in contrasts if BY_NAME[c.arm].group == "main"]
+    others = [c for c in contrasts if c not in main]
+    size = len(next(p["correct"] for p in kept if p["set"] == which))
+    hours = sum((row.get("train_seconds") or 0) + (row.get("measure_seconds") or 0) for row in done) / 3600
+    parts = [f"{len(done)} runs, {size:,} problems ({LABELS.get(which, which)}), {hours:.2f} hours of training and measuring in all.", ""]
+    failed = [f"{row['arm']} seed {row['seed']}" for row in rows if row.get("status") != "done"]
+    parts += [f"Excluded, the loss became non-finite: {', '.join(failed) or 'none'}.", ""]
+    for c in main:
+        parts += ["## Main contrast", "", sentence(c, which), "", secondary(done, c.arm, c.reference), "", seeds_table(c, done, which), ""]
+        floor = f"the smallest that {len(c.seeds)} seeds allow is {2 / 2 ** len(c.seeds):.4f}"
+        parts += [
+            f"Sign-flip permutation over seeds: p = {p_text(c.permutation_p)} ({floor}).",
+            "",
+            paired_table(done, c.arm, c.reference),
+            "",
+        ]
+    for other in sorted({p["set"] for p in kept} - {which}):
+        parts += [sentence(c, other) + "\n" for c in analyse(kept, other) if BY_NAME[c.arm].group == "main"]
+    parts += [f"![accuracy differences]({stem}_accuracy.png)", ""]
+    if others:
+        found = [c.arm for c in others if c.differs]
+        verdict = (
+            f"differ from their references after Holm's correction: {', '.join(found)}"
+            if found
+            else "no ablation differs from its reference"
+        )
+        parts += ["## Ablations", "", f"Of {len(others)} contrasts, {verdict}." if found else f"Of {len(others)} contrasts: {verdict}.", ""]
+        parts += [ablation_table(others), ""]
+    parts += ["## All figures", "", arms_table(done), "", "## Effective ranks over training", "", rank_table(done), ""]
+    return "\n".join([*parts, f"![training]({stem}_training.png)", "", f"Raw rows: [{stem}_rows.jsonl]({stem}_rows.jsonl)."])
+
+
+def write_report(output: Path, page: Path) -> list[Path]:
+    """Fills the page between its markers (a page without them, or none, is refused or made), with plots and rows beside it."""
+    rows = list({(row["arm"], row["seed"]): row for row in read_jsonl(output / RUNS)}.values())
+    problems = list({(row["arm"], row["seed"], row["set"]): row for row in read_jsonl(output / PROBLEMS)}.values())
+    if not rows:
+        raise StudyError(f"{output / RUNS} holds no rows. Run the study, or collect its runs, first.")
+    text = page.read_text(encoding="utf-8") if page.is_file() else EMPTY_PAGE
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise StudyError(f"{page} lacks the markers. Put these two lines where the report goes:\n{BEGIN}\n{END}")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    body = render(rows, problems, page.stem)
+    plots = [page.with_name(f"{page.stem}_{name}.png") for name in ("accuracy", "training")]
+    draw_contrasts(analyse(problems), primary_set(problems), plots[0])
+    draw_curves([row for row in rows if row.get("status") == "done"], plots[1])
+    raw = page.with_name(f"{page.stem}_rows.jsonl")
+    write_text(raw, "".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: (row["arm"], row["seed"]))))
+    write_text(page, f"{before}{BEGIN}\n\n{body}\n\n{END}{after}")
+    return [page, *plots, raw]
