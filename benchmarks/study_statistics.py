@@ -156,20 +156,19 @@ def hierarchical_bootstrap(
     """Percentile interval of the mean difference when seeds and problems are both redrawn with replacement.
 
     The design is crossed (all seeds meet the same problems), so a draw takes S seeds and P problems and uses their whole product:
-    draws, as counts, are multinomial, and the mean is counts_S^T D counts_P / (S P), a matrix product for a thousand draws at a time.
+    draws, as counts, are multinomial, and the mean is counts_S^T D counts_P / (S P). Problems with the same S differences are drawn as
+    one kind, of which there are few: 3^S at most.
     With few seeds it is too narrow by about sqrt((S - 1) / S), which is why no verdict rests on it alone.
     """
     d = np.asarray(differences, dtype=float)
     if d.ndim != 2 or not d.size:
         raise ValueError(f"differences are {d.shape}: give one row a seed and one column a problem, at least one of each.")
-    rng = np.random.default_rng(seed)
-    (S, P), means = d.shape, []
-    for start in range(0, repeats, 1000):
-        draws = min(1000, repeats - start)
-        problems = rng.multinomial(P, np.full(P, 1 / P), size=draws)  # (R, P)
-        seeds = rng.multinomial(S, np.full(S, 1 / S), size=draws)  # (R, S)
-        means.append(((problems @ d.T) * seeds).sum(1) / (S * P))
-    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
+    rng, (S, P) = np.random.default_rng(seed), d.shape
+    kinds, counts = np.unique(d, axis=1, return_counts=True)  # (S, kinds)
+    problems = rng.multinomial(P, counts / P, size=repeats)  # (R, kinds)
+    seeds = rng.multinomial(S, np.full(S, 1 / S), size=repeats)  # (R, S)
+    means = ((problems @ kinds.T) * seeds).sum(1) / (S * P)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 

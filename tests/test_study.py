@@ -238,12 +238,16 @@ def test_the_text_holds_all_sources_and_no_held_out_problem(tmp_path):
 
 
 def synthetic(folder, gains, seeds=5, size=2000):
-    """runs.jsonl and problems.jsonl in which each arm's accuracy is 0.6, plus its gain, plus 1 point of noise over seeds."""
+    """runs.jsonl and problems.jsonl in which each arm's accuracy is 0.6, plus its gain, plus 1 point of noise over seeds.
+
+    The noise has mean 0 in each arm, so that where the gains are equal there is no difference to be found by chance either.
+    """
     rng = np.random.default_rng(0)
     difficulty = rng.uniform(0, 1, size)
     for arm, gain in gains.items():
-        for seed in range(1, seeds + 1):
-            right = difficulty + rng.normal(0, 0.1, size) < 0.6 + gain + rng.normal(0, 0.01)
+        noise = rng.normal(0, 0.01, seeds)
+        for seed, deviation in enumerate(noise - noise.mean(), start=1):
+            right = difficulty + rng.normal(0, 0.1, size) < 0.6 + gain + deviation
             run = {"arm": arm, "seed": seed}
             figures = {"accuracy_heldout": right.mean(), "ce_heldout": 0.1 + rng.normal(0, 0.01), "train_seconds": 9.0, "rank_head": 4.0}
             study.append(folder / study.RUNS, {**run, "status": "done", **figures, "curve_ce": [[1, 2.0], [2, 1.0]]})
@@ -269,6 +273,19 @@ def test_report_finds_a_planted_difference_and_only_that(tmp_path):
     assert contrasts["grad"].adjusted_p >= contrasts["grad"].test.p
     assert "mce is better than ce" in study_report.sentence(contrasts["mce"], "heldout")
     assert "would have been found with 80 % power" in study_report.sentence(contrasts["weight3"], "heldout")
+
+
+def test_the_rule_claims_a_difference_where_there_is_none_at_most_as_often_as_alpha(monkeypatch):
+    monkeypatch.setattr(study_report, "hierarchical_bootstrap", lambda matrix: statistics.hierarchical_bootstrap(matrix, repeats=400))
+    rng, claimed, studies = np.random.default_rng(5), 0, 200
+    for _ in range(studies):
+        difficulty, rows = rng.uniform(0, 1, 300), []
+        for arm in ("ce", "mce"):
+            for seed in range(5):
+                right = difficulty + rng.normal(0, 0.1, 300) < 0.6 + rng.normal(0, 0.02)
+                rows.append({"arm": arm, "seed": seed, "set": "heldout", "correct": "".join(map(str, right.astype(int)))})
+        claimed += study_report.analyse(rows)[0].differs
+    assert claimed / studies <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / studies)
 
 
 def test_report_keeps_the_rest_of_the_page_and_refuses_one_without_markers(tmp_path):
