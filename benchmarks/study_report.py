@@ -351,12 +351,8 @@ def render(rows: Sequence[Row], problems: Sequence[Row], stem: str) -> str:
     parts += [f"![accuracy differences]({stem}_accuracy.png)", ""]
     if others:
         found = [c.arm for c in others if c.differs]
-        verdict = (
-            f"differ from their references after Holm's correction: {', '.join(found)}"
-            if found
-            else "no ablation differs from its reference"
-        )
-        parts += ["## Ablations", "", f"Of {len(others)} contrasts, {verdict}." if found else f"Of {len(others)} contrasts: {verdict}.", ""]
+        verdict = f"a difference after Holm's correction in {', '.join(found)}" if found else "no difference found in any"
+        parts += ["## Ablations", "", f"{len(others)} contrasts: {verdict}.", ""]
         parts += [ablation_table(others), ""]
     parts += ["## All figures", "", arms_table(done), "", "## Effective ranks over training", "", rank_table(done), ""]
     return "\n".join([*parts, f"![training]({stem}_training.png)", "", f"Raw rows: [{stem}_rows.jsonl]({stem}_rows.jsonl)."])
