@@ -58,13 +58,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from matrix_llm.files import write_text
+from matrix_llm.files import read_jsonl, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN, MEASURE = ROOT / "matrix_llm" / "train.py", ROOT / "benchmarks" / "study_measure.py"
 RUNS, PROBLEMS, SETUP = "runs.jsonl", "problems.jsonl", "study.json"
 TEXT_SEED = 1_000_003  # of the generator's rows in the base's text: no fine-tuning seed draws the same
-DIVERGED = "The optimizer has not stepped"  # of matrix_llm.trainer.NonFiniteLossError
+DIVERGED = "The optimizer has not stepped"  # of matrix_llm.saving.NonFiniteLossError
 
 
 @dataclass(frozen=True)
@@ -128,17 +128,6 @@ def choose_arms(names: str) -> list[Arm]:
     return [arm for arm in ARMS if arm.name in chosen]
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Whole lines; one that a kill cut off is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
 def append(path: Path, row: Mapping[str, Any]) -> None:
     """One line, on the disk before this returns; a line that a kill cut off before is closed first."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,9 +168,9 @@ def make_text(output: Path, sources: Sequence[Path], builtin: int) -> int:
 
 def figures_of(folder: Path) -> dict[str, Any]:
     """What a finished run says of itself: seconds, memory, and the curves of its metrics.jsonl."""
-    from matrix_llm.report import METRICS, read_metrics
+    from matrix_llm.report import METRICS
 
-    results, entries = json.loads((folder / "results.json").read_text(encoding="utf-8")), read_metrics(folder / METRICS)
+    results, entries = json.loads((folder / "results.json").read_text(encoding="utf-8")), read_jsonl(folder / METRICS)
     memory = [entry["peak_memory_gib"] for entry in entries if "peak_memory_gib" in entry]
     row = {
         "train_seconds": results.get("train_seconds"),

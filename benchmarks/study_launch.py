@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from study import ARMS, PROBLEMS, ROOT, RUNS, Arm, StudyError, append, figures_of, folder_of, last_line, read_jsonl, say, train_command
+from study import ARMS, PROBLEMS, ROOT, RUNS, Arm, StudyError, append, figures_of, folder_of, last_line, say, train_command
+
+from matrix_llm.files import read_jsonl
 
 SUBMITTED = "submitted.jsonl"
 Planned = list[tuple[str, list[str]]]

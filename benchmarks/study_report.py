@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from study import ARMS, BY_NAME, PROBLEMS, RUNS, StudyError, read_jsonl
+from study import ARMS, BY_NAME, PROBLEMS, RUNS, StudyError
 from study_statistics import Paired, hierarchical_bootstrap, holm, minimum_detectable_effect, paired_t, sign_flip
 
 from eval.statistics import mcnemar_exact
-from matrix_llm.files import atomic_path, write_text
+from matrix_llm.files import atomic_path, read_jsonl, write_text
 
 ALPHA = 0.05
 BEGIN, END = "<!-- study: begin, written by benchmarks/study.py report -->", "<!-- study: end -->"

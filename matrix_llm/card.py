@@ -15,8 +15,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from matrix_llm.config import DataArguments, MatrixConfig, ModelArguments, Recipe, RecipeError
 from matrix_llm.data import looks_local
-from matrix_llm.files import write_text
-from matrix_llm.report import METRICS, PLOT, last_values, read_metrics
+from matrix_llm.files import read_jsonl, write_text
+from matrix_llm.report import METRICS, PLOT, last_values
 
 PROCESSOR = "preprocessor_config.json"  # in the folder of an image backbone (ssl/pretrain.py), where a language model has a tokenizer
 PAPER = "https://arxiv.org/abs/2305.17326"
@@ -108,6 +108,22 @@ def _evaluation_lines(evaluations: list[dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
+def recipe_and_versions(resolved: dict[str, Any]) -> list[str]:
+    """The last two sections of every card."""
+    return [
+        "## Recipe",
+        "",
+        "```yaml",
+        yaml.safe_dump({k: v for k, v in resolved.items() if k != "hub_token"}, sort_keys=False, allow_unicode=True).strip(),
+        "```",
+        "",
+        "## Versions",
+        "",
+        ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "",
+    ]
+
+
 def model_card(
     recipe: Recipe,
     entries: list[dict[str, Any]],
@@ -172,16 +188,7 @@ def model_card(
         f"![Cross-entropy and matrix cross-entropy]({PLOT})",
         "",
         *_evaluation_lines(evaluations),
-        "## Recipe",
-        "",
-        "```yaml",
-        yaml.safe_dump({k: v for k, v in recipe.resolved.items() if k != "hub_token"}, sort_keys=False, allow_unicode=True).strip(),
-        "```",
-        "",
-        "## Versions",
-        "",
-        ", ".join(f"{name} {version}" for name, version in versions().items()),
-        "",
+        *recipe_and_versions(recipe.resolved),
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
 
@@ -226,7 +233,7 @@ def _licence_of(folder: Path) -> str | None:
 def card_of(run: Path, recipe: Recipe, licence: str | None, base_model: str | None) -> str:
     results, base = json.loads((run / "results.json").read_text(encoding="utf-8")), recipe.model.model_name_or_path
     licence = licence or _licence_of(run) or (_licence_of(Path(base)) if base else None)
-    return str(model_card(recipe, read_metrics(run / METRICS), results, read_evaluations(run), licence=licence, base_model=base_model))
+    return str(model_card(recipe, read_jsonl(run / METRICS), results, read_evaluations(run), licence=licence, base_model=base_model))
 
 
 def write_card(run: Path, *, licence: str | None = None, base_model: str | None = None) -> Path:

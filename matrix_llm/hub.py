@@ -16,9 +16,7 @@ import argparse
 import email.utils
 import json
 import logging
-import math
 import os
-import re
 import sys
 import tempfile
 import time
@@ -30,165 +28,17 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import yaml
 from huggingface_hub import HfApi, ModelCard, constants, get_token
-from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
-from huggingface_hub.utils import get_session, validate_repo_id
+from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub.utils import get_session
 
-from matrix_llm.card import PROCESSOR, card_of, is_hub_name, is_image_run, model_card, stored_recipe, versions, write_card
+from matrix_llm.card import card_of, is_hub_name, is_image_run, model_card, versions, write_card
 from matrix_llm.config import Recipe, RecipeError
-from matrix_llm.report import METRICS, PLOT
+from matrix_llm.pushable import STALE, PushError, causes, check_name, check_run, check_secrets, check_weights, innermost_reason, scrub
 
 if TYPE_CHECKING:
     from matrix_llm.ssl.config import SSLRecipe
 
-__all__ = ["Destination", "PushError", "destination_of", "model_card", "push", "scrub", "versions", "write_card"]
-
-# ------------------------------------------------------------------------------------------------- what is sent, checked here
-
-SENT = (
-    *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
-    *("*.model", "*.jinja", "additional_chat_templates/*.jinja", "*.py", "results.json", METRICS, PLOT, "eval/*.json", PROCESSOR),
-)  # and the weights, recipe.yaml and README.md; never pickles, optimizer states or checkpoints: what is not named stays here
-STALE = ["model*.safetensors", "model.safetensors.index.json", "adapter_model*.safetensors", "adapter_config.json"]
-SECRET = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{16,}")
-
-
-def scrub(text: str, *tokens: str | None) -> str:
-    """`text` without the given tokens and without anything that looks like one.
-
-    >>> scrub("Bearer hf_abcdefghijklmnopqrstuvwxyz")
-    'Bearer hf_***'
-    """
-    for token in filter(None, tokens):
-        text = text.replace(token, "***")
-    return SECRET.sub(r"\1_***", text)
-
-
-def _shapes(file: Path) -> dict[str, list[int]]:
-    """{tensor: shape} from the header of a .safetensors, whose length is checked against what the header promises."""
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length)) if 0 < length < size else None
-        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}  # type: ignore[union-attr]
-        promised = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-        shapes = {name: entry["shape"] for name, entry in tensors.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise RecipeError(f"{file} is not a safetensors file. Save the weights again before pushing.") from None
-    if size != promised:
-        raise RecipeError(f"{file} has {size:,} bytes, but its header promises {promised:,}: it was cut off. Save the weights again.")
-    empty = [name for name, shape in shapes.items() if 0 in shape]
-    if empty or not shapes:
-        what = (
-            f"{len(empty)} of {len(shapes)} tensors are empty (first {empty[0]}, shape {shapes[empty[0]]})"
-            if empty
-            else "there is no tensor"
-        )
-        raise RecipeError(
-            f"{file}: {what}, as ZeRO-3 leaves them where the weights were not gathered. Train with "
-            "stage3_gather_16bit_weights_on_model_save: true, or consolidate the last checkpoint, then push."
-        )
-    return shapes
-
-
-def check_weights(run: Path) -> list[Path]:
-    """The files that hold a run's final weights: a model's (one file, or an index and its shards) or an adapter's.
-
-    Raises:
-        RecipeError: there are none, a tensor is empty or missing, or a file is cut off.
-    """
-    whole, index, adapter = run / "model.safetensors", run / "model.safetensors.index.json", run / "adapter_model.safetensors"
-    if not whole.is_file() and not index.is_file():
-        if not adapter.is_file():
-            pickles = ", ".join(sorted(file.name for file in run.glob("pytorch_model*.bin")))
-            why = f"only pickles ({pickles}), which run code when loaded" if pickles else "no final weights (model.safetensors)"
-            raise RecipeError(f"{str(run)!r} holds {why}. Finish the run with --resume_from_checkpoint true, or save as safetensors.")
-        if not (run / "adapter_config.json").is_file():
-            raise RecipeError(f"{adapter} has no adapter_config.json beside it, so PEFT cannot load it. Save the adapter again.")
-        _shapes(adapter)
-        return [adapter, run / "adapter_config.json"]
-    if not (run / "config.json").is_file():
-        raise RecipeError(f"{str(run)!r} has weights but no config.json, so from_pretrained cannot load them. Save the model again.")
-    if whole.is_file():  # from_pretrained prefers it to an index
-        files, shapes, listed = [whole], _shapes(whole), None
-    else:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted({run / name for name in listed.values()})
-        if gone := [shard.name for shard in shards if not shard.is_file()]:
-            raise RecipeError(
-                f"{index} lists {', '.join(gone)}, which {'is' if len(gone) == 1 else 'are'} not there. Save the weights again."
-            )
-        shapes = {name: shape for shard in shards for name, shape in _shapes(shard).items()}
-        files = [index, *shards]
-    expected, elements = _expected(run)
-    missing = sorted((expected | set(listed or ())) - set(shapes))
-    if (listed and set(listed) - set(shapes)) or sum(map(math.prod, shapes.values())) < elements:
-        raise RecipeError(
-            f"{str(run)!r}: the weights lack {len(missing)} of {len(expected)} tensors that config.json asks for "
-            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). Save them again."
-        )
-    return files
-
-
-def _expected(run: Path) -> tuple[set[str], int]:
-    """Names and number of elements of the parameters that config.json describes, tied ones once. Unknown architectures: nothing.
-
-    Names alone prove nothing: some architectures are saved under other names than their modules have. Elements do.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(run, local_files_only=True)
-        if getattr(config, "quantization_config", None) is not None:
-            return set(), 0
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except Exception:  # an architecture that only its own code can build; the headers have been checked all the same
-        return set(), 0
-    return {name for name, _ in model.named_parameters()}, sum(p.numel() for p in model.parameters())
-
-
-def check_run(run: Path, token: str | None = None, *, base_model: str | None = None) -> tuple[Recipe, list[Path]]:
-    """What would be sent, README.md and recipe.yaml aside, after every check that needs no network.
-
-    Raises:
-        RecipeError: no finished run, weights that cannot be loaded, no tokenizer, or a token in a file that would be sent.
-    """
-    recipe, weights = stored_recipe(run), check_weights(run)
-    if not (run / "tokenizer_config.json").is_file() and not is_image_run(run):
-        raise RecipeError(f"{str(run)!r} has no tokenizer_config.json. Save the tokenizer beside the weights, then push.")
-    others = sorted({file for pattern in SENT for file in run.glob(pattern) if file.is_file()} - set(weights))
-    for file in [*others, run / "recipe.yaml"]:
-        text = file.read_text(encoding="utf-8", errors="ignore")
-        if file.name == "recipe.yaml":
-            text = re.sub(r"(?m)^hub_token:.*$", "", text)  # left out of what is sent
-        _check_secrets(file, text, token)
-    if base_model is not None:
-        check_name(base_model, "--base-model")
-    base = base_model or recipe.model.model_name_or_path
-    if weights[0].name.startswith("adapter") and not is_hub_name(base):
-        raise RecipeError(f"the adapter's base model {base!r} is a folder, which nobody else can load. Add --base-model user/name.")
-    return recipe, [*weights, *others]
-
-
-def _check_secrets(file: Path, text: str, token: str | None) -> None:
-    if SECRET.search(text) or (token and token in text):
-        raise RecipeError(f"{file} holds an access token. Remove it there (and revoke it, if others could read the file), then push.")
-
-
-def check_name(repo: str, where: str = "--repo") -> None:
-    """
-    Raises:
-        RecipeError: the Hub has no such names.
-    """
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise RecipeError(f"{where}={repo!r} is no name on the Hub: {_one_line(error)}") from None
-    if repo.count("/") != 1:
-        raise RecipeError(f"{where}={repo!r} does not say whose it is. Write it as user/name or organisation/name.")
-
+__all__ = ["Destination", "PushError", "check_weights", "destination_of", "model_card", "push", "scrub", "versions", "write_card"]
 
 # -------------------------------------------------------------------------------------------------------------- the Hub
 
@@ -197,10 +47,6 @@ FIRST_WAIT = 1.0  # seconds before the second try, doubled before each further o
 LONGEST_WAIT = 300.0  # a Retry-After beyond it is reported, not slept through
 TIMEOUT = 120.0  # seconds without a byte; the client's default is to wait for ever
 Found = TypeVar("Found")
-
-
-class PushError(RuntimeError):
-    """The Hub was out of reach or said no: one line with the reason and the way out, and no token."""
 
 
 @dataclass(frozen=True)
@@ -221,31 +67,17 @@ class Destination:
         return f"python -m matrix_llm.hub push {run} --repo {self.repo}{options}"
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:  # causes only: the context of a dropped `create` is the 404 that led to it
-        yield error
-        error = error.__cause__
-
-
 def _response(error: BaseException) -> Any:
-    return next((found for each in _chain(error) if (found := getattr(each, "response", None)) is not None), None)
-
-
-def _one_line(error: BaseException) -> str:
-    """The innermost reason, on one line."""
-    deepest = list(_chain(error))[-1]
-    said = next((text for each in _chain(error) if (text := getattr(each, "server_message", None))), None)
-    text = " ".join(re.sub(r"(https?://[^\s?']+)\?[^\s']*", r"\1", str(said or deepest)).split())  # a signed address is a secret, too
-    return (text or type(deepest).__name__)[:300]
+    return next((found for each in causes(error) if (found := getattr(each, "response", None)) is not None), None)
 
 
 def _is_transient(error: BaseException) -> bool:
-    if any(isinstance(each, LocalTokenNotFoundError) for each in _chain(error)):
+    if any(isinstance(each, LocalTokenNotFoundError) for each in causes(error)):
         return False
     if (response := _response(error)) is not None:
         return response.status_code in (408, 409, 412, 429) or response.status_code >= 500
     kinds = (ConnectionError, TimeoutError, json.JSONDecodeError)  # no JSON: a proxy's error page
-    return any(isinstance(each, kinds) or "TransportError" in [k.__name__ for k in type(each).__mro__] for each in _chain(error))
+    return any(isinstance(each, kinds) or "TransportError" in [k.__name__ for k in type(each).__mro__] for each in causes(error))
 
 
 def _retry_after(error: BaseException) -> float:
@@ -272,7 +104,9 @@ def _attempt(call: Callable[[], Found], *secrets: str | None) -> Found:
             if number == TRIES or wait > LONGEST_WAIT or not _is_transient(error):
                 raise
             print(
-                scrub(f"=> {_one_line(error)}; trying again in {wait:.0f} s ({number} of {TRIES})", *secrets), file=sys.stderr, flush=True
+                scrub(f"=> {innermost_reason(error)}; trying again in {wait:.0f} s ({number} of {TRIES})", *secrets),
+                file=sys.stderr,
+                flush=True,
             )
             time.sleep(wait)
     raise AssertionError("unreachable")
@@ -281,9 +115,9 @@ def _attempt(call: Callable[[], Found], *secrets: str | None) -> Found:
 def _fail(error: Exception, to: Destination, endpoint: str, way_out: str) -> NoReturn:
     """PushError for whatever the client raised."""
     response, settings = _response(error), f"{endpoint}/settings/tokens"
-    status, reason = getattr(response, "status_code", None), _one_line(error)
+    status, reason = getattr(response, "status_code", None), innermost_reason(error)
     whence = "the given token" if to.token else "the token in HF_TOKEN" if os.environ.get("HF_TOKEN") else "the saved token"
-    if any(isinstance(each, LocalTokenNotFoundError) for each in _chain(error)):
+    if any(isinstance(each, LocalTokenNotFoundError) for each in causes(error)):
         text = f"no token for {endpoint}. Make one with write access at {settings}, then set HF_TOKEN or run: hf auth login"
     elif status == 401:
         text = f"{endpoint} rejects {whence} (401). Make a new one with write access at {settings}, then set HF_TOKEN or run: hf auth login"
@@ -396,7 +230,7 @@ def push(run: Path, to: Destination, *, licence: str | None = None, base_model: 
     recipe, files = check_run(run, to.token or get_token(), base_model=base_model)
     keep_card = keep_card or is_image_run(run)  # pretrain.py wrote it
     card = (run / "README.md").read_text(encoding="utf-8") if keep_card else card_of(run, recipe, licence, base_model)
-    _check_secrets(run / "README.md", card, to.token or get_token())
+    check_secrets(run / "README.md", card, to.token or get_token())
     way_out = f"The run in {run} is whole. Push it again, and only what is missing is sent: {to.command(run)}"
     with _quiet_about(to.secrets()), tempfile.TemporaryDirectory(prefix="matrix_llm_push_") as folder:
         api, _ = connect(to, way_out)

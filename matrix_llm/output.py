@@ -1,7 +1,8 @@
-"""A run's folder: whether it may be written, and whether an interrupted run may go on in it. Nothing has been loaded by then."""
+"""A run's folder, shared by train.py and ssl/pretrain.py: whether it may be written and gone on in, its files, known failures in a line."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -10,9 +11,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
-from matrix_llm.checkpoints import last_complete_checkpoint, read_manifest, what_is_missing
+from matrix_llm.checkpoints import (
+    CheckpointError,
+    last_complete_checkpoint,
+    not_written,
+    read_manifest,
+    remove_leftovers,
+    what_is_missing,
+    why_not_written,
+)
+from matrix_llm.files import write_text
+from matrix_llm.pushable import PushError, scrub
 from matrix_llm.values import RecipeError
 
 PARTIAL = "results.partial.json"
@@ -99,6 +110,55 @@ def check_output_dir(training: TrainingArguments, resolved: Mapping[str, Any]) -
             f"cannot resume {str(last)!r} with other settings than it was started with ({'; '.join(changed)}). "
             "Restore them, or start anew in another output_dir."
         )
+
+
+def resume_path(training: TrainingArguments) -> str | None:
+    """The checkpoint to go on from: the one named, or the last whole one; None where the run starts anew."""
+    resume = training.resume_from_checkpoint
+    if from_last(resume):
+        last = last_complete_checkpoint(Path(str(training.output_dir)))
+        return str(last) if last else None
+    return str(resume) if resume else None
+
+
+def begin(output: Path, resolved: dict[str, Any], results: Mapping[str, Any]) -> None:
+    """By the first process, before training: what a cut-off run left is removed; recipe.yaml and the results so far are written."""
+    output.mkdir(parents=True, exist_ok=True)
+    if left := remove_leftovers(output):
+        say(f"=> removed what a cut-off run left half-written: {', '.join(left)}")
+    resolved.pop("resume_from_checkpoint", None)  # how it was started, not what it is
+    write_text(output / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+    write_text(output / PARTIAL, json.dumps(results))
+
+
+def say_stopped(state: TrainerState, output: Path, command: str) -> None:
+    say(f"=> stopped at step {state.global_step} of {state.max_steps}, saved in {last_complete_checkpoint(output)}")
+    say(f"=> go on with: {scrub(command)}")
+
+
+def move_into_place(staging: Path, output: Path) -> None:
+    for item in sorted(staging.iterdir()):
+        os.replace(item, output / item.name)
+    staging.rmdir()
+
+
+PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "remote worker crashing", "remote process exited")  # gloo, NCCL
+
+
+def one_line(error: Exception, output: Path) -> str | None:
+    """What to print for a failure that has a known way out; "" where the first process says it; None for any other error."""
+    from matrix_llm.saving import NonFiniteLossError
+
+    if isinstance(error, NonFiniteLossError):  # raised on all processes, with the same words
+        return str(error) if int(os.environ.get("RANK", "0")) == 0 else ""
+    if isinstance(error, (CheckpointError, PushError)):
+        return str(error)
+    path = Path(getattr(error, "filename", None) or output)
+    if (reason := why_not_written(error)) is not None and output.absolute() in (path.absolute(), *path.absolute().parents):
+        return str(not_written(path, reason, output))
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in PEER_IS_GONE):
+        return f"process {os.environ.get('RANK', '0')} lost contact to another one, which has said why or was killed."
+    return None
 
 
 def leave(status: int) -> NoReturn:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from matrix_llm.files import atomic_path, write_text
+from matrix_llm.files import atomic_path, read_jsonl, write_text
 
 METRICS = "metrics.jsonl"
 PLOT = "loss.png"
@@ -26,7 +26,7 @@ class MetricsFileCallback(TrainerCallback):
             return
         path = Path(str(args.output_dir)) / METRICS
         kept = []
-        for entry in read_metrics(path) if state.global_step else []:
+        for entry in read_jsonl(path) if state.global_step else []:
             if entry["step"] > state.global_step or "train_runtime" in entry:  # the summary, and what followed it, will come again
                 break
             kept.append(entry)
@@ -38,17 +38,6 @@ class MetricsFileCallback(TrainerCallback):
         if state.is_world_process_zero and logs:
             with (Path(str(args.output_dir)) / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The entries of a metrics.jsonl; a last line cut off by a kill is left out, and a missing file is empty."""
-    entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return entries
 
 
 def plot_losses(entries: list[dict[str, Any]], path: Path, *, title: str) -> None:

@@ -18,6 +18,10 @@ from matrix_llm.checkpoints import (
 )
 
 
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the weights are those of the step before."""
+
+
 class WholeCheckpoints(Trainer):
     """Put before another trainer: `class MatrixTrainer(WholeCheckpoints, SFTTrainer)`."""
 

@@ -26,18 +26,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from matrix_llm.checkpoints import (
-    CheckpointError,
-    last_complete_checkpoint,
-    not_written,
-    remove_leftovers,
-    why_not_written,
-)
 from matrix_llm.config import Recipe, RecipeError, load_recipe
 from matrix_llm.data import DataError, load_rows, row_texts
 from matrix_llm.files import write_text
-from matrix_llm.hub import PushError, destination_of, push, scrub
-from matrix_llm.output import PARTIAL, check_output_dir, from_last, leave, say
+from matrix_llm.hub import destination_of, push
+from matrix_llm.output import PARTIAL, begin, check_output_dir, leave, move_into_place, one_line, resume_path, say, say_stopped
+from matrix_llm.pushable import scrub
 
 if TYPE_CHECKING:
     from matrix_llm.preemption import StopOnSignal
@@ -53,7 +47,6 @@ class HeldOutProblem:
     answer: str
 
 
-PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "remote worker crashing", "remote process exited")  # gloo, NCCL
 GATHER = "stage3_gather_16bit_weights_on_model_save"
 
 
@@ -105,13 +98,14 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     from matrix_llm.accuracy import AccuracyCallback, measure_accuracy
+    from matrix_llm.files import read_jsonl
     from matrix_llm.hub import model_card, versions
     from matrix_llm.model import load_config, load_model, lora_config
     from matrix_llm.plan import describe_loss, plan_steps
     from matrix_llm.preemption import resume_command
     from matrix_llm.prepare import prepare_data
     from matrix_llm.prompts import resolve_template
-    from matrix_llm.report import METRICS, PLOT, MetricsFileCallback, plot_losses, read_metrics
+    from matrix_llm.report import METRICS, PLOT, MetricsFileCallback, plot_losses
     from matrix_llm.trainer import MatrixTrainer
 
     training = recipe.training
@@ -166,29 +160,20 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
         for problem, response in zip(problems[:2], found.responses[:2], strict=False):
             say(f"   Q: {problem.query}\n   A:{response}\n   gold: {problem.answer}")
 
-    resume: str | None = str(training.resume_from_checkpoint) if training.resume_from_checkpoint else None
-    if from_last(resume):
-        last = last_complete_checkpoint(output)
-        resume = str(last) if last else None
+    resume = resume_path(training)
     earlier = output / PARTIAL
     if resume and earlier.is_file():
         results |= json.loads(earlier.read_text(encoding="utf-8"))  # accuracy before training cannot be measured again
     else:
         measure("before")
     if trainer.is_world_process_zero():
-        output.mkdir(parents=True, exist_ok=True)
-        if left := remove_leftovers(output):
-            say(f"=> removed what a cut-off run left half-written: {', '.join(left)}")
-        recipe.resolved.pop("resume_from_checkpoint", None)  # how it was started, not what it is
-        write_text(output / "recipe.yaml", yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True))
-        write_text(earlier, json.dumps(results))
+        begin(output, recipe.resolved, results)
 
     clock = time.perf_counter()
     trainer.add_callback(stop)
     trainer.train(resume_from_checkpoint=resume)
     if stop.stopped:
-        say(f"=> stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved in {last_complete_checkpoint(output)}")
-        say(f"=> go on with: {scrub(resume_command(arguments, stop.launcher))}")
+        say_stopped(trainer.state, output, resume_command(arguments, stop.launcher))
         trainer.accelerator.wait_for_everyone()
         return
     results["train_seconds"] = round(time.perf_counter() - clock, 1)
@@ -206,12 +191,10 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     trainer.save_model(str(staging), _internal_call=True)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        for file in sorted(staging.iterdir()):
-            os.replace(file, output / file.name)
-        shutil.rmtree(staging)
+        move_into_place(staging, output)
         results["total_seconds"] = round(time.perf_counter() - started, 1)
         results["versions"] = versions()
-        entries = read_metrics(output / METRICS)
+        entries = read_jsonl(output / METRICS)
         plot_losses(entries, output / PLOT, title=output.name)
         write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
         write_text(output / "README.md", str(model_card(recipe, entries, results)))
@@ -258,28 +241,12 @@ def main(arguments: list[str] | None = None) -> int:
         print("error: aborted, without saving.", file=sys.stderr)
         return 130
     except Exception as error:
-        line = _one_line(error, Path(str(recipe.training.output_dir)))
+        line = one_line(error, Path(str(recipe.training.output_dir)))
         if line is None:
             raise
         print(f"error: {line}" if line else "", end="\n" if line else "", file=sys.stderr)
         return 1
     return 0
-
-
-def _one_line(error: Exception, output: Path) -> str | None:
-    """What to print for a failure that has a known way out; "" where the first process says it; None for any other error."""
-    from matrix_llm.trainer import NonFiniteLossError
-
-    if isinstance(error, NonFiniteLossError):  # raised on all processes, with the same words
-        return str(error) if int(os.environ.get("RANK", "0")) == 0 else ""
-    if isinstance(error, (CheckpointError, PushError)):
-        return str(error)
-    path = Path(getattr(error, "filename", None) or output)
-    if (reason := why_not_written(error)) is not None and output.absolute() in (path.absolute(), *path.absolute().parents):
-        return str(not_written(path, reason, output))
-    if isinstance(error, RuntimeError) and any(words in str(error) for words in PEER_IS_GONE):
-        return f"process {os.environ.get('RANK', '0')} lost contact to another one, which has said why or was killed."
-    return None
 
 
 if __name__ == "__main__":

@@ -33,14 +33,10 @@ from matrix_llm.checkpoints import last_complete_checkpoint
 from matrix_llm.config import MatrixConfig
 from matrix_llm.head import MatrixLossOptions, SummaryCache, add_matrix_head, head_effective_rank
 from matrix_llm.packing import check_isolation
-from matrix_llm.saving import WholeCheckpoints
+from matrix_llm.saving import NonFiniteLossError, WholeCheckpoints
 
 logger = logging.getLogger(__name__)
 WINDOW = "log_window_{}.json"  # in a checkpoint, one for each process
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the weights are those of the step before."""
 
 
 class RowIdCollator:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from matrix_llm.checkpoints import MANIFEST, finish_checkpoint, last_complete_checkpoint, remove_old_checkpoints, what_is_missing
 from matrix_llm.checkpoints import main as checkpoints_main
-from matrix_llm.report import read_metrics
+from matrix_llm.files import read_jsonl
 
 HERE = Path(__file__).parent
 RECIPE = {  # 3 optimizer steps an epoch, so 8 steps cross two epochs; rows are logged every 3 steps, between the checkpoints
@@ -111,7 +111,7 @@ def unbroken(server, tmp_path_factory):
 
 def rows(run):
     """metrics.jsonl without the summary of the last start and without what a clock decides."""
-    entries = [e for e in read_metrics(run / "metrics.jsonl") if "train_runtime" not in e]
+    entries = [e for e in read_jsonl(run / "metrics.jsonl") if "train_runtime" not in e]
     return [{k: v for k, v in e.items() if not any(word in k for word in CLOCK)} for e in entries]
 
 

@@ -19,9 +19,9 @@ from benchmarks import data_scale
 from matrix_llm import cache, prepare
 from matrix_llm.config import load_recipe
 from matrix_llm.data import Encoder
+from matrix_llm.files import read_jsonl
 from matrix_llm.leakage import QuestionIndex, find_leaks
 from matrix_llm.prepare import prepare_data, question_source
-from matrix_llm.report import read_metrics
 from matrix_llm.rows import DataError, Source
 from matrix_llm.streaming import TokenStream, shuffled
 from matrix_llm.train import main
@@ -270,7 +270,7 @@ STREAM = {
 
 
 def losses(folder):
-    return {entry["step"]: entry["loss"] for entry in read_metrics(folder / "metrics.jsonl") if "loss" in entry}
+    return {entry["step"]: entry["loss"] for entry in read_jsonl(folder / "metrics.jsonl") if "loss" in entry}
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -9,10 +9,10 @@ from transformers import AutoConfig
 from matrix_llm import files, plan
 from matrix_llm.config import load_recipe
 from matrix_llm.data import DataReport
-from matrix_llm.files import atomic_path, write_text
+from matrix_llm.files import atomic_path, read_jsonl, write_text
 from matrix_llm.hub import model_card
 from matrix_llm.plan import count_parameters, masked_sample, plan_steps
-from matrix_llm.report import plot_losses, read_metrics
+from matrix_llm.report import plot_losses
 
 CONFIG = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
 REPORT = DataReport("train", 1000, 1000, 0, 0, 0, 50_000, 30_000, 90, 50.0)
@@ -51,8 +51,8 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_rest(tmp_path):
 def test_a_cut_off_metrics_line_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
-    assert read_metrics(tmp_path / "none") == []
+    assert read_jsonl(path) == [{"step": 1, "loss": 2.0}]
+    assert read_jsonl(tmp_path / "none") == []
 
 
 def test_a_plot_needs_no_mce_and_no_entries(tmp_path):

@@ -12,6 +12,7 @@ import torch
 import yaml
 from transformers import AutoModel
 
+from matrix_llm.saving import NonFiniteLossError
 from matrix_llm.ssl import losses
 from matrix_llm.ssl.config import SSLTrainingConfig, load_ssl_recipe
 from matrix_llm.ssl.data import load_images
@@ -19,7 +20,7 @@ from matrix_llm.ssl.lars import LARS
 from matrix_llm.ssl.methods import METHODS, Branches
 from matrix_llm.ssl.modeling import SSLConfig, SSLModel, SyncBatchNorm, load_backbone, pooled
 from matrix_llm.ssl.pretrain import main
-from matrix_llm.ssl.trainer import NonFiniteLossError, SSLTrainer, ema_momentum
+from matrix_llm.ssl.trainer import SSLTrainer, ema_momentum
 from matrix_llm.values import RecipeError
 
 HERE = Path(__file__).parent
@@ -291,6 +292,11 @@ def test_the_target_network_follows_each_step(tmp_path):
     torch.testing.assert_close(target, 0.75 * before + 0.25 * online)
     whole = ssl_parity_run.run("byol", 64, str(tmp_path / "b"), max_steps=3)
     assert whole.momentum == 1.0  # the end of the cosine
+
+
+def test_effective_ranks_are_logged_with_the_first_row_after_each_so_many_steps(tmp_path):
+    trainer = ssl_parity_run.run("vicreg", 64, str(tmp_path), max_steps=20, effective_rank_steps=4, logging_steps=5)
+    assert [row["step"] for row in trainer.state.log_history if "effective_rank" in row] == [5, 10, 15, 20]
 
 
 def test_only_simsiams_predictor_keeps_its_learning_rate(tmp_path):

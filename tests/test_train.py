@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from matrix_llm.report import read_metrics
+from matrix_llm.files import read_jsonl
 from matrix_llm.train import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +52,7 @@ def test_a_run_leaves_everything_it_promises(recipe, tmp_path, capsys):
     assert len(tokenizer) == model.get_input_embeddings().num_embeddings
     assert model.generate(**tokenizer("Question: 1", return_tensors="pt"), max_new_tokens=2).shape[1] > 2
     assert yaml.safe_load((out / "recipe.yaml").read_text())["learning_rate"] == 2e-3  # overrides are in
-    entries = read_metrics(out / "metrics.jsonl")
+    entries = read_jsonl(out / "metrics.jsonl")
     assert [e["step"] for e in entries if "loss" in e] == [1, 2, 3, 4]
     assert all(e["loss"] == pytest.approx(e["ce"] + e["mce"], rel=1e-5) for e in entries if "loss" in e)
     assert [e["step"] for e in entries if "eval_ce" in e][:2] == [2, 4]
@@ -184,7 +184,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(recipe, tmp_path
     assert main([path, "--resume_from_checkpoint", "true"]) == 0
     for name, value in weights(tmp_path / "run").items():
         assert torch.equal(value, expected[name]), name
-    steps = [e["step"] for e in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in e]
+    steps = [e["step"] for e in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "loss" in e]
     assert steps == [1, 2, 3, 4]
 
 

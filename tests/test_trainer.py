@@ -14,7 +14,8 @@ from matrix_llm.config import MatrixConfig
 from matrix_llm.head import MatrixLossOptions, add_matrix_head, check_head, head_effective_rank, logit_transform
 from matrix_llm.mce import token_mce
 from matrix_llm.model import train_tokenizer
-from matrix_llm.trainer import MatrixTrainer, NonFiniteLossError
+from matrix_llm.saving import NonFiniteLossError
+from matrix_llm.trainer import MatrixTrainer
 
 V = 96
 COMMON = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -142,9 +142,10 @@ def plot_tsne(
 
 def trajectory(run: Path, name: str) -> list[tuple[float, float]]:
     """(epoch, value) of one logged name."""
-    from matrix_llm.report import METRICS, read_metrics
+    from matrix_llm.files import read_jsonl
+    from matrix_llm.report import METRICS
 
-    return [(entry["epoch"], entry[name]) for entry in read_metrics(run / METRICS) if name in entry and "epoch" in entry]
+    return [(entry["epoch"], entry[name]) for entry in read_jsonl(run / METRICS) if name in entry and "epoch" in entry]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from matrix_llm.checkpoints import CheckpointError, last_complete_checkpoint, remove_leftovers
 from matrix_llm.files import write_text
-from matrix_llm.hub import PushError, destination_of, push, scrub
-from matrix_llm.output import PARTIAL, check_output_dir, from_last, leave, say
+from matrix_llm.hub import destination_of, push
+from matrix_llm.output import PARTIAL, begin, check_output_dir, leave, move_into_place, one_line, resume_path, say, say_stopped
+from matrix_llm.pushable import scrub
 from matrix_llm.ssl.config import RESNET_50, SSLRecipe, load_ssl_recipe
 from matrix_llm.ssl.data import ImageDataError, Images, load_images
 from matrix_llm.values import RecipeError
@@ -119,7 +119,7 @@ def card(recipe: SSLRecipe, model: "SSLModel", entries: list[dict[str, Any]], re
     """README.md: how the backbone was made, and what this run measured."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    from matrix_llm.card import versions
+    from matrix_llm.card import recipe_and_versions
     from matrix_llm.report import last_values
 
     title = Path(str(recipe.training.output_dir)).name
@@ -155,16 +155,7 @@ def card(recipe: SSLRecipe, model: "SSLModel", entries: list[dict[str, Any]], re
         "Effective ranks are those of one batch of `effective_rank_rows` images, biased low. The online probe is trained along on "
         "augmented images; it is not the linear evaluation protocol, whose results are below `eval/`.",
         "",
-        "## Recipe",
-        "",
-        "```yaml",
-        yaml.safe_dump({k: v for k, v in recipe.resolved.items() if k != "hub_token"}, sort_keys=False, allow_unicode=True).strip(),
-        "```",
-        "",
-        "## Versions",
-        "",
-        ", ".join(f"{name} {version}" for name, version in versions().items()),
-        "",
+        *recipe_and_versions(recipe.resolved),
     ]  # fmt: skip
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)))
 
@@ -174,8 +165,9 @@ def pretrain(recipe: SSLRecipe, stop: "StopOnSignal", arguments: list[str]) -> N
     from accelerate.utils import gather_object
 
     from matrix_llm.card import versions
+    from matrix_llm.files import read_jsonl
     from matrix_llm.preemption import resume_command
-    from matrix_llm.report import METRICS, MetricsFileCallback, read_metrics
+    from matrix_llm.report import METRICS, MetricsFileCallback
     from matrix_llm.ssl.trainer import SSLTrainer
 
     training, output = recipe.training, Path(str(recipe.training.output_dir))
@@ -186,24 +178,15 @@ def pretrain(recipe: SSLRecipe, stop: "StopOnSignal", arguments: list[str]) -> N
         model, training, images=images, augment=recipe.augment, eval_images=held_out if model.probe is not None else None,
         callbacks=[MetricsFileCallback(), stop],
     )  # fmt: skip
-    resume: str | None = str(training.resume_from_checkpoint) if training.resume_from_checkpoint else None
-    if from_last(resume):
-        last = last_complete_checkpoint(output)
-        resume = str(last) if last else None
+    resume = resume_path(training)
     if trainer.is_world_process_zero():
-        output.mkdir(parents=True, exist_ok=True)
-        if left := remove_leftovers(output):
-            say(f"=> removed what a cut-off run left half-written: {', '.join(left)}")
-        recipe.resolved.pop("resume_from_checkpoint", None)  # how it was started, not what it is
-        write_text(output / "recipe.yaml", yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True))
-        write_text(output / PARTIAL, "{}")
+        begin(output, recipe.resolved, {})
         trainer.transform.save(output)  # evaluate.py reads it for a checkpoint, too
 
     clock = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume)
     if stop.stopped:
-        say(f"=> stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved in {last_complete_checkpoint(output)}")
-        say(f"=> go on with: {resume_command(arguments, stop.launcher, script='matrix_llm/ssl/pretrain.py')}")
+        say_stopped(trainer.state, output, resume_command(arguments, stop.launcher, script="matrix_llm/ssl/pretrain.py"))
         trainer.accelerator.wait_for_everyone()
         return
     results: dict[str, Any] = {"images": len(images), "steps": trainer.state.global_step, "processes": training.world_size}
@@ -219,12 +202,10 @@ def pretrain(recipe: SSLRecipe, stop: "StopOnSignal", arguments: list[str]) -> N
         shutil.rmtree(staging, ignore_errors=True)
         model.backbone.save_pretrained(staging)
         model.save_pretrained(staging / PRETRAINING)
-        for item in sorted(staging.iterdir()):
-            os.replace(item, output / item.name)
-        shutil.rmtree(staging)
+        move_into_place(staging, output)
         results["versions"] = versions()
         write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
-        write_text(output / "README.md", card(recipe, model, read_metrics(output / METRICS), results))
+        write_text(output / "README.md", card(recipe, model, read_jsonl(output / METRICS), results))
         (output / PARTIAL).unlink(missing_ok=True)
         say(
             f"=> {output}/ holds the backbone, preprocessor_config.json, {PRETRAINING}/, recipe.yaml, {METRICS}, results.json and README.md"
@@ -241,7 +222,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(USAGE)
         return 0 if arguments else 2
     from matrix_llm.preemption import stop_on_signals
-    from matrix_llm.ssl.trainer import NonFiniteLossError
 
     try:
         recipe = load_ssl_recipe(arguments[0], arguments[1:], dry_run=dry_run)
@@ -256,17 +236,19 @@ def main(arguments: list[str] | None = None) -> int:
             pretrain(recipe, stop, arguments)
         if destination is not None and not stop.stopped:
             say(f"=> {push(Path(str(recipe.training.output_dir)), destination)}")
-    except (RecipeError, ImageDataError, CheckpointError, ValueError, PushError) as error:
+    except (RecipeError, ImageDataError, ValueError) as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {scrub(str(error))}", file=sys.stderr)
-        return 1 if isinstance(error, PushError) else 2
-    except NonFiniteLossError as error:  # on every process, with the same words
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     except KeyboardInterrupt:
         print("error: aborted, without saving.", file=sys.stderr)
         return 130
+    except Exception as error:
+        line = one_line(error, Path(str(recipe.training.output_dir)))
+        if line is None:
+            raise
+        print(f"error: {scrub(line)}" if line else "", end="\n" if line else "", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -23,7 +23,7 @@ from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
-from matrix_llm.saving import WholeCheckpoints
+from matrix_llm.saving import NonFiniteLossError, WholeCheckpoints
 from matrix_llm.ssl.augment import Augment, AugmentConfig, EvalTransform, TwoViewCollator
 from matrix_llm.ssl.config import SSLTrainingConfig
 from matrix_llm.ssl.data import EpochSampler, ImageDataError, Images, TrainImages
@@ -33,13 +33,9 @@ from matrix_llm.ssl.metrics import batch_effective_rank, class_effective_ranks
 from matrix_llm.ssl.modeling import SSLModel, synchronise_batch_norm
 from matrix_llm.ssl.rows import NonFiniteRowsError
 
-__all__ = ["EmaCallback", "NonFiniteLossError", "SSLTrainer", "ema_momentum"]
+__all__ = ["EmaCallback", "SSLTrainer", "ema_momentum"]
 
 logger = logging.getLogger(__name__)
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the weights are those of the step before."""
 
 
 def ema_momentum(step: int, steps: int, start: float, schedule: str) -> float:
