@@ -235,7 +235,12 @@ def page(output: Path) -> None:
     from matrix_llm.ssl.figures import batch_information, plot_lines, plot_tsne, trajectory, two_view_embeddings
     from matrix_llm.ssl.methods import METHODS
 
-    done, rates = read(output), chosen_rates(output)
+    done = read(output)
+    if not any(key.startswith("order/") for key in done):
+        raise SystemExit(
+            f"error: {output / 'rows.jsonl'} holds no finished study. First: python benchmarks/ssl_digits.py run --output {output}"
+        )
+    rates = chosen_rates(output)
     groups: dict[str, list[dict]] = defaultdict(list)
     for key, row in done.items():
         groups["/".join(key.split("/")[:2])].append(row)

@@ -467,3 +467,10 @@ def test_the_script_runs_from_another_folder(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "r18.safetensors").exists()  # so transformers found the standard `ssl`, not matrix_llm/ssl
+
+
+def test_a_folder_without_a_model_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="error: Unrecognized model"):
+        main(["torchvision", "--model", str(tmp_path), "--output", str(tmp_path / "x.safetensors")])
+    assert not (tmp_path / "x.safetensors").exists()

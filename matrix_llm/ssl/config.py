@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import CONFIG_MAPPING, TrainingArguments
 
 from matrix_llm.settings import Settings, find_beside
 from matrix_llm.ssl.augment import AugmentConfig
 from matrix_llm.ssl.methods import METHODS, check_loss_settings, method_named
-from matrix_llm.values import RecipeError
+from matrix_llm.values import RecipeError, nearest
 
 __all__ = ["SSLDataArguments", "SSLModelArguments", "SSLRecipe", "SSLTrainingConfig", "load_ssl_recipe"]
 
@@ -48,6 +48,10 @@ class SSLModelArguments:
             raise RecipeError(str(error)) from None
         if self.backbone_config is not None and not isinstance(self.backbone_config.get("model_type"), str):
             raise RecipeError(f"backbone_config={self.backbone_config!r} does not say which architecture. Add model_type, e.g. resnet.")
+        if self.backbone_config is not None and (kind := self.backbone_config["model_type"]) not in (
+            known := (*CONFIG_MAPPING, "small_resnet")
+        ):
+            raise RecipeError(f"backbone_config: model_type={kind!r} is no architecture of transformers.{nearest(kind, known)}")
 
 
 @dataclass

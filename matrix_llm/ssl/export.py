@@ -391,8 +391,8 @@ def main(arguments: list[str] | None = None) -> None:
             _write_detectron2(backbone, options.output, options.model)
         else:
             _write_detr(backbone, options.output, options.model, options.num_labels)
-    except (ExportError, OSError) as error:
-        raise SystemExit(f"export.py: {error}") from None
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

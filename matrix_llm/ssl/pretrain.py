@@ -88,7 +88,30 @@ def build_model(recipe: SSLRecipe, images: Images) -> "SSLModel":
         )
     except (ValueError, KeyError) as error:
         raise RecipeError(f"{recipe.path}: {error}") from None
-    return SSLModel(config)
+    model = SSLModel(config)
+    _check_backbone(model, recipe)
+    return model
+
+
+def _check_backbone(model: "SSLModel", recipe: SSLRecipe) -> None:
+    """One blank image through the backbone: sizes that do not fit each other show at the first step otherwise."""
+    import torch
+
+    from matrix_llm.ssl.modeling import feature_dim, pooled
+
+    a, wanted = recipe.augment, feature_dim(model.backbone)
+    try:
+        with torch.no_grad():
+            found = pooled(model.backbone.eval(), torch.zeros(1, a.channels, a.image_size, a.image_size)).shape[1]
+    except RuntimeError as error:
+        raise RecipeError(f"backbone_config cannot take images of image_size={a.image_size}: {error}. Correct one of them.") from None
+    finally:
+        model.backbone.train()
+    if found != wanted:
+        raise RecipeError(
+            f"backbone_config makes {found} features, but its hidden_sizes end at {wanted}. "
+            "Give depths and hidden_sizes equally many entries."
+        )
 
 
 def plan_lines(recipe: SSLRecipe, images: Images, model: "SSLModel") -> list[str]:

@@ -122,6 +122,11 @@ class SSLTrainer(WholeCheckpoints):
                 f"{args.per_device_train_batch_size} on {args.world_size} process(es)), and incomplete batches are dropped. "
                 "Set per_device_train_batch_size lower."
             )
+        if model.config.queue_size and model.config.queue_size < args.images_per_step:
+            raise ValueError(
+                f"queue_size={model.config.queue_size} is smaller than a batch of {args.images_per_step} keys. "
+                "Set queue_size to at least that."
+            )
         for part in (images, eval_images):
             if model.probe is not None and part is not None:
                 if part.labels is None:
