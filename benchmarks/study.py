@@ -62,7 +62,7 @@ from matrix_llm.files import read_jsonl, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN, MEASURE = ROOT / "matrix_llm" / "train.py", ROOT / "benchmarks" / "study_measure.py"
-RUNS, PROBLEMS, SETUP = "runs.jsonl", "problems.jsonl", "study.json"
+RUNS, PROBLEMS, SETUP, BASE = "runs.jsonl", "problems.jsonl", "study.json", "base.json"
 TEXT_SEED = 1_000_003  # of the generator's rows in the base's text: no fine-tuning seed draws the same
 DIVERGED = "The optimizer has not stepped"  # of matrix_llm.saving.NonFiniteLossError
 
@@ -99,6 +99,7 @@ ARMS = (
     ),
     Arm("input", {"mce_weight": 1.0, "mce_embeddings": "input"}, "mce", "ablations", "vectors of the input embedding"),
     Arm("grad", {"mce_weight": 1.0, "mce_embedding_grad": "true"}, "mce", "ablations", "gradient into the vectors"),
+    Arm("warmup", {"mce_weight": 1.0, "mce_warmup_steps": 0.3}, "mce", "ablations", "the weight rising from 0 over 30 % of the steps"),
     Arm("sketch", {"mce_weight": 1.0, "mce_sketch_dim": 64}, "mce", "ablations", "vectors sketched to 64 dimensions"),
     Arm("exact", {"mce_weight": 1.0, "mce_solver": "exact"}, "mce", "exact", "dense logarithm at every position: many times slower"),
 )
@@ -225,6 +226,16 @@ def one_run(recipe: Path, arm: Arm, seed: int, output: Path, extra: Sequence[str
     return row, {"arm": arm.name, "seed": seed, **found["problems"]}
 
 
+def measure_base(base: str, output: Path, measuring: Sequence[str]) -> None:
+    """The same figures of the weights that all runs start from, into OUT/base.json; a base that is no local folder has none."""
+    file, log = output / BASE, output / "logs" / "base.log"
+    if file.is_file() or not (ROOT / base / "config.json").is_file():
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if _call([str(MEASURE), str(ROOT / base), "--out", str(file), *measuring], log):
+        raise StudyError(f"measuring {base} failed: {last_line(log.read_text(encoding='utf-8'))} The whole log is {log}.")
+
+
 def last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it printed nothing.")
 
@@ -240,7 +251,9 @@ def run(
     measuring: Sequence[str] = (),
 ) -> int:
     """Runs what is missing, seed by seed, so that a study that is cut short holds whole pairs. Returns how many runs were made."""
-    check_setup(output, {"recipe": recipe.read_text(encoding="utf-8"), "overrides": list(extra), "measuring": list(measuring)})
+    base = check_setup(output, {"recipe": recipe.read_text(encoding="utf-8"), "overrides": list(extra), "measuring": list(measuring)})
+    if base:
+        measure_base(base, output, measuring)
     known = {(row["arm"], row["seed"]) for row in read_jsonl(output / RUNS)}
     todo = [(arm, seed) for seed in seeds for arm in arms if (arm.name, seed) not in known]
     say(f"{len(todo)} runs to make, {len(seeds) * len(arms) - len(todo)} of {len(seeds) * len(arms)} have their rows in {output / RUNS}")
@@ -270,8 +283,8 @@ def run(
     return len(todo)
 
 
-def check_setup(output: Path, setup: dict[str, Any]) -> None:
-    """Rows of two setups never meet in one folder. A local base counts by its bytes, whatever its path."""
+def check_setup(output: Path, setup: dict[str, Any]) -> str:
+    """Rows of two setups never meet in one folder. A local base counts by its bytes, whatever its path, which is returned."""
     import yaml
 
     base = (yaml.safe_load(setup["recipe"]) or {}).get("model_name_or_path", "")
@@ -286,6 +299,7 @@ def check_setup(output: Path, setup: dict[str, Any]) -> None:
             raise StudyError(f"{output} holds a study of another {', '.join(changed)}. Give the earlier one again, or another --output.")
     else:
         write_text(file, json.dumps(setup, indent=2) + "\n")
+    return base
 
 
 # --- command line ---------------------------------------------------------------------------------------------------------------------

@@ -196,13 +196,13 @@ def pairs(problems: Sequence[Problem], template: str) -> list[tuple[str, str]]:
     return [row_texts({"query": each.query, "response": each.response}, template) for each in problems]
 
 
-def measure(folder: Path, template: str, *, sizes: Sizes, texts: Sequence[Path] = ()) -> dict[str, Any]:
+def measure(folder: Path, template: str, *, sizes: Sizes, texts: Sequence[Path] = (), problem_seed: int = PROBLEM_SEED) -> dict[str, Any]:
     """Everything of the module's list. `row` holds figures, `problems` what the paired tests need: one entry a held-out problem."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     started = time.perf_counter()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
-    problems = generate(sizes.problems, seed=PROBLEM_SEED, split="test")
+    problems = generate(sizes.problems, seed=problem_seed, split="test")
     gold = [final_answer(ANSWER_MARKER + problem.answer) for problem in problems]
     rows = pairs(problems[: sizes.likelihood_rows], template)
 
@@ -257,11 +257,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--template", default="plain", help="prompt_template of the run")
     parser.add_argument("--text", type=Path, nargs="*", default=[], help="question/answer files whose likelihood is measured")
+    parser.add_argument("--problem_seed", type=int, default=PROBLEM_SEED, help="another for whatever is tuned before a study")
     for name, default in vars(Sizes()).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     options = vars(parser.parse_args(arguments))
     sizes = Sizes(**{name: options[name] for name in vars(Sizes())})
-    found = measure(options["folder"], options["template"], sizes=sizes, texts=options["text"])
+    found = measure(options["folder"], options["template"], sizes=sizes, texts=options["text"], problem_seed=options["problem_seed"])
     write_text(options["out"], json.dumps(found) + "\n")
     return 0
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from study import ARMS, BY_NAME, PROBLEMS, RUNS, StudyError
+from study import ARMS, BASE, BY_NAME, PROBLEMS, RUNS, StudyError
 from study_statistics import Paired, hierarchical_bootstrap, holm, minimum_detectable_effect, paired_t, sign_flip
 
 from eval.statistics import mcnemar_exact
@@ -172,19 +172,19 @@ def number(name: str, value: float) -> str:
     return f"{value:.1f}" if name.endswith("_seconds") else f"{value:.2f}" if name.startswith(("rank", "peak")) else f"{value:.4f}"
 
 
-def arms_table(rows: Sequence[Row]) -> str:
-    """Mean and standard deviation over seeds of every figure, one column an arm."""
+def arms_table(rows: Sequence[Row], base: Row | None = None) -> str:
+    """Mean and standard deviation over seeds of every figure, one column an arm; `base`: the weights they all start from."""
     names = [arm.name for arm in ARMS if any(row["arm"] == arm.name for row in rows)]
     lines = []
     for metric in metrics_of(rows):
-        cells = []
+        cells = [number(metric, base[metric]) if base.get(metric) is not None else ""] if base else []
         for name in names:
             values = [row[metric] for row in rows if row["arm"] == name and row.get(metric) is not None]
             spread = f" ± {number(metric, float(np.std(values, ddof=1))).removesuffix(' %')}" if len(values) > 1 else ""
             cells.append(number(metric, float(np.mean(values))) + spread if values else "")
         lines.append([label(metric), *cells])
-    seeds = ["seeds", *(str(sum(row["arm"] == name for row in rows)) for name in names)]
-    return table(["mean ± standard deviation over seeds", *names], [seeds, *lines])
+    seeds = ["seeds", *([""] if base else []), *(str(sum(row["arm"] == name for row in rows)) for name in names)]
+    return table(["mean ± standard deviation over seeds", *(["base"] if base else []), *names], [seeds, *lines])
 
 
 def paired_table(rows: Sequence[Row], arm: str, reference: str) -> str:
@@ -325,7 +325,7 @@ def secondary(rows: Sequence[Row], arm: str = "mce", reference: str = "ce", metr
     return f"**Held-out CE a token: {verdict}**: {t.mean:+.5f} nats ({t.low:+.5f} to {t.high:+.5f}), paired t, p = {p_text(t.p)}."
 
 
-def render(rows: Sequence[Row], problems: Sequence[Row], stem: str) -> str:
+def render(rows: Sequence[Row], problems: Sequence[Row], stem: str, base: Row | None = None) -> str:
     """The Markdown between the markers."""
     done, which = [row for row in rows if row.get("status") == "done"], primary_set(problems)
     kept = [p for p in problems if any((p["arm"], p["seed"]) == (row["arm"], row["seed"]) for row in done)]
@@ -354,7 +354,7 @@ def render(rows: Sequence[Row], problems: Sequence[Row], stem: str) -> str:
         verdict = f"a difference after Holm's correction in {', '.join(found)}" if found else "no difference found in any"
         parts += ["## Ablations", "", f"{len(others)} contrasts: {verdict}.", ""]
         parts += [ablation_table(others), ""]
-    parts += ["## All figures", "", arms_table(done), "", "## Effective ranks over training", "", rank_table(done), ""]
+    parts += ["## All figures", "", arms_table(done, base), "", "## Effective ranks over training", "", rank_table(done), ""]
     return "\n".join([*parts, f"![training]({stem}_training.png)", "", f"Raw rows: [{stem}_rows.jsonl]({stem}_rows.jsonl)."])
 
 
@@ -368,7 +368,8 @@ def write_report(output: Path, page: Path) -> list[Path]:
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise StudyError(f"{page} lacks the markers. Put these two lines where the report goes:\n{BEGIN}\n{END}")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    body = render(rows, problems, page.stem)
+    base = json.loads((output / BASE).read_text(encoding="utf-8"))["row"] if (output / BASE).is_file() else None
+    body = render(rows, problems, page.stem, base)
     plots = [page.with_name(f"{page.stem}_{name}.png") for name in ("accuracy", "training")]
     draw_contrasts(analyse(problems), primary_set(problems), plots[0])
     draw_curves([row for row in rows if row.get("status") == "done"], plots[1])

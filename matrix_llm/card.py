@@ -43,8 +43,10 @@ def _loss_sentence(recipe: Recipe) -> str:
         "exact": "the dense matrix logarithm",
         "taylor": f"the Taylor series of order {training.mce_order}",
     }
+    rising = training.mce_warmup_steps
+    until = f", rising to it over the first {f'{rising:g} steps' if rising >= 1 else f'{100 * rising:g} % of the steps'}," if rising else ""
     return (
-        f"The loss is token cross-entropy plus {training.mce_weight:g} times the token-level matrix cross-entropy "
+        f"The loss is token cross-entropy plus {training.mce_weight:g} times{until} the token-level matrix cross-entropy "
         f"-e_y^T log(Q) e_y of section 7 of [Zhang et al., ICML 2024]({PAPER}), evaluated by {solver[training.mce_solver]}."
     )
 

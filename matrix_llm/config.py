@@ -39,6 +39,7 @@ class MatrixConfig(SFTConfig):
     """
 
     mce_weight: float = 1.0  # loss = CE + mce_weight * MCE; 0 is plain SFT, at no extra cost
+    mce_warmup_steps: float = 0  # the weight rises linearly over so many steps; below 1, a share of all steps, as warmup_steps
     mce_solver: str = field(default="krylov", metadata={"choices": ["exact", "krylov", "taylor"]})
     mce_steps: int | None = None  # Krylov steps; None: the library's measured default
     mce_order: int = 4  # order of the Taylor solver
@@ -102,7 +103,7 @@ class MatrixConfig(SFTConfig):
 
     def _check_mce(self) -> None:
         check_range("mce_weight", self.mce_weight)
-        for name in ("mce_steps", "mce_order", "effective_rank_steps"):
+        for name in ("mce_warmup_steps", "mce_steps", "mce_order", "effective_rank_steps"):
             check_range(name, getattr(self, name))
         check_choice("mce_solver", self.mce_solver, ["exact", "krylov", "taylor"])
         for name in ("mce_sketch_dim", "mce_top_k"):

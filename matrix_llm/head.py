@@ -5,7 +5,7 @@
 1. the backbone makes the hidden states; no logits
 2. the LM head's weight and bias are gathered (ZeRO-3: emptied outside its module; FSDP2: a DTensor)
 3. `linear_matrix_cross_entropy` returns the summed loss with its gradient already made; the vocabulary's summary that its
-   solver needs is made once an optimizer step (`SummaryCache`) and used by every micro-batch of it
+   solver needs is made once an optimizer step (`HeadState`) and used by every micro-batch of it
 4. the gathered weight is released; autograd hands its gradient to the engine like any other
 
 Running the loss outside the forward gives an empty weight under ZeRO-3 and silently wrong gradients under FSDP2.
@@ -187,14 +187,16 @@ def _load_balancing_loss(text_config: PretrainedConfig, router_logits, attention
     return load_balancing_loss_func(router_logits, experts, text_config.num_experts_per_tok, attention_mask)  # type: ignore[return-value]
 
 
-class SummaryCache:
-    """The vocabulary's summary (head_tail.py), shared by the micro-batches of one optimizer step.
+class HeadState:
+    """What whoever steps the optimizer may set, and the vocabulary's summary (head_tail.py), shared by the micro-batches of one step.
 
-    `step` is anything that changes whenever the weights do; with None, the default, every call reads the weight anew.
+    `step` is anything that changes whenever the weights do; with None, the default, every call reads the weight anew. `mce_weight` starts
+    as that of the options.
     """
 
     def __init__(self, options: MatrixLossOptions) -> None:
         self.step: object = None
+        self.mce_weight = options.mce_weight
         self._options = options
         self._made_at: object = None
         self._summary: VocabularySummary | None = None
@@ -220,14 +222,14 @@ class SummaryCache:
         return self._summary
 
 
-def add_matrix_head(model: PreTrainedModel, options: MatrixLossOptions) -> SummaryCache:
+def add_matrix_head(model: PreTrainedModel, options: MatrixLossOptions) -> HeadState:
     """Teach `model.forward` the keyword `matrix_loss=True`, which returns a `MatrixCausalLMOutput` and makes no logits.
 
     Without the keyword the forward is untouched. Call it on the base model, before DDP, FSDP or DeepSpeed wrap it.
     Under torch.compile the backbone is compiled, the loss is not.
 
     Returns:
-        The cache of what the solver reads from the weight; whoever steps the optimizer may set its `step`.
+        What may be set between two steps; it also holds what the solver reads from the weight.
 
     Raises:
         ValueError: no LM head; an embedding file that does not fit; a model whose logits this file cannot reproduce.
@@ -248,7 +250,7 @@ def add_matrix_head(model: PreTrainedModel, options: MatrixLossOptions) -> Summa
                 f"it must be ({rows}, D)."
             )
 
-    cache = SummaryCache(options)
+    state = HeadState(options)
 
     @functools.partial(torch.compiler.disable, recursive=False)
     def matrix_forward(self: PreTrainedModel, labels: Tensor | None, shift_labels: Tensor | None, kwargs: dict) -> MatrixCausalLMOutput:
@@ -286,7 +288,7 @@ def add_matrix_head(model: PreTrainedModel, options: MatrixLossOptions) -> Summa
                 shift_labels.reshape(-1),
                 bias=bias,
                 embeddings=embeddings,
-                mce_weight=options.mce_weight,
+                mce_weight=state.mce_weight,
                 solver=options.solver,
                 steps=options.steps,
                 order=options.order,
@@ -295,7 +297,7 @@ def add_matrix_head(model: PreTrainedModel, options: MatrixLossOptions) -> Summa
                 logit_scale=scale,
                 softcap=softcap,
                 reduction="sum",
-                summary=cache.summary_of(embeddings, hidden.dtype),
+                summary=state.summary_of(embeddings, hidden.dtype),
                 trained=trained,
             )
         aux_loss = None
@@ -322,5 +324,5 @@ def add_matrix_head(model: PreTrainedModel, options: MatrixLossOptions) -> Summa
         return matrix_forward(self, kwargs.pop("labels", None), kwargs.pop("shift_labels", None), kwargs)
 
     model.forward = types.MethodType(forward, model)
-    model._matrix_head_cache = cache  # type: ignore[assignment]  # whose options the forward now follows
-    return cache
+    model._matrix_head_state = state  # type: ignore[assignment]  # which the forward now follows
+    return state

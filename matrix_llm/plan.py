@@ -33,6 +33,8 @@ def describe_loss(training: MatrixConfig, config: PretrainedConfig) -> str:
         fused=not training.mce_embedding_grad,
     )
     parts = [f"CE + {training.mce_weight:g} x MCE", solver.name]
+    if rising := training.mce_warmup_steps:
+        parts[0] += f" (rising over the first {f'{rising:g} steps' if rising >= 1 else f'{100 * rising:g} % of the steps'})"
     if solver.name == "krylov":
         parts.append(f"{solver.steps} steps")
         parts.append(f"top {solver.top_k} of {text.vocab_size} and tail" if solver.top_k else f"the whole vocabulary of {text.vocab_size}")

@@ -31,7 +31,7 @@ from trl.trainer.utils import compute_flops_per_token, get_peak_flops
 
 from matrix_llm.checkpoints import last_complete_checkpoint
 from matrix_llm.config import MatrixConfig
-from matrix_llm.head import MatrixLossOptions, SummaryCache, add_matrix_head, head_effective_rank
+from matrix_llm.head import HeadState, MatrixLossOptions, add_matrix_head, head_effective_rank
 from matrix_llm.packing import check_isolation
 from matrix_llm.saving import NonFiniteLossError, WholeCheckpoints
 
@@ -131,10 +131,10 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
             args.mce_embeddings,
             args.mce_embedding_grad,
         )
-        self._head_cache: SummaryCache | None = None
+        self._head_state: HeadState | None = None
         self._runs = 0  # calls of train(); the weights may have changed between two
         try:
-            self._head_cache = add_matrix_head(self._base_model(), options)
+            self._head_state = add_matrix_head(self._base_model(), options)
         except ValueError as error:
             if args.mce_weight > 0:
                 raise
@@ -174,20 +174,21 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
         self._row_ids = inputs.pop("row_id", None)
         mode = "train" if self.model.training else "eval"
         # Plain SFT trains as SFTTrainer does; its held-out rows are measured like everybody's, so that runs compare.
-        if self.args.mce_weight == 0 and (mode == "train" or self._head_cache is None):
+        if self.args.mce_weight == 0 and (mode == "train" or self._head_state is None):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             self._check_finite(result[0] if return_outputs else result, mode)
             return result
 
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        assert self._head_cache is not None
-        if self._base_model()._matrix_head_cache is not self._head_cache:
+        assert self._head_state is not None
+        if self._base_model()._matrix_head_state is not self._head_state:
             raise RuntimeError(
                 "another MatrixTrainer was made for this model since, and its forward now follows that one's mce_ settings. "
                 "Use the later trainer, or load the model anew."
             )
-        self._head_cache.step = (self._runs, self.state.global_step) if mode == "train" else None
+        self._head_state.step = (self._runs, self.state.global_step) if mode == "train" else None
+        self._head_state.mce_weight = self.current_mce_weight if mode == "train" else self.args.mce_weight
         outputs = model(**inputs, use_cache=False, matrix_loss=True)
         tokens = outputs.label_mask.sum()
         count = tokens if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=tokens.device)
@@ -212,6 +213,13 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
             return loss
         with torch.no_grad():  # somebody asked for the logits (compute_metrics): an extra forward, as in SFTTrainer
             return loss, model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False)
+
+    @property
+    def current_mce_weight(self) -> float:
+        """mce_weight * min(1, s / mce_warmup_steps) in step s = 1, 2, ...; held-out rows are always measured at the full weight."""
+        share, weight = self.args.mce_warmup_steps, self.args.mce_weight
+        steps = share if share >= 1 else share * self.state.max_steps
+        return weight if steps <= 1 else weight * min(1.0, (self.state.global_step + 1) / steps)
 
     def _add(self, mode: str, name: str, value: Tensor) -> None:
         sums = self._sums[mode]
@@ -289,12 +297,12 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
         try:
             return super().train(*args, **kwargs)
         finally:
-            if self._head_cache is not None:
-                self._head_cache.step = None  # whoever calls the model now may have other weights
+            if self._head_state is not None:
+                self._head_state.step = None  # whoever calls the model now may have other weights
 
     def check_packing(self) -> None:
         """Through the engine, once the weights are where they are trained (packing.py)."""
-        if not self.padding_free or self._head_cache is None:
+        if not self.padding_free or self._head_state is None:
             return
         base = self._base_model()
         check_isolation(
@@ -336,6 +344,8 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
             metrics["ce"] = [logs[loss_key]]
         if mode == "train" and "loss" in logs:
             metrics["num_tokens"] = [self._total_train_tokens]
+            if self.args.mce_warmup_steps and self._head_state is not None:
+                metrics["mce_weight"] = [self._head_state.mce_weight]  # of the window's last step
             metrics.update({name: [value] for name, value in self._speed().items()})
         super().log(logs, start_time)
 

@@ -30,7 +30,8 @@ _RANGES = {
     **dict.fromkeys(["mce_steps", "mce_order", "lora_r", "lora_alpha", "save_total_limit", "dataset_num_proc"], _COUNT),
     **dict.fromkeys(["max_train_rows", "max_eval_rows", "builtin_rows", "builtin_eval_rows", "accuracy_max_new_tokens"], _COUNT),
     **dict.fromkeys(
-        ["mce_weight", "effective_rank_steps", "accuracy_rows", "accuracy_steps", "weight_decay", "warmup_steps"], _NOT_NEGATIVE
+        ["mce_weight", "mce_warmup_steps", "effective_rank_steps", "accuracy_rows", "accuracy_steps", "weight_decay", "warmup_steps"],
+        _NOT_NEGATIVE,
     ),
     **dict.fromkeys(["max_grad_norm", "seed", "data_seed", "dataloader_num_workers"], _NOT_NEGATIVE),
     **dict.fromkeys(["streaming_buffer", "leakage_ngram", "image_size"], _COUNT),

@@ -210,6 +210,32 @@ def test_loss_is_ce_plus_weighted_mce_over_one_denominator(tmp_path, tiny_tokeni
         assert 0 < mce < ce
 
 
+@pytest.mark.parametrize(("warmup", "expected"), [(3, [1 / 3, 2 / 3, 1, 1]), (0.5, [1 / 2, 1, 1, 1]), (0.1, [1, 1, 1, 1])])
+def test_the_weight_of_mce_rises_linearly_over_its_warmup(tmp_path, tiny_tokenizer, warmup, expected):
+    trainer = train(tmp_path, tiny_tokenizer, mce_weight=0.5, mce_warmup_steps=warmup, gradient_accumulation_steps=2)
+    assert history(trainer, "mce_weight") == pytest.approx([0.5 * share for share in expected])
+    for loss, ce, mce, share in zip(history(trainer, "loss"), history(trainer, "ce"), history(trainer, "mce"), expected, strict=True):
+        assert loss == pytest.approx(ce + 0.5 * share * mce, rel=1e-5)
+
+
+def test_a_warmup_moves_the_weights_and_not_the_held_out_loss(tmp_path, tiny_tokenizer):
+    """Were the first step's weight not the smaller one, both runs would end alike."""
+    at_once, rising = (train(tmp_path / str(n), tiny_tokenizer, max_steps=1, mce_warmup_steps=n) for n in (0, 8))
+    grads = [history(trainer, "grad_norm")[0] for trainer in (at_once, rising)]
+    assert grads[0] != pytest.approx(grads[1], rel=1e-3)
+    held_out = rows(4, seed=3)
+    losses = []
+    for n in (0, 8):
+        trainer = MatrixTrainer(
+            tiny_model(),
+            MatrixConfig(**config(tmp_path / f"eval{n}", mce_warmup_steps=n)),
+            train_dataset=rows(),
+            processing_class=tiny_tokenizer,
+        )
+        losses.append(trainer.evaluate(held_out)["eval_loss"])
+    assert losses[0] == losses[1]
+
+
 def test_accumulation_1x8_equals_8x1(tmp_path, tiny_tokenizer):
     at_once = train(tmp_path / "a", tiny_tokenizer, per_device_train_batch_size=8, gradient_accumulation_steps=1)
     by_one = train(tmp_path / "b", tiny_tokenizer, per_device_train_batch_size=1, gradient_accumulation_steps=8)
