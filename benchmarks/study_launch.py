@@ -1,23 +1,27 @@
 """Large runs of the controlled study: their commands, printed or submitted, and their results, read back into runs.jsonl.
 
-A run is OUT/ARM-sSEED, trained by matrix_llm/train.py and scored by eval/gsm8k.py and eval/hendrycks_math.py. Locally the commands
-of a run follow each other; with Slurm, training is docs/slurm.sh, which goes on by itself, and scoring waits for its success.
+A run is OUT/ARM-sSEED, trained by matrix_llm/train.py, scored by eval/gsm8k.py and eval/hendrycks_math.py, and measured on GSM8K's
+reference solutions (CE, calibration, effective ranks) by study_measure.py. Locally the commands of a run follow each other; with Slurm,
+training is docs/slurm.sh, which goes on by itself, and the others wait for its success.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import subprocess
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from study import ARMS, PROBLEMS, ROOT, RUNS, Arm, StudyError, append, figures_of, folder_of, last_line, say, train_command
+from study_statistics import distinct_n
 
 from matrix_llm.files import read_jsonl
 
-SUBMITTED = "submitted.jsonl"
+SUBMITTED, MEASURED = "submitted.jsonl", "measured.json"
 Planned = list[tuple[str, list[str]]]
 
 
@@ -44,6 +48,9 @@ def plan(recipe: Path, output: Path, *, seeds: Sequence[int], arms: Sequence[Arm
             for script, data in (("gsm8k", launch.gsm8k), ("hendrycks_math", launch.math)):
                 options = shlex.join(["--model", str(folder), *(["--data", str(data)] if data else [])])
                 scoring.append(f"python eval/{script}.py {options} {launch.evaluation}".rstrip())
+            heldout = str(launch.gsm8k or "openai/gsm8k:main")
+            measuring = ["benchmarks/study_measure.py", str(folder), "--out", str(folder / MEASURED), "--heldout", heldout]
+            scoring.append(f"python {shlex.join(measuring)}")
             if launch.how == "local":
                 there = f"[ -f {shlex.quote(str(folder / 'results.json'))} ]"  # so that the same lines go on after a kill
                 training = f"{there} || {launch.launcher} matrix_llm/train.py {arguments} --resume_from_checkpoint true"
@@ -69,6 +76,19 @@ def submit(planned: Planned, output: Path) -> None:
         say(f"submitted {name}")
 
 
+def diversity(rows: Sequence[dict], name: str) -> dict[str, float]:
+    """distinct-n of the samples of a problem, mean over the problems; nothing where each has one sample."""
+    samples: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        samples[row["id"]].append(row["response"])
+    figures = {}
+    for n in (1, 2, 3):
+        found = [distinct_n(responses, n) for responses in samples.values() if len(responses) > 1]
+        if kept := [share for share in found if not math.isnan(share)]:
+            figures[f"distinct_{n}_{name}"] = sum(kept) / len(kept)
+    return figures
+
+
 def collect(output: Path, benchmarks: Sequence[str] = ("gsm8k", "math")) -> int:
     """Rows of the runs in OUT/ARM-sSEED that have none yet and are trained and scored on all `benchmarks`, from results.json,
     metrics.jsonl and eval/*.json; returns how many."""
@@ -81,14 +101,17 @@ def collect(output: Path, benchmarks: Sequence[str] = ("gsm8k", "math")) -> int:
             found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "eval").glob("*.json"))]
             summaries = [summary for summary in found if "verdicts" in summary]  # the others are settings
             missing = sorted(set(benchmarks) - {summary["benchmark"] for summary in summaries})
-            if not (folder / "results.json").is_file() or missing:
-                say(f"{folder.name} is not there yet: {', '.join(missing) or 'results.json'}")
+            missing += [name for name in ("results.json", MEASURED) if not (folder / name).is_file()]
+            if missing:
+                say(f"{folder.name} is not there yet: {', '.join(missing)}")
                 continue
             row = {"arm": arm.name, "seed": int(number), "settings": dict(arm.overrides), "status": "done", **figures_of(folder)}
+            row |= json.loads((folder / MEASURED).read_text(encoding="utf-8"))["row"]
             for summary in summaries:
                 name, verdicts = summary["name"], summary["verdicts"]
                 row[f"accuracy_{name}"] = sum(v is True for v in verdicts.values()) / len(verdicts)
                 row |= {f"pass@{k}_{name}": share for k, share in summary.get("pass_at_k", {}).items()}
+                row |= diversity(read_jsonl(folder / "eval" / f"{name}.jsonl"), name)
                 correct = "".join("1" if verdicts[problem] is True else "0" for problem in sorted(verdicts))
                 append(output / PROBLEMS, {"arm": arm.name, "seed": int(number), "set": name, "correct": correct})
             append(output / RUNS, row)

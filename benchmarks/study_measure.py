@@ -1,11 +1,15 @@
 """Measures one finished checkpoint of the controlled study; everything is fixed but the weights, so that runs compare pair by pair.
 
     python benchmarks/study_measure.py FOLDER --out measured.json [--problems 2000] [--sample_problems 64] [--text test.jsonl ...]
+    python benchmarks/study_measure.py FOLDER --out measured.json --heldout gsm8k/test.jsonl      # large runs, after eval/gsm8k.py
 
 1. greedy answers to the held-out problems (the generator's test split: other names, other numbers), each with its confidence
 2. n samples at temperature 0.7 of the first few of them: pass@k and diversity
 3. the likelihood of held-out responses, and of the texts given: CE a token, calibration of the next token
 4. effective rank of the LM head and of the last hidden states, here and at each checkpoint-N of the run
+
+With --heldout, 1 and 2 are left to eval/, and 3 and 4 read that set's questions and answers. Prompts are laid out as the run's recipe.yaml
+says. On a GPU weights are read as bfloat16, else as float32.
 
 Legend: B batch, T tokens of a row, L new tokens, V vocabulary, H hidden width, N positions.
 """
@@ -25,15 +29,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import yaml
 from study_statistics import distinct_answers, distinct_n, expected_calibration_error
 from torch import Tensor
 
 from eval.statistics import pass_at_k
 from matrix_llm.accuracy import ANSWER_MARKER, evaluation_mode, final_answer
-from matrix_llm.data import row_texts
+from matrix_llm.config import DataArguments
+from matrix_llm.data import Continuation, row_texts
 from matrix_llm.files import write_text
 from matrix_llm.head import head_effective_rank
 from matrix_llm.information import effective_rank
+from matrix_llm.prepare import question_source
 from matrix_llm.prompts import format_prompt
 from matrix_llm.rows import Source
 from matrix_llm.solvers import unit_rows
@@ -78,6 +85,10 @@ def _padded(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Ten
     return torch.tensor(ids), torch.tensor(mask)
 
 
+def _device_of(model: Any) -> torch.device:
+    return next(model.parameters()).device
+
+
 def decode(
     model: Any, tokenizer: Any, prompts: Sequence[str], *, sizes: Sizes, temperature: float = 0.0, seed: int = 0
 ) -> list[tuple[list[int], list[float]]]:
@@ -88,12 +99,13 @@ def decode(
     ids = tokenizer(list(prompts))["input_ids"]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     found: list[tuple[list[int], list[float]]] = [([], []) for _ in ids]
-    generator = torch.Generator().manual_seed(seed)
+    device = _device_of(model)
+    generator = torch.Generator(device).manual_seed(seed)
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     with evaluation_mode(model), torch.no_grad():
         for start in range(0, len(order), sizes.batch_size):
             rows = order[start : start + sizes.batch_size]
-            step_ids, mask = _padded([ids[i] for i in rows], pad, left=True)
+            step_ids, mask = (each.to(device) for each in _padded([ids[i] for i in rows], pad, left=True))
             positions, cache = (mask.cumsum(1) - 1).clamp(min=0), None
             for _ in range(sizes.max_new_tokens):
                 out = model(
@@ -121,7 +133,7 @@ def decode(
                     cache.batch_select_indices(going)
                     rows = [rows[i] for i in going.tolist()]
                 step_ids = chosen[going, None]
-                mask = torch.cat([mask[going], torch.ones(len(going), 1, dtype=mask.dtype)], 1)
+                mask = torch.cat([mask[going], mask.new_ones(len(going), 1)], 1)
                 positions = positions[going, -1:] + 1
     return found
 
@@ -148,15 +160,15 @@ def answers(model: Any, tokenizer: Any, problems: Sequence[Problem], template: s
 
 def _batches(tokenizer: Any, texts: Sequence[tuple[str, str]], limit: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(ids, mask, labels), (B, T) each. Prompt and response are tokenised apart, as in training; the prompt's labels are -100."""
-    rows = []
-    for prompt, response in texts:
-        head = tokenizer(prompt)["input_ids"]
-        tail = tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    rows, continued = [], Continuation(tokenizer)([response for _, response in texts])
+    for (prompt, _), response in zip(texts, continued, strict=True):
+        head, tail = tokenizer(prompt)["input_ids"], [*response, tokenizer.eos_token_id]
         rows.append(((head + tail)[:limit], ([-100] * len(head) + tail)[:limit]))
     rows.sort(key=lambda row: len(row[0]))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     for start in range(0, len(rows), batch_size):
         chosen = rows[start : start + batch_size]
-        ids, mask = _padded([row for row, _ in chosen], tokenizer.pad_token_id, left=False)
+        ids, mask = _padded([row for row, _ in chosen], pad, left=False)
         labels, _ = _padded([row for _, row in chosen], -100, left=False)
         yield ids, mask, labels
 
@@ -165,7 +177,8 @@ def likelihood(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]], *, 
     """CE a response token in nats, and the ECE of the likeliest next token, over the responses of (prompt, response) pairs."""
     total, confidences, right = 0.0, [], []
     with evaluation_mode(model), torch.no_grad():
-        for ids, mask, labels in _batches(tokenizer, texts, limit, batch_size):
+        for batch in _batches(tokenizer, texts, limit, batch_size):
+            ids, mask, labels = (each.to(_device_of(model)) for each in batch)
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
             kept = labels[:, 1:] != -100
             log_q, target = logits[kept].float().log_softmax(-1), labels[:, 1:][kept]  # (N, V), (N,)
@@ -178,10 +191,12 @@ def likelihood(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]], *, 
 
 def hidden_effective_rank(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]]) -> float:
     """Effective rank of the second moment of the unit hidden states that the LM head reads, at the response's positions; 1 to H."""
-    moment = torch.zeros(model.config.hidden_size, model.config.hidden_size, dtype=torch.float64)
+    width = model.config.get_text_config().hidden_size
+    moment = torch.zeros(width, width, dtype=torch.float64, device=_device_of(model))
     count = 0
     with evaluation_mode(model), torch.no_grad():
-        for ids, mask, labels in _batches(tokenizer, texts, 100_000, 32):
+        for batch in _batches(tokenizer, texts, 100_000, 32):
+            ids, mask, labels = (each.to(_device_of(model)) for each in batch)
             hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
             rows = unit_rows(hidden[labels[:, 1:] != -100], dtype=torch.float32)  # (N, H)
             moment += (rows.T @ rows).double()
@@ -192,58 +207,72 @@ def hidden_effective_rank(model: Any, tokenizer: Any, texts: Sequence[tuple[str,
 # --- one checkpoint ------------------------------------------------------------------------------------------------------------
 
 
-def pairs(problems: Sequence[Problem], template: str) -> list[tuple[str, str]]:
-    return [row_texts({"query": each.query, "response": each.response}, template) for each in problems]
+def load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    gpu = torch.cuda.is_available()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if gpu else torch.float32).to("cuda" if gpu else "cpu")
 
 
-def measure(folder: Path, template: str, *, sizes: Sizes, texts: Sequence[Path] = (), problem_seed: int = PROBLEM_SEED) -> dict[str, Any]:
-    """Everything of the module's list. `row` holds figures, `problems` what the paired tests need: one entry a held-out problem."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    started = time.perf_counter()
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
-    problems = generate(sizes.problems, seed=problem_seed, split="test")
+def measure_answers(
+    model: Any, tokenizer: Any, problems: Sequence[Problem], template: str, sizes: Sizes
+) -> tuple[dict[str, float], dict[str, Any], list[dict[str, str]]]:
+    """Figures, what the paired tests need (one entry a problem), and three responses to look at."""
     gold = [final_answer(ANSWER_MARKER + problem.answer) for problem in problems]
-    rows = pairs(problems[: sizes.likelihood_rows], template)
-
     greedy = answers(model, tokenizer, problems, template, sizes=sizes)
     right = [response.answer == answer for response, answer in zip(greedy, gold, strict=True)]
     answered = [i for i, response in enumerate(greedy) if response.answer is not None]
 
-    few = problems[: sizes.sample_problems]
-    drawn = answers(
-        model, tokenizer, [p for p in few for _ in range(SAMPLES)], template, sizes=sizes, temperature=TEMPERATURE, seed=SAMPLING_SEED
-    )
+    few = [p for p in problems[: sizes.sample_problems] for _ in range(SAMPLES)]
+    drawn = answers(model, tokenizer, few, template, sizes=sizes, temperature=TEMPERATURE, seed=SAMPLING_SEED)
     groups = [drawn[i : i + SAMPLES] for i in range(0, len(drawn), SAMPLES)]
     counts = [sum(r.answer == answer for r in group) for group, answer in zip(groups, gold, strict=False)]
-
-    held_out = likelihood(model, tokenizer, rows)
-    row: dict[str, Any] = {
+    figures = {
         "accuracy_heldout": sum(right) / len(right),
         "unanswered": 1 - len(answered) / len(greedy),
         **{f"pass@{k}": sum(pass_at_k(SAMPLES, c, k) for c in counts) / len(counts) for k in KS},
-        "ce_heldout": held_out["ce"],
-        "ece_token": held_out["ece"],
         "ece_answer": expected_calibration_error([greedy[i].confidence for i in answered], [right[i] for i in answered]),
         **{f"distinct_{n}": _mean([distinct_n([r.text for r in group], n) for group in groups]) for n in (1, 2, 3)},
         "distinct_answers": _mean([distinct_answers([r.answer for r in group]) for group in groups]),
-        "rank_head": head_effective_rank(model),
-        "rank_hidden": hidden_effective_rank(model, tokenizer, rows[:RANK_ROWS]),
     }
+    verdicts = {"set": "heldout", "correct": "".join(map(str, map(int, right))), "samples": counts, "n": SAMPLES}
+    shown = [{"query": p.query, "gold": p.answer, "response": r.text} for p, r in zip(problems[:3], greedy[:3], strict=True)]
+    return figures, verdicts, shown
+
+
+def measure(
+    folder: Path, *, sizes: Sizes, texts: Sequence[Path] = (), heldout: Source | None = None, problem_seed: int = PROBLEM_SEED
+) -> dict[str, Any]:
+    """Everything of the module's list. `row` holds figures, `problems` what the paired tests need."""
+    from transformers import AutoTokenizer
+
+    started = time.perf_counter()
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    layout = [recipe.get(name, getattr(DataArguments, name)) for name in ("prompt_template", "response_separator")]
+    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
+    row: dict[str, Any] = {}
+    verdicts, shown = {}, []
+    if heldout is None:
+        problems = generate(sizes.problems, seed=problem_seed, split="test")
+        row, verdicts, shown = measure_answers(model, tokenizer, problems, layout[0], sizes)
+        rows = [row_texts({"query": p.query, "response": p.response}, *layout) for p in problems[: sizes.likelihood_rows]]
+    else:
+        rows = [row_texts(each, *layout) for each in heldout.checked()]
+
+    held_out = likelihood(model, tokenizer, rows)
+    row |= {"ce_heldout": held_out["ce"], "ece_token": held_out["ece"]}
+    row |= {"rank_head": head_effective_rank(model), "rank_hidden": hidden_effective_rank(model, tokenizer, rows[:RANK_ROWS])}
     for path in texts:
-        source = [row_texts(each, template) for each in Source(str(path), max_rows=sizes.text_rows).checked()]
-        whole = [("", prompt + response) for prompt, response in source]
+        whole = [("", "".join(row_texts(each, *layout))) for each in Source(str(path), max_rows=sizes.text_rows).checked()]
         row[f"ce_{path.parent.name or 'text'}_{path.stem}"] = likelihood(model, tokenizer, whole, limit=sizes.text_tokens)["ce"]
     curve = []
     for checkpoint in sorted(folder.glob(CHECKPOINTS), key=lambda path: int(path.name.rsplit("-", 1)[1])):
-        earlier = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-        curve.append([int(checkpoint.name.rsplit("-", 1)[1]), round(hidden_effective_rank(earlier, tokenizer, rows[:RANK_ROWS]), 3)])
+        if any(checkpoint.glob("*.safetensors")):  # a sharded one has to be merged first
+            rank = hidden_effective_rank(load(checkpoint), tokenizer, rows[:RANK_ROWS])
+            curve.append([int(checkpoint.name.rsplit("-", 1)[1]), round(rank, 3)])
     row["measure_seconds"] = round(time.perf_counter() - started, 1)
-    return {
-        "row": {name: None if math.isnan(value) else round(value, 6) for name, value in row.items()} | {"curve_rank_hidden": curve},
-        "problems": {"set": "heldout", "correct": "".join(map(str, map(int, right))), "samples": counts, "n": SAMPLES},
-        "shown": [{"query": p.query, "gold": p.answer, "response": r.text} for p, r in zip(problems[:3], greedy[:3], strict=True)],
-    }
+    row = {name: None if math.isnan(value) else round(value, 6) for name, value in row.items()}
+    return {"row": row | {"curve_rank_hidden": curve}, "problems": verdicts, "shown": shown}
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -255,14 +284,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a finished run")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--template", default="plain", help="prompt_template of the run")
+    parser.add_argument("--heldout", help="question/answer rows instead of the generator's: a file or a Hub id with its configuration")
     parser.add_argument("--text", type=Path, nargs="*", default=[], help="question/answer files whose likelihood is measured")
     parser.add_argument("--problem_seed", type=int, default=PROBLEM_SEED, help="another for whatever is tuned before a study")
     for name, default in vars(Sizes()).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     options = vars(parser.parse_args(arguments))
     sizes = Sizes(**{name: options[name] for name in vars(Sizes())})
-    found = measure(options["folder"], options["template"], sizes=sizes, texts=options["text"], problem_seed=options["problem_seed"])
+    heldout = question_source(options["heldout"]) if options["heldout"] else None
+    found = measure(options["folder"], sizes=sizes, texts=options["text"], heldout=heldout, problem_seed=options["problem_seed"])
     write_text(options["out"], json.dumps(found) + "\n")
     return 0
 

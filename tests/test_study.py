@@ -346,7 +346,7 @@ def test_submit_hands_each_run_to_sbatch_once(monkeypatch, tmp_path):
     arguments = ["plan", "recipes/llemma7b.yaml", "--seeds", "1", "--launch", "slurm", "--output", str(tmp_path / "out"), "--submit"]
     assert study.main(arguments) == study.main(arguments) == 0
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert len(calls) == 6  # two runs, each with its training and two evaluations, and nothing the second time
+    assert len(calls) == 8  # two runs, each with its training, two evaluations and a measurement, and nothing the second time
     assert "docs/slurm.sh" in calls[0]
     assert calls[1].startswith("--dependency=afterok:77 ")
 
@@ -405,7 +405,15 @@ def test_a_planned_run_is_trained_scored_collected_and_reported(tmp_path, monkey
     rows = [{"problem": f"{n}+1?", "solution": f"$\\boxed{{{n + 1}}}$", "level": "Level 1", "subject": "Algebra"} for n in range(4)]
     math_.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["plan", str(recipe), "--seeds", "1", "--arms", "ce", "--launcher", shlex.quote(sys.executable), "--output", str(out)]
-    arguments += ["--gsm8k", str(gsm8k), "--math", str(math_), "--evaluation", "--engine transformers --max_tokens 4", "--submit"]
+    arguments += [
+        "--gsm8k",
+        str(gsm8k),
+        "--math",
+        str(math_),
+        "--evaluation",
+        "--engine transformers --max_tokens 4 --n 2 --temperature 1.0",
+        "--submit",
+    ]
     assert study.main(arguments) == 0
     assert study_launch.collect(out) == 1
     shutil.copytree(out / "ce-s1", out / "mce-s1")  # a second run that ended in the same weights
@@ -416,6 +424,9 @@ def test_a_planned_run_is_trained_scored_collected_and_reported(tmp_path, monkey
     page = (tmp_path / "page.md").read_text()
     assert "accuracy, GSM8K" in page
     assert "accuracy, MATH" in page
+    row = study.read_jsonl(out / study.RUNS)[0]
+    assert {"ce_heldout", "ece_token", "rank_hidden", "rank_head", "pass@2_gsm8k", "distinct_1_math"} <= row.keys()
+    assert 0 < row["distinct_1_gsm8k"] <= 1
 
 
 def test_scripts_start_from_any_folder(tmp_path):
