@@ -214,7 +214,7 @@ def stored_recipe(run: Path) -> Recipe:
     def part(cls: type, *names: str) -> Any:
         return SimpleNamespace(**{name: settings.get(name, getattr(cls, name)) for name in names})
 
-    training = part(MatrixConfig, "mce_weight", "mce_solver", "mce_order")
+    training = part(MatrixConfig, "mce_weight", "mce_warmup_steps", "mce_solver", "mce_order")
     training.output_dir = str(run.resolve())  # it may have been moved
     model, data = part(ModelArguments, "model_name_or_path", "use_peft"), part(DataArguments, "dataset")
     return Recipe(model=model, data=data, training=training, path=run / "recipe.yaml", resolved=settings)

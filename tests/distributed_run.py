@@ -83,13 +83,13 @@ def run_case(out: Path, models: Path, settings: dict) -> None:
         peft_config=None if lora is None else adapter,
     )
     if fresh:
-        reading = trainer._head_cache.summary_of
+        reading = trainer._head_state.summary_of
 
         def read_anew(*args):
-            trainer._head_cache.step = None
+            trainer._head_state.step = None
             return reading(*args)
 
-        trainer._head_cache.summary_of = read_anew
+        trainer._head_state.summary_of = read_anew
     trainer.train()
     head.summarise = summarise
     engine = how_sharded(trainer)

@@ -421,4 +421,4 @@ def test_a_trainer_whose_model_a_later_one_took_over_says_so(tmp_path):
     with pytest.raises(RuntimeError, match="another MatrixTrainer"):
         first.train()
     second.train()
-    assert second._head_cache.step is None  # the weights are anybody's again
+    assert second._head_state.step is None  # the weights are anybody's again
