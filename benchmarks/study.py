@@ -338,9 +338,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     report = commands.add_parser("report", help="tables and plots")
     report.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md", help="page with the study's markers")
     for each in (text, run_, plan_, collect_, report):
-        each.add_argument("--output", type=Path, required=True, help="folder of the study; of `text`, the file")
+        default = None if each is not plan_ else Path("runs/study-large")
+        each.add_argument("--output", type=Path, default=default, required=not default, help="folder of the study; of `text`, the file")
     for each in (run_, plan_):
         each.epilog = "After -- : overrides of the recipe, for all arms alike."
+    if arguments and arguments[0].endswith((".yaml", ".yml")):
+        arguments = ["plan", *arguments]  # study.py RECIPE --seeds 3 --launch slurm
     cut = list(arguments).index("--") if "--" in arguments else len(arguments)
     options = parser.parse_args(list(arguments[:cut]))
     options.overrides = list(arguments[cut + 1 :])

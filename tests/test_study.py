@@ -335,6 +335,8 @@ def test_plan_prints_commands_that_parse(how, capsys):
     assert folders[:2] == [("runs/big/ce-s1", 1, 0.0), ("runs/big/mce-s1", 1, 1.0)]
     assert sum("eval/gsm8k.py" in line for line in lines) == sum("eval/hendrycks_math.py" in line for line in lines) == 6
     assert all("afterok" in line for line in lines if "eval/" in line) or how == "local"
+    assert study.main([*arguments[1:], "--", "--gradient_accumulation_steps", "2"]) == 0  # a recipe alone means plan
+    assert capsys.readouterr().out.splitlines() == lines
 
 
 def test_submit_hands_each_run_to_sbatch_once(monkeypatch, tmp_path):
