@@ -69,13 +69,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from matrix_llm.files import read_jsonl, write_text
+from matrix_llm.files import NON_FINITE, read_jsonl, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN, MEASURE = ROOT / "matrix_llm" / "train.py", ROOT / "benchmarks" / "study_measure.py"
 RUNS, PROBLEMS, SETUP, BASE = "runs.jsonl", "problems.jsonl", "study.json", "base.json"
 TEXT_SEED = 1_000_003  # of the generator's rows in the base's text: no fine-tuning seed draws the same
-DIVERGED = "The optimizer has not stepped"  # of matrix_llm.saving.NonFiniteLossError
 
 
 @dataclass(frozen=True)
@@ -184,8 +183,9 @@ def figures_of(folder: Path) -> dict[str, Any]:
     norms = [entry["grad_norm"] for entry in entries if "grad_norm" in entry]
     row = {
         "grad_norm": round(sum(norms) / len(norms), 4) if norms else None,
-        "train_seconds": results.get("train_seconds"),
+        "train_seconds": None if results.get("resumed_from") else results.get("train_seconds"),  # a part of them is no figure
         "steps": results.get("steps"),
+        "versions": results.get("versions"),
         "peak_memory_gib": round(max(memory), 3) if memory else None,
         "curve_ce": [[entry["step"], round(entry["ce"], 4)] for entry in entries if "ce" in entry],
         "curve_rank_head": [[entry["step"], round(entry["effective_rank"], 3)] for entry in entries if "effective_rank" in entry],
@@ -222,10 +222,10 @@ def one_run(recipe: Path, arm: Arm, seed: int, output: Path, extra: Sequence[str
             shutil.rmtree(folder, ignore_errors=True)
         command = train_command(recipe, arm, seed, folder, [*extra, *(["--resume_from_checkpoint", "true"] if resumed else [])])
         if _call(command, log):
-            text = log.read_text(encoding="utf-8")
-            if DIVERGED in text:
+            if (folder / NON_FINITE).is_file():
                 return {**row, "status": "diverged"}, {}
-            raise StudyError(f"training {folder.name} failed: {last_line(text)} The whole log is {log}. Then run the same command again.")
+            said = last_line(log.read_text(encoding="utf-8"))
+            raise StudyError(f"training {folder.name} failed: {said} The whole log is {log}. Then run the same command again.")
     measured = folder / "measured.json"
     if not measured.is_file() and _call([str(MEASURE), str(folder), "--out", str(measured), *measuring], log):
         raise StudyError(f"measuring {folder.name} failed: {last_line(log.read_text(encoding='utf-8'))} The whole log is {log}.")
@@ -264,7 +264,7 @@ def run(
     base = check_setup(output, {"recipe": recipe.read_text(encoding="utf-8"), "overrides": list(extra), "measuring": list(measuring)})
     if base:
         measure_base(base, output, measuring)
-    known = {(row["arm"], row["seed"]) for row in read_jsonl(output / RUNS)}
+    known = known_runs(output)
     todo = [(arm, seed) for seed in seeds for arm in arms if (arm.name, seed) not in known]
     say(f"{len(todo)} runs to make, {len(seeds) * len(arms) - len(todo)} of {len(seeds) * len(arms)} have their rows in {output / RUNS}")
     lock, errors = threading.Lock(), []
@@ -291,6 +291,17 @@ def run(
     if errors:
         raise errors[0]
     return len(todo)
+
+
+def known_runs(output: Path) -> set[tuple[str, int]]:
+    """(arm, seed) of the rows on file; rows of an arm that has changed since are refused."""
+    rows = read_jsonl(output / RUNS)
+    for row in rows:
+        if "settings" in row and row["arm"] in BY_NAME and row["settings"] != dict(BY_NAME[row["arm"]].overrides):
+            raise StudyError(
+                f"{output / RUNS} holds {row['arm']} of other settings, {row['settings']}. Give another --output, or remove those rows."
+            )
+    return {(row["arm"], row["seed"]) for row in rows}
 
 
 def check_setup(output: Path, setup: dict[str, Any]) -> str:
@@ -336,6 +347,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     plan_.add_argument("--gsm8k", type=Path, help="GSM8K's test set as a file (default: from the Hub)")
     plan_.add_argument("--math", type=Path, help="MATH's test set as a file (default: from the Hub)")
     plan_.add_argument("--evaluation", default="", help="options of eval/gsm8k.py and eval/hendrycks_math.py, in one string")
+    plan_.add_argument("--samples", type=int, default=8, help="GSM8K also with so many samples a problem (default: 8; 0: none)")
     plan_.add_argument("--submit", action="store_true", help="run the commands instead of printing them")
     collect_ = commands.add_parser("collect", help="read finished large runs")
     collect_.add_argument("--benchmarks", default="gsm8k,math", help="those that a run must have been scored on (default: gsm8k,math)")
@@ -384,7 +396,7 @@ def _command(options: argparse.Namespace) -> int:
             return 0
         from study_launch import Launch, plan, submit
 
-        launch = Launch(options.launch, options.launcher, options.nodes, options.gsm8k, options.math, options.evaluation)
+        launch = Launch(options.launch, options.launcher, options.nodes, options.gsm8k, options.math, options.evaluation, options.samples)
         planned = plan(options.recipe, output, launch=launch, **what)
         if options.submit:
             submit(planned, output)

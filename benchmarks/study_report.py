@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from study import ARMS, BASE, BY_NAME, PROBLEMS, RUNS, StudyError
+from study import ARMS, BASE, BY_NAME, PROBLEMS, RUNS, SETUP, StudyError
 from study_statistics import Paired, hierarchical_bootstrap, holm, minimum_detectable_effect, paired_t, sign_flip
 
 from eval.statistics import mcnemar_exact
@@ -42,6 +42,7 @@ LABELS = {
     "unanswered": "greedy responses without an answer",
     "rank_head": "effective rank, LM head",
     "rank_hidden": "effective rank, last hidden states",
+    "grad_norm": "gradient norm before clipping, mean over logged steps",
     "train_seconds": "training (s)",
     "peak_memory_gib": "peak memory (GiB)",
 }
@@ -109,8 +110,10 @@ def analyse(problems: Sequence[Row], which: str | None = None) -> list[Contrast]
             )
         )
     corrected = [c for c in contrasts if BY_NAME[c.arm].group != "main"]
-    adjusted = dict(zip([c.arm for c in corrected], holm([c.test.p for c in corrected]), strict=True))
-    return [replace(c, adjusted_p=adjusted.get(c.arm, c.adjusted_p)) for c in contrasts]
+    for c, p in zip(corrected, holm([c.test.p for c in corrected]), strict=True):
+        detectable = minimum_detectable_effect(c.test.sd, len(c.seeds), alpha=ALPHA / len(corrected))  # Holm's first step
+        contrasts[contrasts.index(c)] = replace(c, adjusted_p=p, detectable=detectable)
+    return contrasts
 
 
 # --- words ---------------------------------------------------------------------------------------------------------------------
@@ -139,7 +142,7 @@ def sentence(contrast: Contrast, which: str) -> str:
         f"{p_text(c.test.p)}{'' if c.adjusted_p == c.test.p else f', Holm {p_text(c.adjusted_p)}'}; bootstrap over seeds and problems "
         f"{points(c.bootstrap[0])} to {points(c.bootstrap[1])})"
     )
-    missed = f"A true difference of {100 * c.detectable:.2f} points would have been found with 80 % power."
+    missed = f"The t test alone finds a true difference of {100 * c.detectable:.2f} points with 80 % power."
     if c.differs:
         return f"**{c.arm} is {'better' if c.test.mean > 0 else 'worse'} than {c.reference} on {place}**: {figures}. {missed}"
     return (
@@ -247,7 +250,8 @@ def rank_table(rows: Sequence[Row]) -> str:
         for curve in ("curve_rank_head", "curve_rank_hidden"):
             curves = [row[curve] for row in rows if row["arm"] == arm.name and row.get(curve)]
             ends = [[float(np.mean([c[place][1] for c in curves])) for place in (0, -1)] for _ in range(bool(curves))]
-            cells += [f"{a:.1f} (step {curves[0][0][0]}) to {b:.1f}" for a, b in ends] or [""]
+            first = f"step {curves[0][0][0]}" if curve == "curve_rank_hidden" and curves else "step 1"  # the head's is logged later
+            cells += [f"{a:.1f} ({first}) to {b:.1f}" for a, b in ends] or [""]
         if any(cells):
             lines.append([arm.name, *cells])
     return table(["arm", "LM head, over training", "last hidden states, over training"], lines)
@@ -325,10 +329,16 @@ def secondary(rows: Sequence[Row], arm: str = "mce", reference: str = "ce", metr
     return f"**Held-out CE a token: {verdict}**: {t.mean:+.5f} nats ({t.low:+.5f} to {t.high:+.5f}), paired t, p = {p_text(t.p)}."
 
 
+def kept_problems(rows: Sequence[Row], problems: Sequence[Row]) -> list[Row]:
+    """The verdicts of finished runs: a run that was killed between its two rows will be made again."""
+    done = {(row["arm"], row["seed"]) for row in rows if row.get("status") == "done"}
+    return [p for p in problems if (p["arm"], p["seed"]) in done]
+
+
 def render(rows: Sequence[Row], problems: Sequence[Row], stem: str, base: Row | None = None) -> str:
     """The Markdown between the markers."""
     done, which = [row for row in rows if row.get("status") == "done"], primary_set(problems)
-    kept = [p for p in problems if any((p["arm"], p["seed"]) == (row["arm"], row["seed"]) for row in done)]
+    kept = kept_problems(rows, problems)
     contrasts = analyse(kept, which)
     main = [c for c in contrasts if BY_NAME[c.arm].group == "main"]
     others = [c for c in contrasts if c not in main]
@@ -347,7 +357,12 @@ def render(rows: Sequence[Row], problems: Sequence[Row], stem: str, base: Row | 
             "",
         ]
     for other in sorted({p["set"] for p in kept} - {which}):
-        parts += [sentence(c, other) + "\n" for c in analyse(kept, other) if BY_NAME[c.arm].group == "main"]
+        parts += [
+            f"{LABELS.get(other, other)}, described without a verdict: {c.arm} minus {c.reference} {points(c.test.mean)} points "
+            f"(t interval {points(c.test.low)} to {points(c.test.high)}) over {len(c.seeds)} seeds.\n"
+            for c in analyse(kept, other)
+            if BY_NAME[c.arm].group == "main"
+        ]
     parts += [f"![accuracy differences]({stem}_accuracy.png)", ""]
     if others:
         found = [c.arm for c in others if c.differs]
@@ -355,7 +370,9 @@ def render(rows: Sequence[Row], problems: Sequence[Row], stem: str, base: Row | 
         parts += ["## Ablations", "", f"{len(others)} contrasts: {verdict}.", ""]
         parts += [ablation_table(others), ""]
     parts += ["## All figures", "", arms_table(done, base), "", "## Effective ranks over training", "", rank_table(done), ""]
-    return "\n".join([*parts, f"![training]({stem}_training.png)", "", f"Raw rows: [{stem}_rows.jsonl]({stem}_rows.jsonl)."])
+    files = (f"{stem}_rows.jsonl", f"{stem}_problems.jsonl", f"{stem}_setup.json")
+    raw = ", ".join(f"[{name}]({name})" for name in files)
+    return "\n".join([*parts, f"![training]({stem}_training.png)", "", f"Raw: {raw}."])
 
 
 def write_report(output: Path, page: Path) -> list[Path]:
@@ -371,9 +388,16 @@ def write_report(output: Path, page: Path) -> list[Path]:
     base = json.loads((output / BASE).read_text(encoding="utf-8"))["row"] if (output / BASE).is_file() else None
     body = render(rows, problems, page.stem, base)
     plots = [page.with_name(f"{page.stem}_{name}.png") for name in ("accuracy", "training")]
-    draw_contrasts(analyse(problems), primary_set(problems), plots[0])
+    kept = kept_problems(rows, problems)
+    draw_contrasts(analyse(kept), primary_set(kept), plots[0])
     draw_curves([row for row in rows if row.get("status") == "done"], plots[1])
-    raw = page.with_name(f"{page.stem}_rows.jsonl")
-    write_text(raw, "".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: (row["arm"], row["seed"]))))
+    raw = []
+    for name, table_ in (("rows", rows), ("problems", kept)):  # all that the verdicts need
+        raw.append(page.with_name(f"{page.stem}_{name}.jsonl"))
+        write_text(raw[-1], "".join(json.dumps(row) + "\n" for row in sorted(table_, key=lambda row: (row["arm"], row["seed"]))))
+    setup = output / SETUP
+    found = {"setup": json.loads(setup.read_text(encoding="utf-8")) if setup.is_file() else None, "base": base}
+    raw.append(page.with_name(f"{page.stem}_setup.json"))
+    write_text(raw[-1], json.dumps(found, indent=1) + "\n")
     write_text(page, f"{before}{BEGIN}\n\n{body}\n\n{END}{after}")
-    return [page, *plots, raw]
+    return [page, *plots, *raw]

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+NON_FINITE = "non_finite.txt"  # in the folder of a run whose loss became NaN or infinite: what train.py said; gone once it goes on
+
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:

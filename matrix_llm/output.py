@@ -22,7 +22,7 @@ from matrix_llm.checkpoints import (
     what_is_missing,
     why_not_written,
 )
-from matrix_llm.files import write_text
+from matrix_llm.files import NON_FINITE, write_text
 from matrix_llm.pushable import PushError, scrub
 from matrix_llm.values import RecipeError
 
@@ -124,6 +124,7 @@ def resume_path(training: TrainingArguments) -> str | None:
 def begin(output: Path, resolved: dict[str, Any], results: Mapping[str, Any]) -> None:
     """By the first process, before training: what a cut-off run left is removed; recipe.yaml and the results so far are written."""
     output.mkdir(parents=True, exist_ok=True)
+    (output / NON_FINITE).unlink(missing_ok=True)
     if left := remove_leftovers(output):
         say(f"=> removed what a cut-off run left half-written: {', '.join(left)}")
     resolved.pop("resume_from_checkpoint", None)  # how it was started, not what it is

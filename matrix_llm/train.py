@@ -28,7 +28,7 @@ import yaml
 
 from matrix_llm.config import Recipe, RecipeError, load_recipe
 from matrix_llm.data import DataError, load_rows, row_texts
-from matrix_llm.files import write_text
+from matrix_llm.files import NON_FINITE, write_text
 from matrix_llm.hub import destination_of, push
 from matrix_llm.output import PARTIAL, begin, check_output_dir, leave, move_into_place, one_line, resume_path, say, say_stopped
 from matrix_llm.pushable import scrub
@@ -171,6 +171,8 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
 
     clock = time.perf_counter()
     trainer.add_callback(stop)
+    if resume:
+        results["resumed_from"] = Path(resume).name
     trainer.train(resume_from_checkpoint=resume)
     if stop.stopped:
         say_stopped(trainer.state, output, resume_command(arguments, stop.launcher))
@@ -241,7 +243,12 @@ def main(arguments: list[str] | None = None) -> int:
         print("error: aborted, without saving.", file=sys.stderr)
         return 130
     except Exception as error:
-        line = one_line(error, Path(str(recipe.training.output_dir)))
+        from matrix_llm.saving import NonFiniteLossError
+
+        output = Path(str(recipe.training.output_dir))
+        if isinstance(error, NonFiniteLossError) and recipe.training.process_index == 0:
+            write_text(output / NON_FINITE, f"{error}\n")
+        line = one_line(error, output)
         if line is None:
             raise
         print(f"error: {line}" if line else "", end="\n" if line else "", file=sys.stderr)

@@ -24,6 +24,7 @@ import study_statistics as statistics  # noqa: E402
 from eval.statistics import mcnemar_exact, pass_at_k  # noqa: E402
 from matrix_llm.accuracy import generate_greedy  # noqa: E402
 from matrix_llm.config import load_recipe  # noqa: E402
+from matrix_llm.files import NON_FINITE, write_text  # noqa: E402
 
 # --- statistics ------------------------------------------------------------------------------------------------------------------
 
@@ -196,22 +197,37 @@ def test_rows_of_two_setups_never_meet(fake_runs):
 
 
 def test_a_run_that_diverged_is_a_row_and_a_run_that_failed_is_an_error(monkeypatch, tmp_path):
-    def fails_with(words):
+    def fails_with(words, marker=False):
         def call(command, log):
             log.write_text(words)
+            if marker:
+                write_text(tmp_path / "mce-s1" / NON_FINITE, words)
             return 1
 
         monkeypatch.setattr(study, "_call", call)
         return study.one_run(Path("x.yaml"), study.BY_NAME["mce"], 1, tmp_path, [], [])
 
-    row, problems = fails_with("The loss is nan at step 3. The optimizer has not stepped, no checkpoint.")
-    assert (row["status"], problems) == ("diverged", {})
     with pytest.raises(study.StudyError, match="mce-s1 failed: no space"):
         fails_with("words\nno space left\n")
+    row, problems = fails_with("The loss is nan at step 3.", marker=True)
+    assert (row["status"], problems) == ("diverged", {})
+
+
+def test_rows_of_an_arm_that_has_changed_since_are_refused(fake_runs):
+    _, call, out = fake_runs
+    study.append(out / study.RUNS, {"arm": "mce", "seed": 1, "settings": {"mce_weight": 7.0}, "status": "done"})
+    with pytest.raises(study.StudyError, match="other settings"):
+        call()
+
+
+def test_seconds_of_a_resumed_run_are_no_figure(tmp_path):
+    for resumed, expected in ((None, 9.0), ("checkpoint-2", None)):
+        (tmp_path / "results.json").write_text(json.dumps({"train_seconds": 9.0, "steps": 4, "resumed_from": resumed}))
+        assert study.figures_of(tmp_path)["train_seconds"] == expected
 
 
 def test_arms_bring_their_references_and_unknown_ones_are_named():
-    assert [arm.name for arm in study.choose_arms("grad,weight3")] == ["ce", "mce", "weight3", "grad"]
+    assert [arm.name for arm in study.choose_arms("grad,weight3")] == ["ce", "mce", "weight3", "whole", "grad"]
     with pytest.raises(study.StudyError, match="krilov"):
         study.choose_arms("main,krilov")
 
@@ -256,7 +272,7 @@ def synthetic(folder, gains, seeds=5, size=2000):
 
 
 def test_report_says_no_difference_where_there_is_none(tmp_path):
-    synthetic(tmp_path, {"ce": 0, "mce": 0, "weight3": 0, "sketch": 0})
+    synthetic(tmp_path, {"ce": 0, "mce": 0, "weight3": 0, "input": 0})
     study_report.write_report(tmp_path, tmp_path / "results.md")
     page = (tmp_path / "results.md").read_text()
     assert "No difference found between mce and ce on held-out generated problems" in page
@@ -266,13 +282,15 @@ def test_report_says_no_difference_where_there_is_none(tmp_path):
 
 
 def test_report_finds_a_planted_difference_and_only_that(tmp_path):
-    synthetic(tmp_path, {"ce": 0, "mce": 0.06, "weight3": 0, "grad": 0})
+    synthetic(tmp_path, {"ce": 0, "mce": 0.06, "weight3": 0, "input": 0})
     contrasts = {c.arm: c for c in study_report.analyse(study.read_jsonl(tmp_path / study.PROBLEMS))}
-    assert {arm: c.differs for arm, c in contrasts.items()} == {"mce": True, "weight3": False, "grad": True}
+    assert {arm: c.differs for arm, c in contrasts.items()} == {"mce": True, "weight3": False, "input": True}
     assert contrasts["mce"].bootstrap[0] < 0.06 < contrasts["mce"].bootstrap[1]
-    assert contrasts["grad"].adjusted_p >= contrasts["grad"].test.p
+    assert contrasts["input"].adjusted_p >= contrasts["input"].test.p
     assert "mce is better than ce" in study_report.sentence(contrasts["mce"], "heldout")
-    assert "would have been found with 80 % power" in study_report.sentence(contrasts["weight3"], "heldout")
+    assert "with 80 % power" in study_report.sentence(contrasts["weight3"], "heldout")
+    test = contrasts["weight3"].test
+    assert contrasts["weight3"].detectable == statistics.minimum_detectable_effect(test.sd, 5, alpha=0.05 / 2)  # two ablations
 
 
 def test_the_rule_claims_a_difference_where_there_is_none_at_most_as_often_as_alpha(monkeypatch):
@@ -321,7 +339,7 @@ def test_the_projects_page_has_the_markers():
 
 @pytest.mark.parametrize("how", ["local", "slurm"])
 def test_plan_prints_commands_that_parse(how, capsys):
-    arguments = ["plan", "recipes/llemma7b.yaml", "--seeds", "2", "--arms", "main,grad", "--launch", how, "--output", "runs/big"]
+    arguments = ["plan", "recipes/llemma7b.yaml", "--seeds", "2", "--arms", "main,input", "--launch", how, "--output", "runs/big"]
     assert study.main([*arguments, "--", "--gradient_accumulation_steps", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     training = [line for line in lines if "llemma7b.yaml" in line]
@@ -333,7 +351,8 @@ def test_plan_prints_commands_that_parse(how, capsys):
         assert recipe.training.gradient_accumulation_steps == 2
         folders.append((recipe.training.output_dir, recipe.training.seed, recipe.training.mce_weight))
     assert folders[:2] == [("runs/big/ce-s1", 1, 0.0), ("runs/big/mce-s1", 1, 1.0)]
-    assert sum("eval/gsm8k.py" in line for line in lines) == sum("eval/hendrycks_math.py" in line for line in lines) == 6
+    assert sum("eval/hendrycks_math.py" in line for line in lines) == sum("--n 8 --temperature" in line for line in lines) == 6
+    assert sum("eval/gsm8k.py" in line for line in lines) == 12  # greedily, and with samples
     assert all("afterok" in line for line in lines if "eval/" in line) or how == "local"
     assert study.main([*arguments[1:], "--", "--gradient_accumulation_steps", "2"]) == 0  # a recipe alone means plan
     assert capsys.readouterr().out.splitlines() == lines
@@ -348,7 +367,7 @@ def test_submit_hands_each_run_to_sbatch_once(monkeypatch, tmp_path):
     arguments = ["plan", "recipes/llemma7b.yaml", "--seeds", "1", "--launch", "slurm", "--output", str(tmp_path / "out"), "--submit"]
     assert study.main(arguments) == study.main(arguments) == 0
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert len(calls) == 8  # two runs, each with its training, two evaluations and a measurement, and nothing the second time
+    assert len(calls) == 10  # two runs, each with its training, three evaluations and a measurement, and nothing the second time
     assert "docs/slurm.sh" in calls[0]
     assert calls[1].startswith("--dependency=afterok:77 ")
 
@@ -407,27 +426,31 @@ def test_a_planned_run_is_trained_scored_collected_and_reported(tmp_path, monkey
     rows = [{"problem": f"{n}+1?", "solution": f"$\\boxed{{{n + 1}}}$", "level": "Level 1", "subject": "Algebra"} for n in range(4)]
     math_.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["plan", str(recipe), "--seeds", "1", "--arms", "ce", "--launcher", shlex.quote(sys.executable), "--output", str(out)]
-    arguments += [
-        "--gsm8k",
-        str(gsm8k),
-        "--math",
-        str(math_),
-        "--evaluation",
-        "--engine transformers --max_tokens 4 --n 2 --temperature 1.0",
-        "--submit",
-    ]
-    assert study.main(arguments) == 0
+    arguments += ["--gsm8k", str(gsm8k), "--math", str(math_), "--evaluation", "--engine transformers --max_tokens 4"]
+    assert study.main([*arguments, "--samples", "2", "--submit"]) == 0
+    shutil.copytree(out / "ce-s1", out / "ce-s3")
+    shutil.rmtree(out / "ce-s3" / "eval")
+    shutil.copytree(out / "ce-s3" / study_launch.SAMPLED, out / "ce-s3" / "eval")
+    with pytest.raises(study.StudyError, match="on samples"):  # the primary figure is of greedy answers
+        study_launch.collect(out, ["gsm8k"])
+    shutil.rmtree(out / "ce-s3")
+    (out / study.RUNS).unlink()
+    (out / study.PROBLEMS).unlink()
     assert study_launch.collect(out) == 1
     shutil.copytree(out / "ce-s1", out / "mce-s1")  # a second run that ended in the same weights
     (out / "mce-s2").mkdir()  # one that is not there yet
     assert study_launch.collect(out) == 1
     assert study_launch.collect(out) == 0
+    (out / "mce-s2" / NON_FINITE).write_text("The loss is nan at step 3.")
+    assert study_launch.collect(out) == 1
     assert study.main(["report", "--output", str(out), "--page", str(tmp_path / "page.md")]) == 0
     page = (tmp_path / "page.md").read_text()
     assert "accuracy, GSM8K" in page
     assert "accuracy, MATH" in page
+    assert "non-finite: mce seed 2" in page
     row = study.read_jsonl(out / study.RUNS)[0]
-    assert {"ce_heldout", "ece_token", "rank_hidden", "rank_head", "pass@2_gsm8k", "distinct_1_math"} <= row.keys()
+    assert {"ce_heldout", "ece_token", "rank_hidden", "rank_head", "pass@2_gsm8k", "distinct_1_gsm8k", "accuracy_math"} <= row.keys()
+    assert "MATH, described without a verdict: mce minus ce" in page
     assert 0 < row["distinct_1_gsm8k"] <= 1
 
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from matrix_llm.files import read_jsonl
+from matrix_llm.files import NON_FINITE, read_jsonl
 from matrix_llm.train import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -186,6 +186,18 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(recipe, tmp_path
         assert torch.equal(value, expected[name]), name
     steps = [e["step"] for e in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "loss" in e]
     assert steps == [1, 2, 3, 4]
+
+
+def test_a_run_that_diverges_leaves_a_note_until_it_goes_on(recipe, tmp_path, capsys):
+    path, note = recipe(save_strategy="steps", save_steps=1), tmp_path / "run" / NON_FINITE
+    assert main([path, "--learning_rate", "1e25", "--lr_scheduler_type", "constant", "--max_grad_norm", "0"]) == 1
+    assert "The optimizer has not stepped" in note.read_text()
+    assert note.read_text().strip() in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "run")
+    note.parent.mkdir()
+    note.write_text("left by an earlier one")
+    assert main([path, "--resume_from_checkpoint", "true"]) == 0
+    assert not note.exists()
 
 
 @pytest.mark.slow
