@@ -56,6 +56,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -262,7 +263,7 @@ def run(
     measuring: Sequence[str] = (),
 ) -> int:
     """Runs what is missing, seed by seed, so that a study that is cut short holds whole pairs. Returns how many runs were made."""
-    base = check_setup(output, {"recipe": recipe.read_text(encoding="utf-8"), "overrides": list(extra), "measuring": list(measuring)})
+    base = check_setup(output, recipe, extra, measuring)
     if base:
         measure_base(base, output, measuring)
     known = known_runs(output)
@@ -305,15 +306,25 @@ def known_runs(output: Path) -> set[tuple[str, int]]:
     return {(row["arm"], row["seed"]) for row in rows}
 
 
-def check_setup(output: Path, setup: dict[str, Any]) -> str:
-    """Rows of two setups never meet in one folder. A local base counts by its bytes, whatever its path, which is returned."""
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def check_setup(output: Path, recipe: Path, extra: Sequence[str], measuring: Sequence[str]) -> str:
+    """Rows of two setups never meet in one folder. Files and a local base count by their bytes, wherever they lie; returns the base."""
     import yaml
 
-    base = (yaml.safe_load(setup["recipe"]) or {}).get("model_name_or_path", "")
-    for key, value in zip(setup["overrides"], setup["overrides"][1:], strict=False):
+    settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
+    base = settings.get("model_name_or_path", "")
+    for key, value in itertools.pairwise(extra):
         base = value if key == "--model_name_or_path" else base
     weights = sorted((ROOT / base).glob("*.safetensors")) if base else []
-    setup["base_sha256"] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in weights]
+    setup = {
+        "recipe": settings,
+        "overrides": list(extra),
+        "measuring": [f"{Path(x).name} {_sha256(Path(x))}" if Path(x).is_file() else x for x in measuring],
+        "base_sha256": [_sha256(path) for path in weights],
+    }
     file = output / SETUP
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))

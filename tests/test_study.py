@@ -190,10 +190,17 @@ def test_resuming_repeats_no_row_and_loses_none(fake_runs):
 
 
 def test_rows_of_two_setups_never_meet(fake_runs):
-    _, call, _ = fake_runs
+    _, call, out = fake_runs
     call(seeds=[1])
     with pytest.raises(study.StudyError, match="study of another overrides"):
         call(extra=["--learning_rate", "1"])
+    text = out.parent / "text.jsonl"
+    text.write_text("{}\n")
+    with pytest.raises(study.StudyError, match="study of another measuring"):
+        call(measuring=["--text", str(text)])
+    assert str(out.parent) not in (out / study.SETUP).read_text()
+    (out.parent / "recipe.yaml").write_text("# a remark\ndataset: builtin\n")
+    assert call(seeds=[1]) == 0
 
 
 def test_a_run_that_diverged_is_a_row_and_a_run_that_failed_is_an_error(monkeypatch, tmp_path):
