@@ -5,7 +5,8 @@
     python benchmarks/study.py run recipes/study_small.yaml --output runs/study --seeds 5 --workers 2 --text gsm8k/test.jsonl
     python benchmarks/study.py run recipes/study_small.yaml --output runs/study --seeds 3 --workers 2 --text gsm8k/test.jsonl \\
         --arms ablations
-    python benchmarks/study.py report --output runs/study --page docs/results.md
+    python benchmarks/study.py run recipes/study_small.yaml --output runs/study-rate --seeds 3 ... -- --learning_rate 1.5e-3
+    python benchmarks/study.py report --output runs/study --page docs/results.md --sensitivity runs/study-rate
     python benchmarks/study.py plan recipes/llemma7b.yaml --seeds 3 --launch slurm --output runs/llemma [--submit]
     python benchmarks/study.py collect --output runs/llemma
     python benchmarks/study.py report --output runs/llemma --page docs/llemma.md
@@ -365,6 +366,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     collect_.add_argument("--benchmarks", default="gsm8k,math", help="those that a run must have been scored on (default: gsm8k,math)")
     report = commands.add_parser("report", help="tables and plots")
     report.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md", help="page with the study's markers")
+    report.add_argument("--sensitivity", type=Path, nargs="*", default=[], help="studies that differ in an override, described beside")
     for each in (text, run_, plan_, collect_, report):
         default = None if each is not plan_ else Path("runs/study-large")
         each.add_argument("--output", type=Path, default=default, required=not default, help="folder of the study; of `text`, the file")
@@ -394,7 +396,7 @@ def _command(options: argparse.Namespace) -> int:
     elif options.command == "report":
         from study_report import write_report
 
-        say(f"wrote {', '.join(map(str, write_report(output, options.page)))}")
+        say(f"wrote {', '.join(map(str, write_report(output, options.page, options.sensitivity)))}")
     elif options.command == "collect":
         from study_launch import collect
 

@@ -329,13 +329,38 @@ def secondary(rows: Sequence[Row], arm: str = "mce", reference: str = "ce", metr
     return f"**Held-out CE a token: {verdict}**: {t.mean:+.5f} nats ({t.low:+.5f} to {t.high:+.5f}), paired t, p = {p_text(t.p)}."
 
 
+def sensitivity_table(studies: Mapping[str, Sequence[Row]]) -> str:
+    """Main contrast of several studies, described: {what differs: rows}."""
+    lines = []
+    for name, rows in studies.items():
+        by = {(row["arm"], row["seed"]): row for row in rows if row.get("status") == "done"}
+        seeds = [s for arm, s in sorted(by) if arm == "mce" and ("ce", s) in by]
+        if len(seeds) < 2:
+            continue
+        metric = next(m for m in metrics_of(list(by.values())) if m.startswith("accuracy_"))
+        cells = [name, str(len(seeds))]
+        for key in (metric, "ce_heldout", "grad_norm", "rank_head"):
+            pairs = [[by[arm, s][key] for arm in ("ce", "mce")] for s in seeds]
+            cells += [" / ".join(number(key, float(mean)) for mean in np.mean(pairs, axis=0))]
+            if key in (metric, "ce_heldout"):
+                t = paired_t([b - a for a, b in pairs])
+                scale, digits = (100, 2) if key == metric else (1, 4)
+                low, high = (f"{scale * x:+.{digits}f}" for x in (t.low, t.high))
+                cells += [f"{scale * t.mean:+.{digits}f} ({low} to {high})"]
+        lines.append(cells)
+    header = ["study", "seeds", "accuracy, ce / mce", "mce minus ce, points", "held-out CE, ce / mce", "mce minus ce, nats"]
+    return table([*header, "gradient norm, ce / mce", "effective rank of the LM head, ce / mce"], lines)
+
+
 def kept_problems(rows: Sequence[Row], problems: Sequence[Row]) -> list[Row]:
     """The verdicts of finished runs: a run that was killed between its two rows will be made again."""
     done = {(row["arm"], row["seed"]) for row in rows if row.get("status") == "done"}
     return [p for p in problems if (p["arm"], p["seed"]) in done]
 
 
-def render(rows: Sequence[Row], problems: Sequence[Row], stem: str, base: Row | None = None) -> str:
+def render(
+    rows: Sequence[Row], problems: Sequence[Row], stem: str, base: Row | None = None, sensitivity: Mapping[str, Sequence[Row]] | None = None
+) -> str:
     """The Markdown between the markers."""
     done, which = [row for row in rows if row.get("status") == "done"], primary_set(problems)
     kept = kept_problems(rows, problems)
@@ -369,14 +394,26 @@ def render(rows: Sequence[Row], problems: Sequence[Row], stem: str, base: Row | 
         verdict = f"a difference after Holm's correction in {', '.join(found)}" if found else "no difference found in any"
         parts += ["## Ablations", "", f"{len(others)} contrasts: {verdict}.", ""]
         parts += [ablation_table(others), ""]
+    if sensitivity:
+        parts += ["## Sensitivity", "", "The main contrast again, described without a verdict; in brackets 95 % t intervals.", ""]
+        parts += [sensitivity_table({"as above": rows, **sensitivity}), ""]
     parts += ["## All figures", "", arms_table(done, base), "", "## Effective ranks over training", "", rank_table(done), ""]
-    files = (f"{stem}_rows.jsonl", f"{stem}_problems.jsonl", f"{stem}_setup.json")
+    files = [f"{stem}_rows.jsonl", f"{stem}_problems.jsonl", f"{stem}_setup.json", *([f"{stem}_sensitivity.jsonl"] if sensitivity else [])]
     raw = ", ".join(f"[{name}]({name})" for name in files)
     return "\n".join([*parts, f"![training]({stem}_training.png)", "", f"Raw: {raw}."])
 
 
-def write_report(output: Path, page: Path) -> list[Path]:
-    """Fills the page between its markers (a page without them, or none, is refused or made), with plots and rows beside it."""
+def what_differs(setup: Path, other: Path) -> str:
+    """The overrides of a study that another has not, in words."""
+    found = [json.loads(path.read_text(encoding="utf-8"))["overrides"] for path in (setup, other)]
+    return " ".join(word.removeprefix("--") for word in found[1] if word not in found[0]) or other.parent.name
+
+
+def write_report(output: Path, page: Path, sensitivity: Sequence[Path] = ()) -> list[Path]:
+    """Fills the page between its markers (a page without them, or none, is refused or made), with plots and rows beside it.
+
+    `sensitivity`: folders of studies that differ in an override, whose main contrast is described beside.
+    """
     rows = list({(row["arm"], row["seed"]): row for row in read_jsonl(output / RUNS)}.values())
     problems = list({(row["arm"], row["seed"], row["set"]): row for row in read_jsonl(output / PROBLEMS)}.values())
     if not rows:
@@ -386,7 +423,8 @@ def write_report(output: Path, page: Path) -> list[Path]:
         raise StudyError(f"{page} lacks the markers. Put these two lines where the report goes:\n{BEGIN}\n{END}")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     base = json.loads((output / BASE).read_text(encoding="utf-8"))["row"] if (output / BASE).is_file() else None
-    body = render(rows, problems, page.stem, base)
+    others = {what_differs(output / SETUP, folder / SETUP): read_jsonl(folder / RUNS) for folder in sensitivity}
+    body = render(rows, problems, page.stem, base, others)
     plots = [page.with_name(f"{page.stem}_{name}.png") for name in ("accuracy", "training")]
     kept = kept_problems(rows, problems)
     draw_contrasts(analyse(kept), primary_set(kept), plots[0])
@@ -395,6 +433,9 @@ def write_report(output: Path, page: Path) -> list[Path]:
     for name, table_ in (("rows", rows), ("problems", kept)):  # all that the verdicts need
         raw.append(page.with_name(f"{page.stem}_{name}.jsonl"))
         write_text(raw[-1], "".join(json.dumps(row) + "\n" for row in sorted(table_, key=lambda row: (row["arm"], row["seed"]))))
+    if others:
+        raw.append(page.with_name(f"{page.stem}_sensitivity.jsonl"))
+        write_text(raw[-1], "".join(json.dumps({"study": name, **row}) + "\n" for name, each in others.items() for row in each))
     setup = output / SETUP
     found = {"setup": json.loads(setup.read_text(encoding="utf-8")) if setup.is_file() else None, "base": base}
     raw.append(page.with_name(f"{page.stem}_setup.json"))

@@ -336,6 +336,23 @@ def test_report_lists_runs_that_diverged_and_leaves_their_seed_out(tmp_path):
     assert "non-finite: mce seed 4" in text
 
 
+def test_report_describes_a_study_that_differs_in_an_override(tmp_path):
+    for name, gain, overrides in (("a", 0.0, []), ("b", 0.05, ["--learning_rate", "1e-3"])):
+        (tmp_path / name).mkdir()
+        synthetic(tmp_path / name, {"ce": 0, "mce": gain}, seeds=3)
+        rows = [{**row, "grad_norm": 0.5} for row in study.read_jsonl(tmp_path / name / study.RUNS)]
+        write_text(tmp_path / name / study.RUNS, "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(tmp_path / name / study.SETUP, json.dumps({"overrides": overrides}))
+    study_report.write_report(tmp_path / "a", tmp_path / "p.md", [tmp_path / "b"])
+    lines = (tmp_path / "p.md").read_text().splitlines()
+    found = {
+        name: next(line.split(" | ") for line in lines if line.startswith(f"| {name} |")) for name in ("as above", "learning_rate 1e-3")
+    }
+    gains = {name: float(cells[3].split()[0]) for name, cells in found.items()}
+    assert gains["learning_rate 1e-3"] - gains["as above"] == pytest.approx(5, abs=1.5)
+    assert len((tmp_path / "p_sensitivity.jsonl").read_text().splitlines()) == 6
+
+
 def test_the_projects_page_has_the_markers():
     text = (ROOT / "docs" / "results.md").read_text()
     assert text.count(study_report.BEGIN) == text.count(study_report.END) == 1
