@@ -201,7 +201,8 @@ def _solve_block(
         even = ((moments[:, -1] - tail_moment.diagonal(dim1=1, dim2=2).sum(-1)) / (width - p)).clamp(min=0)
     tail_excess = tail_moment - torch.diag_embed(even.unsqueeze(-1).expand(-1, p))  # B - c I
 
-    noise = 16 * torch.finfo(dtype).eps  # of the Gram matrix, relative to |a| |G a|
+    # Where n > D, coefficients grow along the null space of G, 0 up to rounding: |v|^2 = a^T G a is known to eps |a|^2.
+    noise = 16 * torch.finfo(dtype).eps
     steps = min(steps, n)
     coefficients = gram.new_zeros(positions, steps, n)
     products = gram.new_zeros(positions, steps, n)  # G a: the coordinates of every basis vector along the head and U
@@ -224,8 +225,7 @@ def _solve_block(
             residual = residual - torch.bmm(coefficients[:, : k + 1].mT, overlap).squeeze(-1)
         u = torch.bmm(gram, residual.unsqueeze(-1)).squeeze(-1)
         square = (residual * u).sum(-1)
-        scale = torch.linalg.vector_norm(residual, dim=-1) * torch.linalg.vector_norm(u, dim=-1)
-        alive = alive & (square > noise * scale)
+        alive = alive & (square > noise * (residual * residual).sum(-1))
         beta = torch.where(alive, square, 0.0).sqrt()
         betas.append(beta)
         inverse = torch.where(alive, 1 / torch.where(alive, beta, 1.0), 0.0).unsqueeze(-1)

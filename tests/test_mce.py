@@ -96,6 +96,16 @@ def test_head_and_tail_converge_to_exact_as_the_head_grows():
         assert errors[-1] < 1e-10
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-4), (torch.float32, 2e-3)])
+def test_a_head_of_more_tokens_than_dimensions_does_not_lose_its_basis_to_rounding(dtype, tolerance):
+    """299 of 300 tokens, D = 24: the coefficients of the 24th basis vector would grow by seven orders of magnitude."""
+    for seed in (4, 7, 10):
+        logits, labels, embeddings = problem(n=16, v=300, d=24, seed=seed)
+        exact = value_and_gradients(logits, labels, embeddings, solver="exact")
+        got = value_and_gradients(logits.to(dtype), labels, embeddings.to(dtype), steps=24, top_k=299)
+        assert all((a - b).norm() < tolerance * b.norm() for a, b in zip(got, exact, strict=True))
+
+
 @pytest.mark.parametrize("entropy", [1.7, 3.5])
 def test_the_default_holds_one_percent_in_the_value_and_five_in_the_gradient_ten_times_over(entropy):
     """Where CE <= 2, on vectors with a power-law spectrum and labels drawn from the predictions (table in docs/solvers.md)."""
