@@ -71,6 +71,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from study_statistics import SAMPLES
+
 from matrix_llm.files import NON_FINITE, read_jsonl, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -360,7 +362,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     plan_.add_argument("--gsm8k", type=Path, help="GSM8K's test set as a file (default: from the Hub)")
     plan_.add_argument("--math", type=Path, help="MATH's test set as a file (default: from the Hub)")
     plan_.add_argument("--evaluation", default="", help="options of eval/gsm8k.py and eval/hendrycks_math.py, in one string")
-    plan_.add_argument("--samples", type=int, default=8, help="GSM8K also with so many samples a problem (default: 8; 0: none)")
+    plan_.add_argument("--samples", type=int, default=SAMPLES, help="of GSM8K, a problem, beside greedy (default: %(default)s; 0: none)")
     plan_.add_argument("--submit", action="store_true", help="run the commands instead of printing them")
     collect_ = commands.add_parser("collect", help="read finished large runs")
     collect_.add_argument("--benchmarks", default="gsm8k,math", help="those that a run must have been scored on (default: gsm8k,math)")

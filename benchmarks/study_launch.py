@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from study import ARMS, PROBLEMS, ROOT, RUNS, Arm, StudyError, append, figures_of, folder_of, known_runs, last_line, say, train_command
-from study_statistics import distinct_n
+from study_statistics import SAMPLES, TEMPERATURE, distinct_n
 
 from matrix_llm.files import NON_FINITE, read_jsonl
 
 SUBMITTED, MEASURED, SAMPLED = "submitted.jsonl", "measured.json", "eval_samples"
-TEMPERATURE = 0.7  # of the samples
 Planned = list[tuple[str, list[str]]]
 
 
@@ -36,7 +35,7 @@ class Launch:
     gsm8k: Path | None = None  # test sets as files; None: from the Hub
     math: Path | None = None
     evaluation: str = ""  # further options of both scripts
-    samples: int = 8  # GSM8K is scored greedily, and once more with so many samples a problem for pass@k; 0: not
+    samples: int = SAMPLES  # GSM8K is scored greedily, and once more with so many samples a problem for pass@k; 0: not
 
 
 def plan(recipe: Path, output: Path, *, seeds: Sequence[int], arms: Sequence[Arm], extra: Sequence[str], launch: Launch) -> Planned:
@@ -75,7 +74,7 @@ def submit(planned: Planned, output: Path) -> None:
             say(f"{name} was submitted before: remove its line in {output / SUBMITTED} to submit it again")
             continue
         ran = subprocess.run(["bash", "-euc", "\n".join(commands)], cwd=ROOT, text=True, capture_output=True)
-        if (output / name / NON_FINITE).is_file():
+        if ran.returncode and (output / name / NON_FINITE).is_file():
             say(f"{name}: the loss became non-finite; the others go on")
         elif ran.returncode:
             raise StudyError(f"submitting {name} failed: {last_line(ran.stderr)}")

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import yaml
-from study_statistics import distinct_answers, distinct_n, expected_calibration_error
+from study_statistics import SAMPLES, TEMPERATURE, distinct_answers, distinct_n, expected_calibration_error
 from torch import Tensor
 
 from eval.statistics import pass_at_k
@@ -48,7 +48,7 @@ from matrix_llm.wordproblems import Problem, generate
 
 PROBLEM_SEED = 20_240_724  # of the held-out problems: the same for every run of every study
 SAMPLING_SEED = 11
-TEMPERATURE, SAMPLES, KS = 0.7, 8, (1, 4, 8)
+KS = (1, 4, 8)
 RANK_ROWS = 128  # held-out rows whose response positions give the effective rank of the hidden states
 CHECKPOINTS = "checkpoint-*"
 

@@ -403,10 +403,14 @@ def render(
     return "\n".join([*parts, f"![training]({stem}_training.png)", "", f"Raw: {raw}."])
 
 
-def what_differs(setup: Path, other: Path) -> str:
-    """The overrides of a study that another has not, in words."""
-    found = [json.loads(path.read_text(encoding="utf-8"))["overrides"] for path in (setup, other)]
-    return " ".join(word.removeprefix("--") for word in found[1] if word not in found[0]) or other.parent.name
+def overrides_of(folder: Path) -> str:
+    """What names a study that is described beside another."""
+    if not all((folder / name).is_file() for name in (SETUP, RUNS)):
+        raise StudyError(
+            f"--sensitivity {folder} has no {SETUP} or no {RUNS}, so no study was run there. Give the --output of `study.py run`."
+        )
+    overrides = json.loads((folder / SETUP).read_text(encoding="utf-8"))["overrides"]
+    return " ".join(word.removeprefix("--") for word in overrides) or folder.name
 
 
 def write_report(output: Path, page: Path, sensitivity: Sequence[Path] = ()) -> list[Path]:
@@ -423,7 +427,7 @@ def write_report(output: Path, page: Path, sensitivity: Sequence[Path] = ()) -> 
         raise StudyError(f"{page} lacks the markers. Put these two lines where the report goes:\n{BEGIN}\n{END}")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     base = json.loads((output / BASE).read_text(encoding="utf-8"))["row"] if (output / BASE).is_file() else None
-    others = {what_differs(output / SETUP, folder / SETUP): read_jsonl(folder / RUNS) for folder in sensitivity}
+    others = {overrides_of(folder): read_jsonl(folder / RUNS) for folder in sensitivity}
     body = render(rows, problems, page.stem, base, others)
     plots = [page.with_name(f"{page.stem}_{name}.png") for name in ("accuracy", "training")]
     kept = kept_problems(rows, problems)

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 Floats = NDArray[Any]
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(400)
 BINS = 15
+SAMPLES, TEMPERATURE = 8, 0.7  # of a problem, for pass@k and distinct-n
 
 
 def _integral(f: Any, low: float, high: float) -> float:

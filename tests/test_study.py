@@ -351,6 +351,8 @@ def test_report_describes_a_study_that_differs_in_an_override(tmp_path):
     gains = {name: float(cells[3].split()[0]) for name, cells in found.items()}
     assert gains["learning_rate 1e-3"] - gains["as above"] == pytest.approx(5, abs=1.5)
     assert len((tmp_path / "p_sensitivity.jsonl").read_text().splitlines()) == 6
+    with pytest.raises(study.StudyError, match="no study was run there"):
+        study_report.write_report(tmp_path / "a", tmp_path / "p.md", [tmp_path / "c"])
 
 
 def test_the_projects_page_has_the_markers():
@@ -394,6 +396,14 @@ def test_submit_hands_each_run_to_sbatch_once(monkeypatch, tmp_path):
     assert len(calls) == 10  # two runs, each with its training, three evaluations and a measurement, and nothing the second time
     assert "docs/slurm.sh" in calls[0]
     assert calls[1].startswith("--dependency=afterok:77 ")
+
+
+def test_submit_goes_on_after_a_run_that_diverged_and_stops_at_one_that_failed(tmp_path):
+    (tmp_path / "ce-s1").mkdir()
+    (tmp_path / "ce-s1" / NON_FINITE).write_text("The loss is nan at step 3.")
+    with pytest.raises(study.StudyError, match="submitting ce-s2 failed: no space"):
+        study_launch.submit([("ce-s1", ["false"]), ("ce-s2", ["echo no space >&2", "false"])], tmp_path)
+    assert [row["run"] for row in study.read_jsonl(tmp_path / study_launch.SUBMITTED)] == ["ce-s1"]
 
 
 # --- end to end --------------------------------------------------------------------------------------------------------------------
