@@ -61,7 +61,11 @@ class WholeCheckpoints(Trainer):
         self.accelerator.wait_for_everyone()  # nobody goes on from a checkpoint that is not there yet
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(final))
+        self._remove_old()
+
+    def _remove_old(self) -> None:
         if self.args.should_save:
+            output = Path(str(self.args.output_dir))
             remove_old_checkpoints(output, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -91,4 +95,6 @@ class WholeCheckpoints(Trainer):
             if resume_from_checkpoint is None:
                 raise CheckpointError(f"no whole checkpoint in {self.args.output_dir}. Leave resume_from_checkpoint out to start anew.")
         self._resumed_from = resume_from_checkpoint or None
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        output = super().train(resume_from_checkpoint or None, *args, **kwargs)
+        self._remove_old()  # a kill just after the last checkpoint leaves one too many, and no later save removes it
+        return output

@@ -3,13 +3,15 @@ themselves with SIGKILL. A line of JSON in is a job, a line of JSON out its exit
 
 {"arguments": [...], "processes": 2, "log": "/tmp/log", "output": "/tmp/run", "kill": {"rank": 1, "step": 3}}
 {"arguments": [...], "processes": 1, "log": "/tmp/log", "output": "/tmp/run", "kill": {"rank": 0, "event": 12, "tear": true}}
+{"arguments": [...], "processes": 1, "log": "/tmp/log", "output": "/tmp/run", "kill": {"rank": 0, "moving": "checkpoint-4"}}
 
 "signal": {"rank": 1, "step": 3, "name": "SIGTERM"} sends a signal instead, "limit": {"step": 5, "bytes": 150000} forbids larger files from
 that step on, "nan": {"rank": 1, "step": 3} spoils that process's weights, "env" adds environment variables.
 
 A step kills before the backward pass of that step. An event is one thing done to a file below the output directory while the run
 trains or saves (a file opened for writing or removed, a folder made, moved or removed), and kills just before it; "tear" first
-cuts the file of a checkpoint written last to half, as a kill within its writing would.
+cuts the file of a checkpoint written last to half, as a kill within its writing would. "moving" kills just before that folder of
+the run gets another name.
 """
 
 import json
@@ -49,7 +51,8 @@ def watch(job: dict, rank: int) -> dict:
         if not path.startswith(output) or (name == "open" and not (args[2] or 0) & (os.O_WRONLY | os.O_RDWR)):
             return
         counter["events"] += 1
-        if kill and counter["events"] == kill.get("event"):
+        moving = kill and name == "os.rename" and os.path.join(output, kill.get("moving", "")) == path
+        if kill and (moving or counter["events"] == kill.get("event")):
             if kill.get("tear") and os.path.isfile(last_file[0]):
                 os.truncate(last_file[0], os.path.getsize(last_file[0]) // 2)
             end_here()

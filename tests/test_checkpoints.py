@@ -185,6 +185,13 @@ def test_a_run_killed_twice_ends_bit_for_bit_like_an_unbroken_run(server, unbrok
     assert_same_run(run, whole)
 
 
+@pytest.mark.slow
+def test_a_kill_between_the_last_checkpoint_and_the_removal_of_an_older_one_leaves_none_too_many(server, unbroken, tmp_path):
+    """Of its steps none is left to train, so no later save removes it."""
+    run = tmp_path / "run"
+    kill_and_resume(server, "single", unbroken("single")[0], run, {"rank": 0, "moving": "checkpoint-4"})
+
+
 # ------------------------------------------------------------------------------------------------------------ whole or not
 
 
