@@ -9,9 +9,9 @@
 Time: forward and backward (gradients in hidden and weight) of every implementation in turns, after warm-up; between calls the
 weight is touched as an optimizer step touches it, so that whatever is cached about it is made anew inside the timed call;
 "later micro-batch" is ours with that made before. The floor is hidden W^T, G W and G^T hidden alone.
-Memory: each implementation in a process of its own; growth of the resident set's peak (CUDA: of the allocator's) over what stood
-before the call, alone ("extra") and with hidden and weight ("total"). Accuracy: on the timed inputs, with the timed settings,
-against a 32-step float64 recurrence over the whole vocabulary, itself held against `solver="exact"` on a few positions.
+Memory: each implementation in a process of its own (CUDA: in one process); growth of the peak of the resident set (of the allocator)
+over what stood before the call, alone ("extra") and with hidden and weight ("total"). Accuracy: on the timed inputs, with the timed
+settings, against a 32-step float64 recurrence over the whole vocabulary, itself held against `solver="exact"` on a few positions.
 The inputs are random but shaped like a trained model's; `make_inputs` says how. Rows land in the JSON as they come and are not
 measured twice, unless matrix_llm's code changed since.
 """
@@ -162,12 +162,15 @@ def in_child(task: dict[str, Any]) -> dict[str, Any]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
+def step_memory(call: Callable[[], None], device: str) -> dict[str, Any]:
+    call()  # the optimizer's state
+    before, extra = peak_growth(call, device)
+    return {"before": before, "extra": extra}
+
+
 def child(task: dict[str, Any]) -> dict[str, Any]:
     if "step" in task:
-        call = training_step(task)[task["step"]]
-        call()  # the optimizer's state
-        before, extra = peak_growth(call, task["device"])
-        return {"before": before, "extra": extra}
+        return step_memory(training_step(task)[task["step"]], task["device"])
     shape = Shape(*task["shape"])
     loss = implementations(shape.device)[0].get(task["name"])
     small = SHAPES["tiny"]._replace(n=16, dtype=shape.dtype, device=shape.device)
@@ -175,6 +178,16 @@ def child(task: dict[str, Any]) -> dict[str, Any]:
     inputs = make_inputs(shape, shape.device, task["seed"])
     _, extra = peak_growth(functools.partial(run_once, loss, inputs, shape), shape.device)
     return {"extra": extra, "inputs": sum(t.numel() * t.element_size() for t in inputs[:2])}
+
+
+def head_memory(task: dict[str, Any]) -> dict[str, Any]:
+    """On a GPU in this process: its allocator counts exactly, whatever ran before."""
+    if Shape(*task["shape"]).device != "cuda":
+        return in_child(task)
+    try:
+        return child(task)
+    except torch.OutOfMemoryError as error:
+        return {"failed": str(error).splitlines()[0]}
 
 
 # ---- sweeps
@@ -270,8 +283,12 @@ def training_step(task: dict[str, Any]) -> dict[str, Callable[[], None]]:
 
 
 def step_row(task: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    memory = {name: in_child({**task, "step": name}) for name in ("0", "1")}
-    return {"seconds": interleave(training_step(task), lambda: None, args.repeats, task["device"]), "memory": memory}
+    on_gpu = task["device"] == "cuda"
+    memory = {} if on_gpu else {name: in_child({**task, "step": name}) for name in ("0", "1")}
+    steps = training_step(task)
+    if on_gpu:
+        memory = {name: step_memory(call, task["device"]) for name, call in steps.items()}
+    return {"seconds": interleave(steps, lambda: None, args.repeats, task["device"]), "memory": memory}
 
 
 # ---- rows and the command line
@@ -324,7 +341,8 @@ def measure(kind: str, name: str, shape: Shape, names: list[str] | None, args: a
     rows = []
     for implementation in (i for i in timed["seconds"] if i != OURS_AGAIN):
         task = {"name": implementation, "shape": list(shape), "seed": args.seed}
-        rows.append(once(path, {"kind": f"{kind}memory", **about, "implementation": implementation}, functools.partial(in_child, task)))
+        row = {"kind": f"{kind}memory", **about, "implementation": implementation}
+        rows.append(once(path, row, functools.partial(head_memory, task)))
     print(f"{name}: {shape_table(rows, timed)}", flush=True)
 
 
