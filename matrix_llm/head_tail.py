@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from matrix_llm.information import outside_autocast
 from matrix_llm.krylov import EIGENVALUE_FLOOR, forms, tridiagonal_log
 
 DIRECTIONS = 12  # p
@@ -77,6 +78,7 @@ def _start(width: int, columns: int, dtype: torch.dtype, device: torch.device) -
         return torch.randn(width, columns, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
+@outside_autocast  # which rounds to half precision, and CUDA has no QR of that
 @torch.no_grad()
 def summarise(
     source: Tensor,  # (V, D) rows of any norm

@@ -34,7 +34,7 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
-def _outside_autocast(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+def outside_autocast(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Keep products in the inputs' own precision: autocast would round them to bfloat16."""
 
     @functools.wraps(function)
@@ -142,7 +142,7 @@ def _taylor_log(a: Tensor, order: int) -> Tensor:
     return total
 
 
-@_outside_autocast
+@outside_autocast
 def matrix_log(a: Tensor, *, method: str = "eigh", order: int = 4) -> Tensor:
     """Principal logarithm of PSD matrices (section 2.1), or its Taylor series about I (theorem A.1).
 
@@ -186,7 +186,7 @@ def _trace_of_product(a: Tensor, b: Tensor) -> Tensor:
     return (a * b.mT).sum((-2, -1))
 
 
-@_outside_autocast
+@outside_autocast
 def matrix_entropy(a: Tensor) -> Tensor:
     """ME(A) = -tr(A log A) + tr(A), definition 2.1; 0 log 0 = 0.
 
@@ -203,7 +203,7 @@ def matrix_entropy(a: Tensor) -> Tensor:
     return _trace(a) - _trace_of_product(a, _log(a, "eigh", 0)[0])
 
 
-@_outside_autocast
+@outside_autocast
 def matrix_cross_entropy(p: Tensor, q: Tensor, *, method: str = "eigh", order: int = 4) -> Tensor:
     """MCE(P, Q) = tr(-P log Q + Q), definition 2.3. Convex in Q and smallest, at ME(P), where Q = P (prop. 2.6).
 
@@ -252,7 +252,7 @@ def matrix_kl(p: Tensor, q: Tensor) -> Tensor:
     return matrix_cross_entropy(p, q) - matrix_entropy(p)
 
 
-@_outside_autocast
+@outside_autocast
 def effective_rank(a: Tensor) -> Tensor:
     """erank(A) = exp(H(s / sum s)), s the singular values of A (Roy & Vetterli 2007).
 
@@ -278,7 +278,7 @@ def effective_rank(a: Tensor) -> Tensor:
     return torch.where(total.squeeze(-1) > 0, entropy.exp(), 0.0)
 
 
-@_outside_autocast
+@outside_autocast
 def total_coding_rate(
     z: Tensor,  # (B, d), rows are samples
     *,

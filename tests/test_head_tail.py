@@ -196,3 +196,13 @@ def test_summary_of_half_precision_rows_is_that_of_the_same_rows_widened(dtype):
     for x, y in zip(a, b, strict=True):
         assert x.dtype == torch.float32
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_rounds_no_product_of_the_summary():
+    """The trainer makes it inside autocast; CUDA has no QR of half precision and would refuse it."""
+    source = torch.randn(1500, 64, generator=torch.Generator().manual_seed(0))
+    outside = summarise(source, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = summarise(source, torch.float32)
+    for a, b in zip(inside, outside, strict=True):
+        assert torch.equal(a, b)
