@@ -245,16 +245,18 @@ def ablation_table(contrasts: Sequence[Contrast]) -> str:
 def rank_table(rows: Sequence[Row]) -> str:
     """Effective ranks at the first and last step at which each was read, means over seeds: whether anything collapses."""
     lines = []
+    titles = {"curve_rank_head": "LM head, over training", "curve_rank_hidden": "last hidden states, over training"}
+    known = [curve for curve in titles if any(row.get(curve) for row in rows)]  # runs without checkpoints have no hidden states' curve
     for arm in ARMS:
         cells: list[str] = []
-        for curve in ("curve_rank_head", "curve_rank_hidden"):
+        for curve in known:
             curves = [row[curve] for row in rows if row["arm"] == arm.name and row.get(curve)]
             ends = [[float(np.mean([c[place][1] for c in curves])) for place in (0, -1)] for _ in range(bool(curves))]
             first = f"step {curves[0][0][0]}" if curve == "curve_rank_hidden" and curves else "step 1"  # the head's is logged later
             cells += [f"{a:.1f} ({first}) to {b:.1f}" for a, b in ends] or [""]
         if any(cells):
             lines.append([arm.name, *cells])
-    return table(["arm", "LM head, over training", "last hidden states, over training"], lines)
+    return table(["arm", *(titles[curve] for curve in known)], lines)
 
 
 # --- plots -----------------------------------------------------------------------------------------------------------------------
@@ -282,29 +284,29 @@ def draw_contrasts(contrasts: Sequence[Contrast], which: str, path: Path) -> Non
 
 
 def draw_curves(rows: Sequence[Row], path: Path) -> None:
-    """Training CE and both effective ranks against steps, a line an arm: the mean over its seeds."""
+    """Training CE and both effective ranks against steps, a line an arm: the mean over its seeds. What nobody has is not drawn."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     titles = {"curve_ce": "training CE (nats)", "curve_rank_head": "effective rank, LM head", "curve_rank_hidden": "effective rank, hidden"}
-    for axes, (curve, title) in zip(panels, titles.items(), strict=True):
+    found = {curve: title for curve, title in titles.items() if any(row.get(curve) for row in rows)} or titles
+    figure, panels = plt.subplots(1, len(found), figsize=(1 + 4 * len(found), 4), layout="constrained", squeeze=False)
+    for axes, (curve, title) in zip(panels[0], found.items(), strict=True):
         for place, arm in enumerate(ARMS):
             values: dict[int, list[float]] = {}
             for row in rows:
                 for step, value in row.get(curve) or [] if row["arm"] == arm.name else []:
                     values.setdefault(step, []).append(value)
             if values:
-                axes.plot(
-                    sorted(values), [np.mean(values[s]) for s in sorted(values)], label=arm.name, color=f"C{place % 10}", linewidth=1.2
-                )
+                style = {"color": f"C{place % 10}", "linestyle": "-" if place < 10 else "--", "linewidth": 1.2}
+                axes.plot(sorted(values), [np.mean(values[s]) for s in sorted(values)], label=arm.name, **style)
         axes.set(xlabel="optimizer step", title=title)
         axes.grid(alpha=0.3)
-    if panels[0].lines:
-        panels[0].set_yscale("log")
-        panels[0].legend(fontsize=8)
+    if panels[0, 0].lines:
+        panels[0, 0].set_yscale("log")
+        panels[0, 0].legend(fontsize=8)
     _save(figure, path)
 
 

@@ -11,6 +11,7 @@ a run that is killed leaves nothing that a later one would take for data, and tw
 Folders are safe to delete at any time between runs.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -91,8 +92,9 @@ def cached_folder(root: Path, name: str, build: Callable[[Path], None]) -> Path:
     if final.is_dir():
         return final
     for path in root.glob(f"{BUILDING}*"):
-        if time.time() - path.stat().st_mtime > ABANDONED:
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # its builder has just finished, and renamed it
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                shutil.rmtree(path, ignore_errors=True)
     building: str | None = None
     try:
         building = tempfile.mkdtemp(prefix=BUILDING, dir=root)

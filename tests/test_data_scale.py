@@ -176,6 +176,12 @@ def test_what_was_cut_off_is_not_taken_for_whole(recipe, rows, monkeypatch, empt
     assert not abandoned.exists()
 
 
+def test_a_folder_that_another_process_has_just_finished_is_not_looked_at(recipe, rows, empty_cache):
+    empty_cache.mkdir(parents=True, exist_ok=True)
+    (empty_cache / ".building-y").symlink_to(empty_cache / "renamed since")  # listed, and gone when it is read
+    assert prepare_data(recipe(dataset=rows()), say=quiet)[1][1].rows_kept == 40
+
+
 def test_a_cache_that_cannot_be_written_is_said_and_done_without(recipe, rows, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file")
