@@ -11,7 +11,8 @@
     python benchmarks/study.py collect --output runs/llemma
     python benchmarks/study.py report --output runs/llemma --page docs/llemma.md
 
-`run` is resumable: a run whose row stands in OUT/runs.jsonl is not repeated. One thread a run, so that rounding is the same for all.
+`run` is resumable: a run whose row stands in OUT/runs.jsonl is not repeated. One thread a run: on a CPU
+rounding is the same for all.
 
 PRE-REGISTRATION, written before any run of the study (25 November 2026). Sizes were chosen on CE alone, with an earlier base.
 The learning rate was then tuned on seed 901 with held-out problems of their own (seed 901; the study's are 20,240,724's), for CE and for

@@ -300,8 +300,9 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
                 for step, value in row.get(curve) or [] if row["arm"] == arm.name else []:
                     values.setdefault(step, []).append(value)
             if values:
-                style = {"color": f"C{place % 10}", "linestyle": "-" if place < 10 else "--", "linewidth": 1.2}
-                axes.plot(sorted(values), [np.mean(values[s]) for s in sorted(values)], label=arm.name, **style)
+                steps = sorted(values)
+                colour = plt.colormaps["tab20"](2 * place if place < 10 else 2 * place - 19)  # the usual ten, then their light shades
+                axes.plot(steps, [np.mean(values[s]) for s in steps], label=arm.name, color=colour, linewidth=1.4)
         axes.set(xlabel="optimizer step", title=title)
         axes.grid(alpha=0.3)
     if panels[0, 0].lines:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -425,6 +426,15 @@ save_steps: 2
 use_cpu: true
 bf16: false
 """
+
+
+def test_runs_without_checkpoints_have_no_column_and_no_panel_of_hidden_states(tmp_path):
+    rows = [{"arm": arm, "seed": 1, "curve_ce": [[1, 2.0]], "curve_rank_head": [[1, 9.0], [2, 5.0]]} for arm in ("ce", "mce")]
+    assert study_report.rank_table(rows).splitlines()[2] == "| ce | 9.0 (step 1) to 5.0 |"
+    study_report.draw_curves(rows, tmp_path / "two.png")
+    study_report.draw_curves([{**row, "curve_rank_hidden": [[2, 4.0]]} for row in rows], tmp_path / "three.png")
+    widths = [imread(tmp_path / name).shape[1] for name in ("two.png", "three.png")]
+    assert widths[0] < 0.8 * widths[1]
 
 
 @pytest.mark.slow

@@ -352,6 +352,30 @@ def test_bf16_autocast_keeps_float32_master_weights_and_nearly_the_loss(tmp_path
     assert history(full, "loss") == pytest.approx(history(half, "loss"), rel=3e-2)
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_head_and_tail_under_autocast_is_nearly_that_in_float32(device):
+    """A vocabulary above 1,024, so that the summary of it is made where the trainer makes it: inside autocast."""
+    model = tiny_model(vocab_size=1100).to(device)
+    add_matrix_head(model, MatrixLossOptions(1.0, "krylov", None, 4, None, None, "lm_head", False))
+    ids = torch.randint(3, 1100, (2, 12), generator=torch.Generator().manual_seed(1)).to(device)
+
+    def step(autocast):
+        model.zero_grad()
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
+            out = model(input_ids=ids, labels=ids, matrix_loss=True)
+        out.loss_sum.backward()
+        return out, model.lm_head.weight.grad.clone()
+
+    (full, expected), (half, got) = step(False), step(True)
+    torch.testing.assert_close(half.loss_sum, full.loss_sum, rtol=2e-2, atol=0)
+    torch.testing.assert_close(half.matrix_cross_entropy, full.matrix_cross_entropy, rtol=0.1, atol=0.1)
+    assert got.dtype == torch.float32
+    assert (got - expected).norm() < 0.05 * expected.norm()
+
+
 def test_lora_trains_the_adapter_and_leaves_the_head(tmp_path, tiny_tokenizer):
     model = tiny_model()
     before = model.lm_head.weight.detach().clone()
