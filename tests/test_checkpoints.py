@@ -164,7 +164,7 @@ def test_three_kills_and_resumptions_end_bit_for_bit_like_an_unbroken_run(engine
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("engine", ["single", "zero2"])
+@pytest.mark.parametrize("engine", ["single", "zero2", "zero3", "fsdp2"])
 def test_twenty_kills_and_resumptions_end_bit_for_bit_like_an_unbroken_run(engine, server, unbroken, tmp_path, request):
     if "nightly" not in request.config.option.markexpr and not os.environ.get("MATRIX_LLM_NIGHTLY"):
         pytest.skip("takes minutes: run it with `pytest -m nightly` or MATRIX_LLM_NIGHTLY=1")
