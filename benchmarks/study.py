@@ -46,7 +46,7 @@ sensitivity   the main contrast again, seeds 1 to 3, at learning rate 1.5e-3 and
               its own, if the clock allows: described, and no claims. Gradient norms of all runs are given.
 detectable    the true difference found with 80 % power by the t test alone at its level (ablations: 0.05 over their number, Holm's
               first step), from the observed spread over seeds, with each.
-111 M         the main contrast again on a GPU (recipes/study_100m.yaml, bf16), seeds 1 to 8 as far as the device time goes, decided by the
+111 M         the main contrast again on a GPU (recipes/study_100m.yaml, bf16), seeds 1 to 8 as far as the GPU time goes, decided by the
               rules above; written on 25 November 2026 before any run of it. Tuned on seed 901 and held-out problems of seed 901, CE and
               CE + MCE alike, at learning rates 4e-4 and 1e-3 and 150 and 400 steps: the number of steps is the one whose better CE
               accuracy is nearest 60 %, the learning rate CE's better one there. Several runs share the GPU, so seconds mean nothing.
