@@ -35,11 +35,11 @@ Result = TypeVar("Result")
 
 
 def outside_autocast(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Keep products in the inputs' own precision: autocast would round them to bfloat16."""
+    """Keep products in the inputs' own precision: autocast would round them to bfloat16. Tensors may be given by name."""
 
     @functools.wraps(function)
     def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
+        device = next((a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), "cpu")
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)
 

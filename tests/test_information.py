@@ -16,6 +16,7 @@ from matrix_llm.information import (
     matrix_entropy,
     matrix_kl,
     matrix_log,
+    outside_autocast,
     total_coding_rate,
 )
 
@@ -215,6 +216,8 @@ def test_autocast_does_not_round_the_products():
     expected = matrix_cross_entropy(p, q)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(matrix_cross_entropy(p, q), expected)
+    with pytest.raises(RuntimeError, match="unsupported"):  # by autocast: the device is that of a tensor given by name
+        outside_autocast(lambda a: a)(a=torch.empty(1, device="meta"))
 
 
 @pytest.mark.parametrize(

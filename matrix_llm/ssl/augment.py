@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from matrix_llm.files import write_text
-from matrix_llm.ssl.rows import outside_autocast
+from matrix_llm.information import outside_autocast
 
 __all__ = ["Augment", "AugmentConfig", "EvalTransform", "TwoViewCollator", "draw"]
 

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from matrix_llm.information import matrix_cross_entropy, matrix_log
+from matrix_llm.information import matrix_cross_entropy, matrix_log, outside_autocast
 from matrix_llm.ssl.polynomials import gram, log_series, polynomial, trace_of_powers
-from matrix_llm.ssl.rows import check_positive, check_rows, outside_autocast
+from matrix_llm.ssl.rows import check_positive, check_rows
 
 __all__ = [
     "barlow_twins_loss",

@@ -1,34 +1,17 @@
-"""What every loss does with its rows first: check them, and lift them to float32 even inside autocast."""
+"""What every loss does with its rows first: check them, and lift them to float32."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
-from typing import ParamSpec
 
 import torch
 from torch import Tensor
 
-__all__ = ["NonFiniteRowsError", "check_positive", "check_rows", "outside_autocast"]
-
-Parameters = ParamSpec("Parameters")
+__all__ = ["NonFiniteRowsError", "check_positive", "check_rows"]
 
 
 class NonFiniteRowsError(ValueError):
     """NaN or infinity in the rows: a training run that has diverged."""
-
-
-def outside_autocast(function: Callable[Parameters, Tensor]) -> Callable[Parameters, Tensor]:
-    """Keep products in the rows' own precision; tensors may be given by name."""
-
-    @functools.wraps(function)
-    def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Tensor:
-        device = next((a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), "cpu")
-        with torch.autocast(device, enabled=False):
-            return function(*args, **kwargs)
-
-    return wrapper
 
 
 def check_rows(minimum: int, **views: Tensor) -> tuple[Tensor, ...]:
