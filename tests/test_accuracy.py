@@ -179,9 +179,9 @@ def test_final_answer(text, answer):
 @pytest.mark.parametrize("piece", ["1", "1,", "-", "+-.", "0.", "/", "The answer is: ", ".9/", ",", "\n"])
 def test_final_answer_takes_bounded_time_on_hostile_text(piece):
     text = "The answer is: " + piece * (1_000_000 // len(piece))
-    start = time.perf_counter()
+    start = time.process_time()
     final_answer(text)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 5  # a backtracking parser would take hours
 
 
 def test_wilson_interval_holds_at_the_ends_and_matches_a_published_value():

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -193,16 +192,13 @@ def test_few_label_accuracy_grows_with_labels_and_reaches_one():
     assert few_label_accuracy(clusters(60, 0.01), clusters(60, 0.01, seed=1), labels_per_class=1, draws=3) == [1.0] * 3
 
 
-def test_few_labels_on_digits_take_under_two_seconds():
+def test_few_labels_on_digits_are_told_apart():
     parts = []
     for split in ("train", "test"):
         pixels = extract_features(None, load_images("digits", split=split), EvalTransform(8, 1))
         lift = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
         parts.append(Features((pixels.x @ lift).relu(), pixels.y))
-    start = time.process_time()
-    found = few_label_accuracy(*parts, labels_per_class=5, draws=20)
-    assert 0.75 < np.mean(found) < 0.9
-    assert time.process_time() - start < 2  # 0.2 s on an idle core
+    assert 0.75 < np.mean(few_label_accuracy(*parts, labels_per_class=5, draws=20)) < 0.9
 
 
 def test_effective_ranks_are_those_of_metrics_with_the_batch_size():
