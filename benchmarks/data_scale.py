@@ -4,7 +4,7 @@
     python benchmarks/data_scale.py --rows 5000
     python benchmarks/data_scale.py --test data/gsm8k/test.jsonl data/math/test.jsonl
 
-The rows are made of matrix_llm.wordproblems: as many as MetaMathQA has, with its columns and about its lengths (query 240 characters,
+The rows are made of matrix_llm.data.wordproblems: as many as MetaMathQA has, with its columns and about its lengths (query 240 characters,
 response 470, the longest rows ten times that). One row in PLANTED is a test question, which the leakage check must find. Everything lies
 in a temporary folder, removed at the end. Each phase is a process of its own; its memory is that of all its processes together, read
 ten times a second: RSS, and of it what is not a page of a mapped file ("anonymous"), which is what must fit.
@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from matrix_llm import wordproblems
+from matrix_llm.data import wordproblems
 
 ROWS = 395_000
 PLANTED = 1000
@@ -62,13 +62,16 @@ def write_test(path: Path, count: int, seed: int) -> list[str]:
     """Questions as GSM8K's test file holds them, which share no 13 words with a row: the words of the test split's in reverse order."""
     problems = wordproblems.generate(count, seed=seed, split="test")
     questions = [" ".join(reversed(problem.original_question.split())) for problem in problems]
-    path.write_text("".join(json.dumps({"question": question, "answer": "#### 1"}) + "\n" for question in questions), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"question": question, "answer": "#### 1"}) + "\n" for question in questions),
+        encoding="utf-8",
+    )
     return questions
 
 
 def prepare(folder: Path, count: int, tests: list[Path]) -> tuple[Path, list[Path]]:
     """The rows, the test sets and a tokenizer in `folder`."""
-    from matrix_llm.model import train_tokenizer
+    from matrix_llm.model.load import train_tokenizer
 
     planted: list[str] = []
     for size, name in ((1319, "grade_school"), (5000, "competition")) if not tests else ():
@@ -87,7 +90,7 @@ def prepare(folder: Path, count: int, tests: list[Path]) -> tuple[Path, list[Pat
 def run_phase(phase: str, folder: Path, rows: str, tests: list[str], num_proc: int | None) -> dict[str, Any]:
     """What one phase does, in this process; the numbers it gives are printed as JSON by main."""
     from matrix_llm.config import load_recipe
-    from matrix_llm.prepare import prepare_data
+    from matrix_llm.run.prepare import prepare_data
 
     settings: dict[str, Any] = {
         **SETTINGS, "dataset": rows, "tokenizer_name_or_path": str(folder / "tokenizer"), "dataset_num_proc": num_proc,
@@ -130,7 +133,9 @@ def _memory(pid: int) -> tuple[int, int]:
     """(RSS, anonymous RSS) of one process, in kB."""
     try:
         lines = dict(
-            line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(("VmRSS", "RssAnon"))
+            line.split(":", 1)
+            for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+            if line.startswith(("VmRSS", "RssAnon"))
         )
         return int(lines["VmRSS"].split()[0]), int(lines["RssAnon"].split()[0])
     except (OSError, KeyError):
@@ -176,7 +181,15 @@ def measure(count: int, tests: list[Path], num_proc: int | None = None) -> dict[
         results["file"] = {"rows": count, "mib": rows.stat().st_size / 2**20, "seconds": time.perf_counter() - clock}
         env = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
         for phase in PHASES:
-            options = ["--phase", phase, "--folder", name, "--test", *map(str, tests), *(["--num_proc", str(num_proc)] if num_proc else [])]
+            options = [
+                "--phase",
+                phase,
+                "--folder",
+                name,
+                "--test",
+                *map(str, tests),
+                *(["--num_proc", str(num_proc)] if num_proc else []),
+            ]
             results[phase] = watch([sys.executable, str(Path(__file__).resolve()), *options], env, folder / "log.txt")
             print((folder / "log.txt").read_text()[-2000:], file=sys.stderr)
         cached = sum(path.stat().st_size for path in (folder / "cache").rglob("*") if path.is_file())
@@ -185,19 +198,30 @@ def measure(count: int, tests: list[Path], num_proc: int | None = None) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure reading, caching, streaming and the leakage check at MetaMathQA's size.")
+    parser = argparse.ArgumentParser(
+        description="Measure reading, caching, streaming and the leakage check at MetaMathQA's size."
+    )
     parser.add_argument("--rows", type=int, default=ROWS)
-    parser.add_argument("--test", type=Path, nargs="*", default=[], help="JSONL test sets (default: 1,319 + 5,000 generated questions)")
+    parser.add_argument(
+        "--test", type=Path, nargs="*", default=[], help="JSONL test sets (default: 1,319 + 5,000 generated questions)"
+    )
     parser.add_argument("--num_proc", type=int, help="dataset_num_proc of the recipe")
     parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.phase:
         tests = [str(path) for path in options.test]
-        print(json.dumps(run_phase(options.phase, options.folder, str(options.folder / "rows.jsonl"), tests, options.num_proc)))
+        print(
+            json.dumps(
+                run_phase(options.phase, options.folder, str(options.folder / "rows.jsonl"), tests, options.num_proc)
+            )
+        )
         return
     for name, result in measure(options.rows, options.test, options.num_proc).items():
-        print(f"{name:22} " + ", ".join(f"{k} {v:,.1f}" if isinstance(v, float) else f"{k} {v:,}" for k, v in result.items()))
+        print(
+            f"{name:22} "
+            + ", ".join(f"{k} {v:,.1f}" if isinstance(v, float) else f"{k} {v:,}" for k, v in result.items())
+        )
 
 
 if __name__ == "__main__":

@@ -43,8 +43,12 @@ def main() -> None:
     tokenizer = load_tokenizer(source)
     limit = context_limit(source) or 4096
     problems = load_problems("gsm8k", data=options.data)
-    prompt_ids = tokenize(tokenizer, [PROMPTS["plain"].build(problem.problem, tokenizer) for problem in problems], special_tokens=True)
-    fitting = [(p, ids) for p, ids in zip(problems, prompt_ids, strict=True) if len(ids) + options.max_tokens <= limit][: options.problems]
+    prompt_ids = tokenize(
+        tokenizer, [PROMPTS["plain"].build(problem.problem, tokenizer) for problem in problems], special_tokens=True
+    )
+    fitting = [(p, ids) for p, ids in zip(problems, prompt_ids, strict=True) if len(ids) + options.max_tokens <= limit][
+        : options.problems
+    ]
     requests = [Request(problem.id, 0, ids, options.max_tokens) for problem, ids in fitting]
     by_id = {problem.id: problem for problem, _ in fitting}
     gpu = torch.cuda.is_available()
@@ -53,7 +57,9 @@ def main() -> None:
 
     def bare() -> tuple[float, int]:
         start = time.perf_counter()
-        outputs = engine.llm.generate([{"prompt_token_ids": list(request.prompt_ids)} for request in requests], sampling)
+        outputs = engine.llm.generate(
+            [{"prompt_token_ids": list(request.prompt_ids)} for request in requests], sampling
+        )
         return time.perf_counter() - start, sum(len(output.outputs[0].token_ids) for output in outputs)
 
     def ours() -> tuple[float, int]:
@@ -76,7 +82,9 @@ def main() -> None:
             spent, tokens[name] = run()
             seconds[name].append(spent)
     for name, spent in seconds.items():
-        print(f"{name}: {tokens[name]:,} tokens, seconds {', '.join(f'{s:.2f}' for s in spent)}, median {statistics.median(spent):.2f}")
+        print(
+            f"{name}: {tokens[name]:,} tokens, seconds {', '.join(f'{s:.2f}' for s in spent)}, median {statistics.median(spent):.2f}"
+        )
     ratio = statistics.median(seconds["ours"]) / statistics.median(seconds["bare"])
     print(f"overhead of ours: {100 * (ratio - 1):+.1f} % ({len(requests)} prompts, {'GPU' if gpu else 'CPU'})")
 

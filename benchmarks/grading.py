@@ -49,7 +49,9 @@ def measure(name: str, cases: list[tuple[tuple[str, ...], bool]], grader: Callab
 
 
 def by_convention(convention: str) -> Callable[[str, str, str], bool]:
-    return lambda response, gold, benchmark: grade(response, gold, benchmark=benchmark, convention=convention).correct is True
+    return lambda response, gold, benchmark: (
+        grade(response, gold, benchmark=benchmark, convention=convention).correct is True
+    )
 
 
 def main() -> None:
@@ -62,14 +64,19 @@ def main() -> None:
         rows = [row for row in rows if not any(text in row.get("source", "") for text in arguments.skip_source)]
         if "pred" in rows[0]:
             pairs = [((row["pred"], row["gold"]), bool(row["equal"])) for row in rows if not row.get("raw")]
-            graders: list[tuple[str, Callable[..., bool]]] = [("verified", answers_equal), ("math-verify", math_verify_pair)]
+            graders: list[tuple[str, Callable[..., bool]]] = [
+                ("verified", answers_equal),
+                ("math-verify", math_verify_pair),
+            ]
             cases: list[tuple[tuple[str, ...], bool]] = list(pairs)
         else:
             rows = [row for row in rows if row.get("reference_label") is not None]
             cases = [((row["response"], row["gold"], row["benchmark"]), bool(row["reference_label"])) for row in rows]
             graders = [(convention, by_convention(convention)) for convention in CONVENTIONS]
             graders.append(("math-verify", math_verify))
-        print(f"\n{path.name}: {len(cases)} labelled rows\n\n| grader | agreement | false positives / negatives | s per 1,000 |")
+        print(
+            f"\n{path.name}: {len(cases)} labelled rows\n\n| grader | agreement | false positives / negatives | s per 1,000 |"
+        )
         print("|---|---|---|---|", flush=True)
         for name, grader in graders:
             print(measure(name, cases, grader), flush=True)

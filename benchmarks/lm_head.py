@@ -57,7 +57,7 @@ from lm_head_cases import (
 from lm_head_plots import OURS, OURS_AGAIN, OURS_CE, PRODUCTS, draw, markdown, row_text, shape_table
 from torch import Tensor
 
-from matrix_llm.files import write_text
+from matrix_llm.base.files import write_text
 
 # ---- time
 
@@ -66,7 +66,14 @@ def too_large(name: str, shape: Shape) -> str | None:
     """Why an implementation that holds whole logits cannot run on the CPU here; a killed process reports nothing."""
     if shape.device == "cuda" or name not in (EAGER, TORCH_REFERENCE):
         return None
-    free = next(int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")) * 1024
+    free = (
+        next(
+            int(line.split()[1])
+            for line in Path("/proc/meminfo").read_text().splitlines()
+            if line.startswith("MemAvailable")
+        )
+        * 1024
+    )
     needed = 3 * 4 * shape.n * shape.v
     return f"needs about {needed / 2**30:.0f} GiB for its logits" if needed > 0.8 * free else None
 
@@ -76,7 +83,9 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def interleave(calls: Mapping[str, Callable[[], None]], prepare: Callable[[], None], repeats: int, device: str) -> dict[str, list[float]]:
+def interleave(
+    calls: Mapping[str, Callable[[], None]], prepare: Callable[[], None], repeats: int, device: str
+) -> dict[str, list[float]]:
     """Seconds of each call, in turns, there and back, so that a slow minute of the machine hits all of them.
 
     What took eight times the fastest in its warm-up is out of the race, and has three repeats.
@@ -105,7 +114,11 @@ def interleave(calls: Mapping[str, Callable[[], None]], prepare: Callable[[], No
             else:
                 warm[name] = elapsed
         if repeat >= 0:
-            print(f"  repeat {repeat + 1} of {repeats}: {sum(s[-1] for s in seconds.values()):.1f} s", file=sys.stderr, flush=True)
+            print(
+                f"  repeat {repeat + 1} of {repeats}: {sum(s[-1] for s in seconds.values()):.1f} s",
+                file=sys.stderr,
+                flush=True,
+            )
     return seconds
 
 
@@ -153,11 +166,17 @@ def peak_growth(call: Callable[[], Any], device: str) -> tuple[int, int]:
 
 def in_child(task: dict[str, Any]) -> dict[str, Any]:
     """`task` in a process of its own. One malloc arena, and every large block given back when freed: the peak is the task's."""
-    settings = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    settings = {
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(2**20),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
     command = [sys.executable, __file__, "--child", json.dumps(task)]
     result = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
     if result.returncode:
-        last = (result.stderr.strip().splitlines() or [f"killed by signal {-result.returncode}, most likely out of memory"])[-1]
+        last = (
+            result.stderr.strip().splitlines() or [f"killed by signal {-result.returncode}, most likely out of memory"]
+        )[-1]
         return {"failed": last}
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -207,7 +226,12 @@ SWEPT += ("Liger, fused", "Apple, cut-cross-entropy")
 def accuracy_row(shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
     inputs = make_inputs(shape, shape.device, args.seed)
     true = truth(inputs, args.accuracy_positions, args.exact_positions)
-    found = {"positions": len(true.sample), "exact_positions": args.exact_positions, "check": true.check, "inputs": true.inputs}
+    found = {
+        "positions": len(true.sample),
+        "exact_positions": args.exact_positions,
+        "check": true.check,
+        "inputs": true.inputs,
+    }
     return {**found, **solver_errors(inputs, true, {})}
 
 
@@ -240,7 +264,7 @@ def training_step(task: dict[str, Any]) -> dict[str, Callable[[], None]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from matrix_llm.config import MatrixConfig
-    from matrix_llm.model import train_tokenizer
+    from matrix_llm.model.load import train_tokenizer
     from matrix_llm.trainer import MatrixTrainer
 
     device, hidden, length = task["device"], task["hidden"], task["length"]
@@ -304,13 +328,23 @@ LIBRARY = library_digest()  # here, before a step or TRL brings in more modules
 
 
 def machine() -> dict[str, Any]:
-    model = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    model = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     versions = {"torch": str(torch.__version__)}
     for package in ("trl", "transformers", "triton", "liger-kernel", "cut-cross-entropy"):
         with contextlib.suppress(ImportError):
             versions[package] = version(package)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": (model or ["unknown"])[0], "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, "versions": versions}
+    return {
+        "cpu": (model or ["unknown"])[0],
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "versions": versions,
+    }
 
 
 def once(path: Path | None, row: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -320,7 +354,9 @@ def once(path: Path | None, row: dict[str, Any], make: Callable[[], dict[str, An
     if path and path.is_file():
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["machine"] != data["machine"]:
-            raise SystemExit(f"--json {path} holds rows of {stored['machine']}, and this is {data['machine']}; name another file.")
+            raise SystemExit(
+                f"--json {path} holds rows of {stored['machine']}, and this is {data['machine']}; name another file."
+            )
         data = stored
     known = data["rows"].get(key)
     if known and known["library"] == LIBRARY and "failed" not in known:
@@ -356,7 +392,13 @@ def main() -> None:
     parser.add_argument("--n", type=int, help="positions, instead of the shape's")
     parser.add_argument("--hidden", type=int, help="hidden width, instead of the shape's (--step: 512)")
     parser.add_argument("--vocabulary", type=int, help="instead of the shape's (--step: 32016)")
-    parser.add_argument("--sweep", nargs="+", choices=("N", "V", "steps", "sketch"), default=[], help="at the first shape; not the table")
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        choices=("N", "V", "steps", "sketch"),
+        default=[],
+        help="at the first shape; not the table",
+    )
     parser.add_argument("--max-n", type=int, default=4096, help="--sweep N: 256, doubling up to this")
     parser.add_argument("--max-v", type=int, default=131072, help="--sweep V: 8192, doubling up to this")
     parser.add_argument("--step", action="store_true", help="a whole training step of a Llama-shaped model")
@@ -364,9 +406,13 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value, help=f"--step: {value}")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--accuracy-positions", type=int, default=64)
-    parser.add_argument("--exact-positions", type=int, default=4, help="on which the reference is held against solver='exact'")
+    parser.add_argument(
+        "--exact-positions", type=int, default=4, help="on which the reference is held against solver='exact'"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, nargs="+", help="rows are added to the first; --markdown and --plot read all")
+    parser.add_argument(
+        "--json", type=Path, nargs="+", help="rows are added to the first; --markdown and --plot read all"
+    )
     parser.add_argument("--markdown", action="store_true", help="print the tables of the JSON")
     parser.add_argument("--plot", type=Path, help="folder for lm_head_cost.png and lm_head_solvers.png")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -378,7 +424,9 @@ def main() -> None:
         base = SHAPES[name]
         shape = base._replace(n=args.n or base.n, h=args.hidden or base.h, v=args.vocabulary or base.v)
         if shape.device == "cuda" and not torch.cuda.is_available():
-            print(f"{name}: not measured, for it needs a CUDA device and torch {torch.__version__} sees none.", flush=True)
+            print(
+                f"{name}: not measured, for it needs a CUDA device and torch {torch.__version__} sees none.", flush=True
+            )
             continue
         label = name if shape == base else f"{name} at {shape.n} x {shape.h} x {shape.v}"
         path = args.json and args.json[0]
@@ -394,7 +442,13 @@ def main() -> None:
                 once(path, row, functools.partial(solver_row, kind, shape, args))
             sizes = {"N": doubling(256, args.max_n), "V": doubling(8192, args.max_v)}.get(kind, [])
             for size in sizes:
-                measure(f"sweep {kind}, ", name, shape._replace(n=size) if kind == "N" else shape._replace(v=size), list(SWEPT), args)
+                measure(
+                    f"sweep {kind}, ",
+                    name,
+                    shape._replace(n=size) if kind == "N" else shape._replace(v=size),
+                    list(SWEPT),
+                    args,
+                )
     if args.step:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         task = {k: getattr(args, k) for k in ("layers", "batch", "length")}

@@ -75,7 +75,10 @@ def make_inputs(shape: Shape, device: str, seed: int, mean_ce: float = 1.0) -> t
         low, high = (scale, high) if entropy > mean_ce else (low, scale)
     del sample
     hidden *= scale
-    labels = [torch.multinomial((rows @ weight.T).softmax(-1), 1, generator=g)[:, 0] for rows in hidden.split(chunk_rows(shape))]
+    labels = [
+        torch.multinomial((rows @ weight.T).softmax(-1), 1, generator=g)[:, 0]
+        for rows in hidden.split(chunk_rows(shape))
+    ]
     dtype = getattr(torch, shape.dtype)
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), torch.cat(labels)
 
@@ -95,7 +98,7 @@ def ours(hidden: Tensor, weight: Tensor, labels: Tensor, **kwargs: Any) -> Tenso
 
 def later_micro_batches() -> Loss:
     """Ours as the later micro-batches of an optimizer step run it, with the weight's summary made once, at the first call."""
-    from matrix_llm.head_tail import summarise
+    from matrix_llm.loss.head_tail import summarise
 
     made: dict[int, Any] = {}
 
@@ -117,7 +120,12 @@ def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 def implementations(device: str) -> tuple[dict[str, Loss], dict[str, str]]:
     """Name -> loss of (hidden, weight, labels), and name -> why it is absent. Optional packages are imported here, if at all."""
-    found: dict[str, Loss] = {OURS: ours, OURS_AGAIN: later_micro_batches(), OURS_CE: functools.partial(ours, mce_weight=0.0), EAGER: eager}
+    found: dict[str, Loss] = {
+        OURS: ours,
+        OURS_AGAIN: later_micro_batches(),
+        OURS_CE: functools.partial(ours, mce_weight=0.0),
+        EAGER: eager,
+    }
     absent = {}
     if hasattr(F, "linear_cross_entropy"):
         options = torch.nn.LinearCrossEntropyOptions
@@ -133,7 +141,9 @@ def implementations(device: str) -> tuple[dict[str, Loss], dict[str, str]]:
         from trl.kernels import ChunkedLogProbFunction
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-        def trl_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:  # the cheapest outputs that give the loss
+        def trl_head(
+            hidden: Tensor, weight: Tensor, labels: Tensor
+        ) -> Tensor:  # the cheapest outputs that give the loss
             arguments = (hidden, weight, None, labels, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("log_probs",))
             return -ChunkedLogProbFunction.apply(*arguments)[0].mean()
 
@@ -254,7 +264,9 @@ def truth(inputs: tuple[Tensor, Tensor, Tensor], positions: int, exact_positions
     return Truth(sample, logits, value, gradient, [statistics.fmean(e) for e in zip(*errors, strict=True)], stats)
 
 
-def logits_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, ce_gradient: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def logits_gradient(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ce_gradient: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
     """MCE's gradient in the logits (P, V) as the fused pass makes it: a zero bias receives it, one position at a time."""
     bias = torch.zeros(len(weight), device=weight.device, requires_grad=True)
     losses = linear_matrix_cross_entropy(hidden, weight, labels, bias=bias, reduction="none", **kwargs).loss
@@ -267,7 +279,9 @@ def solver_errors(inputs: tuple[Tensor, Tensor, Tensor], true: Truth, kwargs: di
     hidden, weight, labels = (t.detach() for t in inputs)
     y = labels[true.sample]
     with torch.no_grad():  # every position, as timed: a solver may share something within a chunk
-        value = linear_matrix_cross_entropy(hidden, weight, labels, reduction="none", **kwargs).matrix_cross_entropy[true.sample]
+        value = linear_matrix_cross_entropy(hidden, weight, labels, reduction="none", **kwargs).matrix_cross_entropy[
+            true.sample
+        ]
     ce_gradient = true.logits.softmax(-1).scatter_add(1, y[:, None], torch.full_like(true.logits[:, :1], -1.0))
     gradient = logits_gradient(hidden[true.sample], weight, y, ce_gradient, kwargs)
     return {"value": relative(value, true.value), "gradient": relative(gradient, true.gradient)}
@@ -279,8 +293,14 @@ def solver_settings(kind: str, shape: Shape) -> dict[str, dict[str, Any]]:
     default: dict[str, dict[str, Any]] = {"the default": {}}
     if kind == "sketch":
         widths = [r for r in (128, 256, 512, 1024) if r < shape.h]
-        head = {f"top {s}, 6 steps, sketch {r}": {"top_k": s, "steps": 6, "sketch_dim": r} for s in (16, 64) for r in widths}
-        return default | head | {f"vocabulary, 3 steps, sketch {r}": {**whole, "steps": 3, "sketch_dim": r} for r in widths}
+        head = {
+            f"top {s}, 6 steps, sketch {r}": {"top_k": s, "steps": 6, "sketch_dim": r} for s in (16, 64) for r in widths
+        }
+        return (
+            default
+            | head
+            | {f"vocabulary, 3 steps, sketch {r}": {**whole, "steps": 3, "sketch_dim": r} for r in widths}
+        )
     steps = {f"vocabulary, {k} steps": {**whole, "steps": k} for k in range(2, 9)}
     head = {f"top {s}, {k} steps": {"top_k": s, "steps": k} for s in (8, 16, 32, 64, 256) for k in (4, 6, 8)}
     return default | steps | head | {"taylor, order 4": {"solver": "taylor", "order": 4}}

@@ -6,7 +6,11 @@ from typing import Any
 
 Row = dict[str, Any]
 
-OURS, OURS_AGAIN, OURS_CE = "matrix_llm, CE + MCE", "matrix_llm, CE + MCE, later micro-batch", "matrix_llm, mce_weight 0"
+OURS, OURS_AGAIN, OURS_CE = (
+    "matrix_llm, CE + MCE",
+    "matrix_llm, CE + MCE, later micro-batch",
+    "matrix_llm, mce_weight 0",
+)
 PRODUCTS = "three products alone"
 TARGETS = {"llemma-cpu": (1.10, 1.2), "qwen-cpu": (1.15, 1.2), "llemma-gpu": (1.10, 1.1), "qwen-gpu": (1.10, 1.1)}
 MIB = 2**20
@@ -78,7 +82,15 @@ def shape_table(rows: list[Row], timed: Row) -> str:
     head += f", in memory: {_best(totals)[0]}." if any(map(_is_peer, totals)) else "."
     if PRODUCTS in times:
         head += f" The products ran at {flops / times[PRODUCTS] / 1e12:.3g} TFLOP/s."
-    header = ["implementation", "forward + backward", "x best peer", "products' share", "extra memory", "with inputs", "x best peer"]
+    header = [
+        "implementation",
+        "forward + backward",
+        "x best peer",
+        "products' share",
+        "extra memory",
+        "with inputs",
+        "x best peer",
+    ]
     absent = "".join(f"\n\nAbsent: {name}, {why}." for name, why in timed["absent"].items())
     return f"{head}\n\n{_table(header, lines)}{absent}"
 
@@ -89,7 +101,9 @@ def accuracy_text(row: Row) -> str:
     text += ". "
     if row["check"]:
         value, gradient = row["check"]
-        text += f"The reference itself is {value:.1e} / {gradient:.1e} from `exact` on {row['exact_positions']} positions. "
+        text += (
+            f"The reference itself is {value:.1e} / {gradient:.1e} from `exact` on {row['exact_positions']} positions. "
+        )
     return text + f"Inputs: {stats}."
 
 
@@ -98,7 +112,12 @@ def solver_table(row: Row) -> str:
     base = times.get("torch, eager") or times[OURS_CE]
     against = "eager CE" if "torch, eager" in times else "ours, mce_weight 0"
     lines = [
-        [name, *(f"{100 * e[key]:.2g}" for key in ("value", "gradient")), _seconds(row["seconds"][name]), f"{times[name] / base:.2f}"]
+        [
+            name,
+            *(f"{100 * e[key]:.2g}" for key in ("value", "gradient")),
+            _seconds(row["seconds"][name]),
+            f"{times[name] / base:.2f}",
+        ]
         for name, e in row["errors"].items()
     ]
     n, h, v, dtype, device = row["shape"]
@@ -118,16 +137,17 @@ def step_text(row: Row) -> str:
     if all("extra" in m for m in memory.values()):
         ratio = f"{(memory['1']['before'] + memory['1']['extra']) / (memory['0']['before'] + memory['0']['extra']):.3f}"
     lines.append(["ratio", f"{times['1'] / times['0']:.3f}", ratio])
-    head = (
-        f"Llama with {s['layers']} layers, hidden {s['hidden']}, V = {s['vocabulary']}, batch {s['batch']} x {s['length']}, {s['device']}, "
-    )
+    head = f"Llama with {s['layers']} layers, hidden {s['hidden']}, V = {s['vocabulary']}, batch {s['batch']} x {s['length']}, {s['device']}, "
     return head + "gradient checkpointing, AdamW.\n\n" + _table(["", "step", "peak memory"], lines)
 
 
 def row_text(row: Row) -> str:
     """One row as it is measured, for the console."""
     if row["kind"].endswith("memory"):
-        what = row.get("failed") or f"{row['extra'] / MIB:,.0f} MiB extra, {(row['extra'] + row['inputs']) / MIB:,.0f} MiB with inputs"
+        what = (
+            row.get("failed")
+            or f"{row['extra'] / MIB:,.0f} MiB extra, {(row['extra'] + row['inputs']) / MIB:,.0f} MiB with inputs"
+        )
         return f"{row['name']} {row['shape'][:3]}, {row['implementation']}: {what}"
     if row["kind"].endswith("time"):
         return f"{row['name']}: " + shape_table([], row)
@@ -141,9 +161,7 @@ def _machine(data: Row) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in m["versions"].items())
     dates = sorted({row["date"] for row in data["rows"].values()})
     gpu = f", {m['gpu']}" if m["gpu"] else ""
-    return (
-        f"Machine: {m['cpu']}, {m['cores']} cores, {m['threads']} threads{gpu}; {versions}; {' to '.join(sorted({dates[0], dates[-1]}))}."
-    )
+    return f"Machine: {m['cpu']}, {m['cores']} cores, {m['threads']} threads{gpu}; {versions}; {' to '.join(sorted({dates[0], dates[-1]}))}."
 
 
 def _sweep_tables(rows: list[Row], letter: str) -> str:
@@ -165,7 +183,9 @@ def _sweep_tables(rows: list[Row], letter: str) -> str:
             lines.append(cells)
         n, h, v, dtype, device = mine[0]["shape"]
         fixed = f"H = {h}, V = {v}" if letter == "N" else f"N = {n}, H = {h}"
-        parts.append(f"{fixed}, {dtype}, {device}; median time, peak memory with inputs.\n\n" + _table([letter, *names], lines))
+        parts.append(
+            f"{fixed}, {dtype}, {device}; median time, peak memory with inputs.\n\n" + _table([letter, *names], lines)
+        )
     return "\n\n".join(parts)
 
 
@@ -182,7 +202,12 @@ def markdown(files: list[Row]) -> str:
         if name in timed and OURS in timed[name]["seconds"]:
             ratio, least = _ratios(rows, timed[name])
             share = _medians(timed[name])[PRODUCTS] / _medians(timed[name])[OURS]
-            cells = [f"{ratio:.2f}", "not measured" if least is None else f"{least:.2f}", f"{100 * share:.0f} %", "not measured"]
+            cells = [
+                f"{ratio:.2f}",
+                "not measured" if least is None else f"{least:.2f}",
+                f"{100 * share:.0f} %",
+                "not measured",
+            ]
         if name in accurate:
             cells[3] = f"{100 * accurate[name]['value']:.2g} % / {100 * accurate[name]['gradient']:.2g} %"
         lines.append([name, cells[0], f"{time:.2f}", cells[1], f"{memory:.1f}", *cells[2:]])
@@ -190,7 +215,8 @@ def markdown(files: list[Row]) -> str:
         (
             r
             for r in rows
-            if r["kind"] == "step" and (r["shape"]["layers"], r["shape"]["hidden"], r["shape"]["device"]) == (32, 4096, "cuda")
+            if r["kind"] == "step"
+            and (r["shape"]["layers"], r["shape"]["hidden"], r["shape"]["device"]) == (32, 4096, "cuda")
         ),
         None,
     )
@@ -230,7 +256,7 @@ def draw(files: list[Row], folder: Path) -> str:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from matrix_llm.files import atomic_path
+    from matrix_llm.base.files import atomic_path
 
     rows: list[Row] = [row for data in files for row in data["rows"].values()]
     written = []
@@ -247,10 +273,18 @@ def draw(files: list[Row], folder: Path) -> str:
         last = swept[-1]["name"]  # one machine's, where the files hold several
         swept = [r for r in swept if r["name"] == last]
         figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-        colours = iter(["#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f"])
+        colours = iter(
+            ["#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f"]
+        )
         for name in dict.fromkeys(n for r in swept for n in r["seconds"]):
             look: Row = {"label": name, "marker": "o", "markersize": 4, "color": next(colours)}
-            look |= {"color": "#d62728", "linewidth": 2.5} if name == OURS else {"color": "black", "ls": ":"} if name == PRODUCTS else {}
+            look |= (
+                {"color": "#d62728", "linewidth": 2.5}
+                if name == OURS
+                else {"color": "black", "ls": ":"}
+                if name == PRODUCTS
+                else {}
+            )
             points = [(r["shape"][0], statistics.median(r["seconds"][name])) for r in swept if r["seconds"].get(name)]
             panels[0].plot(*zip(*points, strict=True), **look)
             peaks = [(r["shape"][0], _memory(rows, r).get(name, {})) for r in swept]
@@ -277,18 +311,30 @@ def draw(files: list[Row], folder: Path) -> str:
                 families.setdefault(name if name == "the default" else _family(name), []).append(name)
             for family, members in families.items():
                 star = family == "the default"
-                look = {"label": family, "marker": "*" if star else "o", "markersize": 13 if star else 4, "zorder": 3 if star else 2}
+                look = {
+                    "label": family,
+                    "marker": "*" if star else "o",
+                    "markersize": 13 if star else 4,
+                    "zorder": 3 if star else 2,
+                }
                 look |= {"color": "black"} if star else {"color": f"C{number % 10}"}
                 number += not star
                 for panel, key in zip(panels, ("value", "gradient"), strict=True):
-                    panel.plot([times[m] / base for m in members], [100 * row["errors"][m][key] for m in members], **look)
+                    panel.plot(
+                        [times[m] / base for m in members], [100 * row["errors"][m][key] for m in members], **look
+                    )
         for panel, label, target in zip(panels, ("value", "gradient in the logits"), (1, 5), strict=True):
             panel.axhline(target, color="grey", ls="--", lw=1)
-            panel.set(xscale="log", yscale="log", xlabel="time of CE + MCE, in units of eager CE", ylabel=f"error, {label}, %")
+            panel.set(
+                xscale="log", yscale="log", xlabel="time of CE + MCE, in units of eager CE", ylabel=f"error, {label}, %"
+            )
             panel.grid(alpha=0.3, which="both")
         panels[1].legend(fontsize=7)
         save(figure, "lm_head_solvers.png")
-    return "\n".join(written) or "no sweep of N and no solver table in the JSON yet: nothing to draw; measure with --sweep N steps sketch."
+    return (
+        "\n".join(written)
+        or "no sweep of N and no solver table in the JSON yet: nothing to draw; measure with --sweep N steps sketch."
+    )
 
 
 def _family(name: str) -> str:

@@ -4,7 +4,7 @@
     python benchmarks/memory_plan.py --engine "no sharding"
 
 Measured: the anonymous resident memory of rank 0, read every 2 ms, at its peak during the second and third optimizer step, less what the
-process held before the model was built (interpreter, libraries, rows). Estimated: matrix_llm.memory for the same recipe. DeepSpeed's
+process held before the model was built (interpreter, libraries, rows). Estimated: matrix_llm.plan.memory for the same recipe. DeepSpeed's
 buckets are reserved whole but touched only as far as the model reaches, so they are set to the model's size here.
 """
 
@@ -25,15 +25,31 @@ import time
 from typing import Any
 
 SIZES = {
-    "17 M": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6, "vocab_size": 4096},
-    "69 M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12, "vocab_size": 8192},
+    "17 M": {
+        "hidden_size": 384,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 6,
+        "vocab_size": 4096,
+    },
+    "69 M": {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 12,
+        "vocab_size": 8192,
+    },
 }
 SHORT: dict[str, Any] = {"per_device_train_batch_size": 1, "max_length": 32}
 CASES: dict[str, dict[str, Any]] = {
     "full": SHORT,
     "LoRA": {**SHORT, "use_peft": True, "lora_target_modules": "all-linear"},
     "full, 8 x 256 tokens": {"per_device_train_batch_size": 8, "max_length": 256},
-    "full, 8 x 256, checkpointing": {"per_device_train_batch_size": 8, "max_length": 256, "gradient_checkpointing": True},
+    "full, 8 x 256, checkpointing": {
+        "per_device_train_batch_size": 8,
+        "max_length": 256,
+        "gradient_checkpointing": True,
+    },
 }
 ENGINES: dict[str, list[str]] = {
     "no sharding": [],
@@ -111,13 +127,12 @@ def child(recipe_path: Path) -> None:
     from transformers import TrainerCallback
 
     from matrix_llm.config import load_recipe
-    from matrix_llm.model import load_model, lora_config
-    from matrix_llm.prepare import prepare_data
+    from matrix_llm.model.load import load_model, lora_config
+    from matrix_llm.run.prepare import prepare_data
     from matrix_llm.trainer import MatrixTrainer
 
     if "ACCELERATE_USE_FSDP" in os.environ:  # accelerate turns to FSDP only where it sees accelerators
-        sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-        from fsdp_on_cpu import allow
+        from tests.support.fsdp_on_cpu import allow
 
         allow()
 
@@ -152,7 +167,7 @@ def estimate(recipe_path: Path, engine: str) -> Any:
     from transformers import AutoConfig
 
     from matrix_llm.config import load_recipe
-    from matrix_llm.memory import plan_memory
+    from matrix_llm.plan.memory import plan_memory
 
     recipe = load_recipe(recipe_path, dry_run=True)
     config = AutoConfig.for_model(**(recipe.model.model_config or {}))
@@ -182,9 +197,15 @@ def measure(size: str, engine: str = "no sharding", **changes: Any) -> dict[str,
         }  # fmt: skip
         done = subprocess.run([*launcher, *command], env=env, capture_output=True, text=True, check=False, timeout=900)
         if done.returncode:
-            raise RuntimeError(f"{size}, {engine}: exit status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+            raise RuntimeError(
+                f"{size}, {engine}: exit status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+            )
         plan = estimate(recipe, engine)
-        return {"measured": json.loads(recipe.with_name("measured.json").read_text()), "estimate": plan.total, "state": plan.state}
+        return {
+            "measured": json.loads(recipe.with_name("measured.json").read_text()),
+            "estimate": plan.total,
+            "state": plan.state,
+        }
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/parity.py [--out parity.jsonl] [--engine zero3 ...]
 
-Prints Markdown. It runs what tests/test_distributed.py runs: two real processes (gloo) for each engine, DeepSpeed and FSDP2 themselves.
+Prints Markdown. It runs what tests/engines/test_distributed.py runs: two real processes (gloo) for each engine, DeepSpeed and FSDP2 themselves.
 """
 
 import argparse
@@ -12,9 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests"), str(Path(__file__).resolve().parents[1])]
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from parity_runs import CASES, ENGINES, REFERENCE, Runner, differences, why_no_deepspeed  # noqa: E402
+from tests.support.parity_runs import CASES, ENGINES, REFERENCE, Runner, differences, why_no_deepspeed  # noqa: E402
 
 LABELS = {
     "accumulation 1x8": "1 process, 8 micro-batches",
@@ -31,7 +31,9 @@ COLUMNS = ("loss", "grad_norm", "weights")
 def table(measured: list[dict]) -> str:
     lines = ["| engine | " + " | ".join(CASES) + " |", "|---|" + "---|" * len(CASES)]
     for engine in dict.fromkeys(row["engine"] for row in measured):
-        cells = {row["case"]: " / ".join(f"{row[key]:.1e}" for key in COLUMNS) for row in measured if row["engine"] == engine}
+        cells = {
+            row["case"]: " / ".join(f"{row[key]:.1e}" for key in COLUMNS) for row in measured if row["engine"] == engine
+        }
         lines.append(f"| {LABELS[engine]} | " + " | ".join(cells[case] for case in CASES) + " |")
     return "\n".join(lines)
 
@@ -50,13 +52,17 @@ def main() -> None:
             for case, got in runner.results(engine).items():
                 found = differences(got, expected[case])
                 found["loss"] = max(found[key] for key in ("loss", "ce", "mce"))
-                measured.append({"engine": engine, "case": case, **found, "tokens_trained": int(got.curve("num_tokens")[-1])})
+                measured.append(
+                    {"engine": engine, "case": case, **found, "tokens_trained": int(got.curve("num_tokens")[-1])}
+                )
                 if args.out is not None:
                     with args.out.open("a") as file:
                         file.write(json.dumps(measured[-1]) + "\n")
         runner.close()
     print(table(measured))
-    print(f"\nlargest of all: {max(row[key] for row in measured for key in COLUMNS):.1e}, in {time.perf_counter() - started:.0f} s")
+    print(
+        f"\nlargest of all: {max(row[key] for row in measured for key in COLUMNS):.1e}, in {time.perf_counter() - started:.0f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from matrix_llm.data import build_dataset, load_rows
-from matrix_llm.files import write_text
+from matrix_llm.base.files import write_text
+from matrix_llm.data.tokens import build_dataset, load_rows
 from matrix_llm.mce import token_mce
 
 BINS = {"CE <= 0.5": (0.0, 0.5), "0.5 to 2": (0.5, 2.0), "CE <= 2": (0.0, 2.0), "CE > 2": (2.0, float("inf"))}
@@ -29,9 +29,14 @@ SOLVERS = {
 }
 
 
-def predictions(folder: str, rows: str, template: str, positions: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def predictions(
+    folder: str, rows: str, template: str, positions: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Hidden states (N, H), head weight (V, H) and labels (N,) of the trained positions of unseen rows."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
+    )
     raw = load_rows(rows, max_rows=200, builtin_rows=200, split="test")
     data, _ = build_dataset(raw, tokenizer, prompt_template=template, max_length=model.config.max_position_embeddings)
     hidden, labels = [], []
@@ -71,7 +76,9 @@ def main() -> None:
     ce = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     exact, exact_gradient = value_and_gradient(logits, labels, weight.double(), {"solver": "exact"}, chunk=8)
     counted = exact > 1e-3
-    print(f"{len(labels)} positions, V = {weight.shape[0]}, D = {weight.shape[1]}, mean CE {ce.mean():.3f}, mean MCE {exact.mean():.3f}")
+    print(
+        f"{len(labels)} positions, V = {weight.shape[0]}, D = {weight.shape[1]}, mean CE {ce.mean():.3f}, mean MCE {exact.mean():.3f}"
+    )
     for name, (low, high) in BINS.items():
         print(f"  {name}: {int(((ce >= low) & (ce <= high) & counted).sum())} positions")
 
@@ -86,9 +93,14 @@ def main() -> None:
             chosen = (ce >= low) & (ce <= high) & counted
             row[label] = [value_error[chosen].mean().item(), gradient_error[chosen].mean().item()]
         table.append(row)
-        print(f"| {name} | " + " | ".join(f"{100 * v:.2f} / {100 * g:.2f}" for v, g in (row[b] for b in BINS)) + " |", flush=True)
+        print(
+            f"| {name} | " + " | ".join(f"{100 * v:.2f} / {100 * g:.2f}" for v, g in (row[b] for b in BINS)) + " |",
+            flush=True,
+        )
     if args.json:
-        write_text(args.json, json.dumps({"positions": len(labels), "vocabulary": weight.shape[0], "table": table}, indent=1))
+        write_text(
+            args.json, json.dumps({"positions": len(labels), "vocabulary": weight.shape[0], "table": table}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -60,7 +60,10 @@ def main() -> None:
         "two crops of 224 x 224, RGB": seconds(lambda: crop(batch), repeats) / 32,
         "the rest at 224 x 224, both views": seconds(lambda: rest(ready["crops"], ready["draws"]), repeats) / 32,
         "two crops of 16 x 16, grey": seconds(lambda: crop_small(small), repeats) / 256,
-        "the rest at 16 x 16, both views": seconds(lambda: rest_small(ready_small["crops"], ready_small["draws"]), 4 * repeats) / 256,
+        "the rest at 16 x 16, both views": seconds(
+            lambda: rest_small(ready_small["crops"], ready_small["draws"]), 4 * repeats
+        )
+        / 256,
     }
     print("| step, one core | ms an image | images a second |\n|---|---|---|")
     for name, taken in rows.items():

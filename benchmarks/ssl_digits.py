@@ -46,11 +46,30 @@ PREDICTOR = ("matrix_ssl", "mec", "byol", "simsiam")
 TARGET = ("matrix_ssl", "mec", "byol", "moco")
 GAMMAS = (0.0, 0.3, 0.5, 1.5, 2.0)  # 1 is the main run
 ORDERS = (1, 2, 3, 6)  # 4 is the main run
-TITLES = ("linear", "5 labels a class", "1 label a class", "kNN (20)", "effective rank", "intra-class", "inter-class", "seconds")
+TITLES = (
+    "linear",
+    "5 labels a class",
+    "1 label a class",
+    "kNN (20)",
+    "effective rank",
+    "intra-class",
+    "inter-class",
+    "seconds",
+)
 
 
 def settings_of(method: str, rate: float, seed: int, extra: list[str]) -> list[str]:
-    words = ["--method", method, "--seed", str(seed), "--base_learning_rate", str(rate), "--disable_tqdm", "true", *extra]
+    words = [
+        "--method",
+        method,
+        "--seed",
+        str(seed),
+        "--base_learning_rate",
+        str(rate),
+        "--disable_tqdm",
+        "true",
+        *extra,
+    ]
     if method not in PREDICTOR:
         words += ["--predictor_widths", "null"]
     if method not in TARGET:
@@ -77,7 +96,10 @@ def features_of(model, transform):
     for split in ("train", "test"):
         images = load_images("digits", split=split)
         with torch.no_grad():
-            found += [pooled(model, torch.stack([transform(images.read(i)) for i in range(len(images))])), images.labels]
+            found += [
+                pooled(model, torch.stack([transform(images.read(i)) for i in range(len(images))])),
+                images.labels,
+            ]
     return found
 
 
@@ -92,9 +114,19 @@ def one(job: dict) -> dict:
     from matrix_llm.ssl.probes import Features, few_label_accuracy
 
     folder, started = Path(job["folder"]), time.perf_counter()
-    if not (folder / "results.json").is_file() or f"base_learning_rate: {job['rate']}\n" not in (folder / "recipe.yaml").read_text():
+    if (
+        not (folder / "results.json").is_file()
+        or f"base_learning_rate: {job['rate']}\n" not in (folder / "recipe.yaml").read_text()
+    ):
         shutil.rmtree(folder, ignore_errors=True)  # what a run cut off left behind
-        words = [str(ROOT / "recipes/ssl/digits.yaml"), "--output_dir", str(folder), "--save_strategy", "no", *job["words"]]
+        words = [
+            str(ROOT / "recipes/ssl/digits.yaml"),
+            "--output_dir",
+            str(folder),
+            "--save_strategy",
+            "no",
+            *job["words"],
+        ]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
             status = main(words)
         if status == 1:  # the loss was no number: this rate is out
@@ -103,9 +135,16 @@ def one(job: dict) -> dict:
             raise RuntimeError(f"{job['key']}: {errors.getvalue()[-2000:]}")
     seconds = json.loads((folder / "results.json").read_text())["train_seconds"]
     x, y, u, v = features_of(load_backbone(folder), EvalTransform.load(folder))
-    row = {"key": job["key"], "rate": job["rate"], "seconds": seconds, "job_seconds": round(time.perf_counter() - started, 1)}
+    row = {
+        "key": job["key"],
+        "rate": job["rate"],
+        "seconds": seconds,
+        "job_seconds": round(time.perf_counter() - started, 1),
+    }
     if job["sweep"]:  # the test images stay unseen
-        draws = few_label_accuracy(Features(x[:1000], y[:1000]), Features(x[1000:], y[1000:]), labels_per_class=5, draws=20)
+        draws = few_label_accuracy(
+            Features(x[:1000], y[:1000]), Features(x[1000:], y[1000:]), labels_per_class=5, draws=20
+        )
         return row | {"validation": statistics.mean(draws)}
     return row | scores(x, y, u, v)
 
@@ -127,7 +166,9 @@ def baselines() -> list[dict]:
     rows = [{"key": "baseline/pixels", "seconds": 0.0} | scores(pixels[0], parts[0].labels, pixels[1], parts[1].labels)]
     for seed in SEEDS:
         set_seed(seed)  # transformers' own start: residual branches that start at zero make a weaker baseline
-        model = AutoModel.from_config(AutoConfig.for_model(**recipe.model.backbone_config, num_channels=a.channels)).eval()
+        model = AutoModel.from_config(
+            AutoConfig.for_model(**recipe.model.backbone_config, num_channels=a.channels)
+        ).eval()
         rows.append({"key": f"baseline/random/{seed}", "seconds": 0.0} | scores(*features_of(model, transform)))
     return rows
 
@@ -143,7 +184,9 @@ def demo(run: Path) -> None:
         )
     found = {"pre-trained": scores(*features_of(load_backbone(run), EvalTransform.load(run)))}
     found |= {row["key"].removeprefix("baseline/"): row for row in baselines()}
-    print(f"{'accuracy on 500 held-out digits':34}{'linear':>8}{'5 labels':>10}{'1 label':>9}   (labels a class; means of 20 draws)")
+    print(
+        f"{'accuracy on 500 held-out digits':34}{'linear':>8}{'5 labels':>10}{'1 label':>9}   (labels a class; means of 20 draws)"
+    )
     for name, row in found.items():
         print(f"{name:34}{row['linear']:8.3f}{row['five']:10.3f}{row['one']:9.3f}")
 
@@ -158,7 +201,8 @@ def run_all(jobs: list[dict], output: Path, workers: int) -> None:
     left = [
         job
         for job in jobs
-        if done.get(job["key"], {}).get("rate") != job["rate"] and f"diverged/{job['method']}/{job['rate']}/{job['seed']}" not in done
+        if done.get(job["key"], {}).get("rate") != job["rate"]
+        and f"diverged/{job['method']}/{job['rate']}/{job['seed']}" not in done
     ]  # a later row of the same key, with another rate, takes the place of the first
     if not left:
         return
@@ -180,7 +224,10 @@ def job(output: Path, key: str, method: str, rate: float, seed: int, extra: list
 def chosen_rates(output: Path) -> dict[str, float]:
     done = read(output)
     out = {tuple(key.split("/")[1:3]) for key in done if key.startswith("diverged/")}
-    return {m: max((r for r in RATES if (m, str(r)) not in out), key=lambda r, m=m: done[f"sweep/{m}/{r}"]["validation"]) for m in EXTRA}
+    return {
+        m: max((r for r in RATES if (m, str(r)) not in out), key=lambda r, m=m: done[f"sweep/{m}/{r}"]["validation"])
+        for m in EXTRA
+    }
 
 
 def run(output: Path, workers: int) -> None:
@@ -198,10 +245,18 @@ def run(output: Path, workers: int) -> None:
             break
     jobs, base = [], rates["matrix_ssl"]
     for seed in SEEDS:
-        jobs += [job(output, f"gamma/{g}/{seed}", "matrix_ssl", base, seed, ["--loss_settings", f"{{gamma: {g}}}"]) for g in GAMMAS]
-        jobs += [job(output, f"order/{n}/{seed}", "matrix_ssl", base, seed, ["--loss_settings", f"{{order: {n}}}"]) for n in ORDERS]
+        jobs += [
+            job(output, f"gamma/{g}/{seed}", "matrix_ssl", base, seed, ["--loss_settings", f"{{gamma: {g}}}"])
+            for g in GAMMAS
+        ]
+        jobs += [
+            job(output, f"order/{n}/{seed}", "matrix_ssl", base, seed, ["--loss_settings", f"{{order: {n}}}"])
+            for n in ORDERS
+        ]
     run_all(jobs, output, workers)
-    print(f"=> {len(read(output))} runs in {output / 'rows.jsonl'}; this call took {time.perf_counter() - started:.0f} s")
+    print(
+        f"=> {len(read(output))} runs in {output / 'rows.jsonl'}; this call took {time.perf_counter() - started:.0f} s"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------- page
@@ -231,7 +286,7 @@ def table(groups: dict[str, list[dict]], first: str) -> list[str]:
 
 
 def page(output: Path) -> None:
-    from matrix_llm.files import write_text
+    from matrix_llm.base.files import write_text
     from matrix_llm.ssl.figures import batch_information, plot_lines, plot_tsne, trajectory, two_view_embeddings
     from matrix_llm.ssl.methods import METHODS
 
@@ -260,7 +315,10 @@ def page(output: Path) -> None:
     )  # fmt: skip
     shown = {"linear": "linear", "5 labels": "five", "1 label": "one"}
     panels = {
-        title: {label: [(float(x), statistics.mean(r[name] for r in rows)) for x, rows in part.items()] for label, name in shown.items()}
+        title: {
+            label: [(float(x), statistics.mean(r[name] for r in rows)) for x, rows in part.items()]
+            for label, name in shown.items()
+        }
         for title, part in (("gamma", gamma), ("Taylor order", order))
     }
     plot_lines(panels, figures / "ssl_ablations.png", x="value")
@@ -269,7 +327,10 @@ def page(output: Path) -> None:
 
     maps, information = (
         {},
-        ["| method | rows | MKL to uniform | effective rank | MKL of the views | MCE of the views |", "|---|---|---|---|---|---|"],
+        [
+            "| method | rows | MKL to uniform | effective rank | MKL of the views | MCE of the views |",
+            "|---|---|---|---|---|---|",
+        ],
     )
     for m in EXTRA:
         folder = output / f"main/{m}/0"

@@ -157,9 +157,14 @@ def main() -> None:
     if isinstance(lightly, str):
         print(f"Without lightly: {lightly}.")
     else:
-        cases += [("VICReg / lightly", vicreg_loss, lightly[0], True), ("Barlow Twins / lightly", barlow_twins_loss, lightly[1], True)]
+        cases += [
+            ("VICReg / lightly", vicreg_loss, lightly[0], True),
+            ("Barlow Twins / lightly", barlow_twins_loss, lightly[1], True),
+        ]
     name = torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu"
-    print(f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads, {options.dtype}; milliseconds, median (range)")
+    print(
+        f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads, {options.dtype}; milliseconds, median (range)"
+    )
     rows = []
     for batch in options.batches:
         z = views(batch, options.dim, options.device, getattr(torch, options.dtype))

@@ -78,7 +78,7 @@ from typing import Any
 
 from study_statistics import SAMPLES
 
-from matrix_llm.files import NON_FINITE, read_jsonl, write_text
+from matrix_llm.base.files import NON_FINITE, read_jsonl, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN, MEASURE = ROOT / "matrix_llm" / "train.py", ROOT / "benchmarks" / "study_measure.py"
@@ -99,7 +99,9 @@ class Arm:
     settings: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "settings", tuple(x for key, value in self.overrides.items() for x in (f"--{key}", str(value))))
+        object.__setattr__(
+            self, "settings", tuple(x for key, value in self.overrides.items() for x in (f"--{key}", str(value)))
+        )
 
 
 WHOLE = {"mce_top_k": 1_000_000}
@@ -110,13 +112,43 @@ ARMS = (
     Arm("weight0.3", {"mce_weight": 0.3}, "ce", "ablations", "mce_weight 0.3"),
     Arm("weight3", {"mce_weight": 3.0}, "ce", "ablations", "mce_weight 3"),
     Arm("input", {"mce_weight": 1.0, "mce_embeddings": "input"}, "mce", "ablations", "vectors of the input embedding"),
-    Arm("warmup", {"mce_weight": 1.0, "mce_warmup_steps": 0.3}, "mce", "ablations", "the weight rising from 0 over 30 % of the steps"),
-    Arm("whole", {"mce_weight": 1.0, **WHOLE}, "mce", "ablations", "the whole vocabulary, not the 16 likeliest and the rest's moments"),
-    Arm("krylov16", {"mce_weight": 1.0, **WHOLE, "mce_steps": 16}, "whole", "ablations", "Krylov with 16 steps: exact to about 0.1 %"),
-    Arm("taylor4", {"mce_weight": 1.0, "mce_solver": "taylor", "mce_order": 4}, "whole", "ablations", "the paper's Taylor series, order 4"),
+    Arm(
+        "warmup",
+        {"mce_weight": 1.0, "mce_warmup_steps": 0.3},
+        "mce",
+        "ablations",
+        "the weight rising from 0 over 30 % of the steps",
+    ),
+    Arm(
+        "whole",
+        {"mce_weight": 1.0, **WHOLE},
+        "mce",
+        "ablations",
+        "the whole vocabulary, not the 16 likeliest and the rest's moments",
+    ),
+    Arm(
+        "krylov16",
+        {"mce_weight": 1.0, **WHOLE, "mce_steps": 16},
+        "whole",
+        "ablations",
+        "Krylov with 16 steps: exact to about 0.1 %",
+    ),
+    Arm(
+        "taylor4",
+        {"mce_weight": 1.0, "mce_solver": "taylor", "mce_order": 4},
+        "whole",
+        "ablations",
+        "the paper's Taylor series, order 4",
+    ),
     Arm("grad", {"mce_weight": 1.0, "mce_embedding_grad": "true"}, "whole", "ablations", "gradient into the vectors"),
     Arm("sketch", {"mce_weight": 1.0, "mce_sketch_dim": 64}, "whole", "ablations", "vectors sketched to 64 dimensions"),
-    Arm("exact", {"mce_weight": 1.0, "mce_solver": "exact"}, "whole", "exact", "dense logarithm at every position: many times slower"),
+    Arm(
+        "exact",
+        {"mce_weight": 1.0, "mce_solver": "exact"},
+        "whole",
+        "exact",
+        "dense logarithm at every position: many times slower",
+    ),
 )
 BY_NAME = {arm.name: arm for arm in ARMS}
 
@@ -138,7 +170,9 @@ def choose_arms(names: str) -> list[Arm]:
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     known = {arm.group for arm in ARMS} | BY_NAME.keys()
     if unknown := [name for name in wanted if name not in known]:
-        raise StudyError(f"--arms {unknown[0]} is neither a group (main, ablations, exact) nor an arm ({', '.join(BY_NAME)}).")
+        raise StudyError(
+            f"--arms {unknown[0]} is neither a group (main, ablations, exact) nor an arm ({', '.join(BY_NAME)})."
+        )
     chosen = {arm.name for arm in ARMS if arm.group in wanted or arm.name in wanted}
     while missing := {str(ref) for name in chosen if (ref := BY_NAME[name].reference)} - chosen:
         chosen |= missing
@@ -164,9 +198,9 @@ def folder_of(output: Path, arm: str, seed: int) -> Path:
 
 def make_text(output: Path, sources: Sequence[Path], builtin: int) -> int:
     """{"text": ...} rows of question/answer (GSM8K), problem/solution (MATH) and query/response files and of the generator, shuffled."""
-    from matrix_llm.data import row_texts
-    from matrix_llm.rows import Source
-    from matrix_llm.wordproblems import generate
+    from matrix_llm.data.readers import Source
+    from matrix_llm.data.tokens import row_texts
+    from matrix_llm.data.wordproblems import generate
 
     texts = []
     for path in sources:
@@ -185,19 +219,23 @@ def make_text(output: Path, sources: Sequence[Path], builtin: int) -> int:
 
 def figures_of(folder: Path) -> dict[str, Any]:
     """What a finished run says of itself: seconds, memory, and the curves of its metrics.jsonl."""
-    from matrix_llm.report import METRICS
+    from matrix_llm.run.metrics import METRICS
 
     results, entries = json.loads((folder / "results.json").read_text(encoding="utf-8")), read_jsonl(folder / METRICS)
     memory = [entry["peak_memory_gib"] for entry in entries if "peak_memory_gib" in entry]
     norms = [entry["grad_norm"] for entry in entries if "grad_norm" in entry]
     row = {
         "grad_norm": round(sum(norms) / len(norms), 4) if norms else None,
-        "train_seconds": None if results.get("resumed_from") else results.get("train_seconds"),  # a part of them is no figure
+        "train_seconds": None
+        if results.get("resumed_from")
+        else results.get("train_seconds"),  # a part of them is no figure
         "steps": results.get("steps"),
         "versions": results.get("versions"),
         "peak_memory_gib": round(max(memory), 3) if memory else None,
         "curve_ce": [[entry["step"], round(entry["ce"], 4)] for entry in entries if "ce" in entry],
-        "curve_rank_head": [[entry["step"], round(entry["effective_rank"], 3)] for entry in entries if "effective_rank" in entry],
+        "curve_rank_head": [
+            [entry["step"], round(entry["effective_rank"], 3)] for entry in entries if "effective_rank" in entry
+        ],
     }
     if "eval_ce" in (evaluation := results.get("evaluation", {})):
         row["ce_recipe"] = round(evaluation["eval_ce"], 6)
@@ -211,16 +249,26 @@ def train_command(recipe: Path, arm: Arm, seed: int, folder: Path, extra: Sequen
 
 def _call(command: Sequence[str], log: Path) -> int:
     threads = dict.fromkeys(["OMP_NUM_THREADS", "MKL_NUM_THREADS"], "1")  # equal rounding for all runs
-    threads |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**32)}  # glibc keeps freed memory: same bits, fewer page faults
+    threads |= {
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    }  # glibc keeps freed memory: same bits, fewer page faults
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {shlex.join(command)}\n")
         file.flush()
         return subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env={**os.environ, **threads}, stdout=file, stderr=file, stdin=subprocess.DEVNULL
+            [sys.executable, *command],
+            cwd=ROOT,
+            env={**os.environ, **threads},
+            stdout=file,
+            stderr=file,
+            stdin=subprocess.DEVNULL,
         ).returncode
 
 
-def one_run(recipe: Path, arm: Arm, seed: int, output: Path, extra: Sequence[str], measuring: Sequence[str]) -> tuple[dict, dict]:
+def one_run(
+    recipe: Path, arm: Arm, seed: int, output: Path, extra: Sequence[str], measuring: Sequence[str]
+) -> tuple[dict, dict]:
     """Trains and measures one (arm, seed), going on from whatever an earlier call left; returns its rows."""
     folder, log = folder_of(output, arm.name, seed), output / "logs" / f"{arm.name}-s{seed}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -230,15 +278,21 @@ def one_run(recipe: Path, arm: Arm, seed: int, output: Path, extra: Sequence[str
         resumed = any(folder.glob("checkpoint-*"))
         if not resumed:
             shutil.rmtree(folder, ignore_errors=True)
-        command = train_command(recipe, arm, seed, folder, [*extra, *(["--resume_from_checkpoint", "true"] if resumed else [])])
+        command = train_command(
+            recipe, arm, seed, folder, [*extra, *(["--resume_from_checkpoint", "true"] if resumed else [])]
+        )
         if _call(command, log):
             if (folder / NON_FINITE).is_file():
                 return {**row, "status": "diverged"}, {}
             said = last_line(log.read_text(encoding="utf-8"))
-            raise StudyError(f"training {folder.name} failed: {said} The whole log is {log}. Then run the same command again.")
+            raise StudyError(
+                f"training {folder.name} failed: {said} The whole log is {log}. Then run the same command again."
+            )
     measured = folder / "measured.json"
     if not measured.is_file() and _call([str(MEASURE), str(folder), "--out", str(measured), *measuring], log):
-        raise StudyError(f"measuring {folder.name} failed: {last_line(log.read_text(encoding='utf-8'))} The whole log is {log}.")
+        raise StudyError(
+            f"measuring {folder.name} failed: {last_line(log.read_text(encoding='utf-8'))} The whole log is {log}."
+        )
     found = json.loads(measured.read_text(encoding="utf-8"))
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
@@ -253,7 +307,9 @@ def measure_base(base: str, output: Path, measuring: Sequence[str]) -> None:
         return
     log.parent.mkdir(parents=True, exist_ok=True)
     if _call([str(MEASURE), str(ROOT / base), "--out", str(file), *measuring], log):
-        raise StudyError(f"measuring {base} failed: {last_line(log.read_text(encoding='utf-8'))} The whole log is {log}.")
+        raise StudyError(
+            f"measuring {base} failed: {last_line(log.read_text(encoding='utf-8'))} The whole log is {log}."
+        )
 
 
 def last_line(text: str) -> str:
@@ -276,7 +332,9 @@ def run(
         measure_base(base, output, measuring)
     known = known_runs(output)
     todo = [(arm, seed) for seed in seeds for arm in arms if (arm.name, seed) not in known]
-    say(f"{len(todo)} runs to make, {len(seeds) * len(arms) - len(todo)} of {len(seeds) * len(arms)} have their rows in {output / RUNS}")
+    say(
+        f"{len(todo)} runs to make, {len(seeds) * len(arms) - len(todo)} of {len(seeds) * len(arms)} have their rows in {output / RUNS}"
+    )
     lock, errors = threading.Lock(), []
 
     def work(task: tuple[Arm, int]) -> None:
@@ -337,7 +395,9 @@ def check_setup(output: Path, recipe: Path, extra: Sequence[str], measuring: Seq
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
         if changed := [key for key in setup if before.get(key) != setup[key]]:
-            raise StudyError(f"{output} holds a study of another {', '.join(changed)}. Give the earlier one again, or another --output.")
+            raise StudyError(
+                f"{output} holds a study of another {', '.join(changed)}. Give the earlier one again, or another --output."
+            )
     else:
         write_text(file, json.dumps(setup, indent=2) + "\n")
     return base
@@ -358,7 +418,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     both.add_argument("--arms", default="main", help=f"groups (main, ablations, exact) or names: {', '.join(BY_NAME)}")
     run_ = commands.add_parser("run", parents=[both], help="train and measure what is missing")
     run_.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
-    run_.add_argument("--text", type=Path, nargs="*", default=[], help="question/answer files whose CE is measured, e.g. GSM8K's test set")
+    run_.add_argument(
+        "--text",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="question/answer files whose CE is measured, e.g. GSM8K's test set",
+    )
     run_.add_argument("--measure", default="", help="options of study_measure.py, in one string")
     plan_ = commands.add_parser("plan", parents=[both], help="print or submit the commands of a large recipe")
     plan_.add_argument("--launch", choices=["local", "slurm"], default="local")
@@ -366,17 +432,34 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     plan_.add_argument("--nodes", type=int, default=1, help="slurm: nodes of a training job")
     plan_.add_argument("--gsm8k", type=Path, help="GSM8K's test set as a file (default: from the Hub)")
     plan_.add_argument("--math", type=Path, help="MATH's test set as a file (default: from the Hub)")
-    plan_.add_argument("--evaluation", default="", help="options of eval/gsm8k.py and eval/hendrycks_math.py, in one string")
-    plan_.add_argument("--samples", type=int, default=SAMPLES, help="of GSM8K, a problem, beside greedy (default: %(default)s; 0: none)")
+    plan_.add_argument(
+        "--evaluation", default="", help="options of eval/gsm8k.py and eval/hendrycks_math.py, in one string"
+    )
+    plan_.add_argument(
+        "--samples",
+        type=int,
+        default=SAMPLES,
+        help="of GSM8K, a problem, beside greedy (default: %(default)s; 0: none)",
+    )
     plan_.add_argument("--submit", action="store_true", help="run the commands instead of printing them")
     collect_ = commands.add_parser("collect", help="read finished large runs")
-    collect_.add_argument("--benchmarks", default="gsm8k,math", help="those that a run must have been scored on (default: gsm8k,math)")
+    collect_.add_argument(
+        "--benchmarks", default="gsm8k,math", help="those that a run must have been scored on (default: gsm8k,math)"
+    )
     report = commands.add_parser("report", help="tables and plots")
     report.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md", help="page with the study's markers")
-    report.add_argument("--sensitivity", type=Path, nargs="*", default=[], help="studies that differ in an override, described beside")
+    report.add_argument(
+        "--sensitivity", type=Path, nargs="*", default=[], help="studies that differ in an override, described beside"
+    )
     for each in (text, run_, plan_, collect_, report):
         default = None if each is not plan_ else Path("runs/study-large")
-        each.add_argument("--output", type=Path, default=default, required=not default, help="folder of the study; of `text`, the file")
+        each.add_argument(
+            "--output",
+            type=Path,
+            default=default,
+            required=not default,
+            help="folder of the study; of `text`, the file",
+        )
     for each in (run_, plan_):
         each.epilog = "After -- : overrides of the recipe, for all arms alike."
     if arguments and arguments[0].endswith((".yaml", ".yml")):
@@ -409,7 +492,11 @@ def _command(options: argparse.Namespace) -> int:
 
         say(f"{collect(output, options.benchmarks.split(','))} runs added to {output / RUNS}")
     else:
-        what: dict[str, Any] = {"seeds": range(1, options.seeds + 1), "arms": choose_arms(options.arms), "extra": options.overrides}
+        what: dict[str, Any] = {
+            "seeds": range(1, options.seeds + 1),
+            "arms": choose_arms(options.arms),
+            "extra": options.overrides,
+        }
         if options.command == "run":
             texts = [str(path.absolute()) for path in options.text]
             measuring = [*(["--text", *texts] if texts else []), *shlex.split(options.measure)]
@@ -417,7 +504,15 @@ def _command(options: argparse.Namespace) -> int:
             return 0
         from study_launch import Launch, plan, submit
 
-        launch = Launch(options.launch, options.launcher, options.nodes, options.gsm8k, options.math, options.evaluation, options.samples)
+        launch = Launch(
+            options.launch,
+            options.launcher,
+            options.nodes,
+            options.gsm8k,
+            options.math,
+            options.evaluation,
+            options.samples,
+        )
         planned = plan(options.recipe, output, launch=launch, **what)
         if options.submit:
             submit(planned, output)

@@ -16,10 +16,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from study import ARMS, PROBLEMS, ROOT, RUNS, Arm, StudyError, append, figures_of, folder_of, known_runs, last_line, say, train_command
+from study import (
+    ARMS,
+    PROBLEMS,
+    ROOT,
+    RUNS,
+    Arm,
+    StudyError,
+    append,
+    figures_of,
+    folder_of,
+    known_runs,
+    last_line,
+    say,
+    train_command,
+)
 from study_statistics import SAMPLES, TEMPERATURE, distinct_n
 
-from matrix_llm.files import NON_FINITE, read_jsonl
+from matrix_llm.base.files import NON_FINITE, read_jsonl
 
 SUBMITTED, MEASURED, SAMPLED = "submitted.jsonl", "measured.json", "eval_samples"
 Planned = list[tuple[str, list[str]]]
@@ -38,7 +52,9 @@ class Launch:
     samples: int = SAMPLES  # GSM8K is scored greedily, and once more with so many samples a problem for pass@k; 0: not
 
 
-def plan(recipe: Path, output: Path, *, seeds: Sequence[int], arms: Sequence[Arm], extra: Sequence[str], launch: Launch) -> Planned:
+def plan(
+    recipe: Path, output: Path, *, seeds: Sequence[int], arms: Sequence[Arm], extra: Sequence[str], launch: Launch
+) -> Planned:
     """(run, its shell commands), seed by seed."""
     planned: Planned = []
     for seed in seeds:
@@ -53,10 +69,19 @@ def plan(recipe: Path, output: Path, *, seeds: Sequence[int], arms: Sequence[Arm
                 sampling = f"--n {launch.samples} --temperature {TEMPERATURE} --output_dir {shlex.quote(str(folder / SAMPLED))}"
                 scoring.append(f"{scoring[0]} {sampling}")
             heldout = str(launch.gsm8k or "openai/gsm8k:main")
-            measuring = ["benchmarks/study_measure.py", str(folder), "--out", str(folder / MEASURED), "--heldout", heldout]
+            measuring = [
+                "benchmarks/study_measure.py",
+                str(folder),
+                "--out",
+                str(folder / MEASURED),
+                "--heldout",
+                heldout,
+            ]
             scoring.append(f"python {shlex.join(measuring)}")
             if launch.how == "local":
-                there = f"[ -f {shlex.quote(str(folder / 'results.json'))} ]"  # so that the same lines go on after a kill
+                there = (
+                    f"[ -f {shlex.quote(str(folder / 'results.json'))} ]"  # so that the same lines go on after a kill
+                )
                 training = f"{there} || {launch.launcher} matrix_llm/train.py {arguments} --resume_from_checkpoint true"
                 planned.append((folder.name, [training, *scoring]))
                 continue

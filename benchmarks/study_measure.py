@@ -34,17 +34,18 @@ from study_statistics import SAMPLES, TEMPERATURE, distinct_answers, distinct_n,
 from torch import Tensor
 
 from eval.statistics import pass_at_k
-from matrix_llm.accuracy import ANSWER_MARKER, evaluation_mode, final_answer
+from matrix_llm.base.files import write_text
+from matrix_llm.base.modes import evaluation_mode
 from matrix_llm.config import DataArguments
-from matrix_llm.data import Continuation, row_texts
-from matrix_llm.files import write_text
-from matrix_llm.head import head_effective_rank
+from matrix_llm.data.prompts import format_prompt
+from matrix_llm.data.readers import Source
+from matrix_llm.data.tokens import Continuation, row_texts
+from matrix_llm.data.wordproblems import Problem, generate
 from matrix_llm.information import effective_rank
-from matrix_llm.prepare import question_source
-from matrix_llm.prompts import format_prompt
-from matrix_llm.rows import Source
-from matrix_llm.solvers import unit_rows
-from matrix_llm.wordproblems import Problem, generate
+from matrix_llm.loss.solvers import unit_rows
+from matrix_llm.model.lm_head import head_effective_rank
+from matrix_llm.run.decode import ANSWER_MARKER, final_answer
+from matrix_llm.run.prepare import question_source
 
 PROBLEM_SEED = 20_240_724  # of the held-out problems: the same for every run of every study
 SAMPLING_SEED = 11
@@ -70,7 +71,9 @@ class Sizes:
 class Response:
     text: str
     answer: str | None
-    confidence: float  # product of the probabilities of the answer's tokens and of the end of the text; NaN without an answer
+    confidence: (
+        float  # product of the probabilities of the answer's tokens and of the end of the text; NaN without an answer
+    )
 
 
 # --- decoding ----------------------------------------------------------------------------------------------------------------
@@ -81,7 +84,9 @@ def _padded(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Ten
     longest = max(map(len, rows))
     blanks = [[pad] * (longest - len(row)) for row in rows]
     ids = [[*blank, *row] if left else [*row, *blank] for row, blank in zip(rows, blanks, strict=True)]
-    mask = [[0] * len(b) + [1] * len(r) if left else [1] * len(r) + [0] * len(b) for r, b in zip(rows, blanks, strict=True)]
+    mask = [
+        [0] * len(b) + [1] * len(r) if left else [1] * len(r) + [0] * len(b) for r, b in zip(rows, blanks, strict=True)
+    ]
     return torch.tensor(ids), torch.tensor(mask)
 
 
@@ -150,7 +155,9 @@ def to_response(tokenizer: Any, ids: list[int], chances: list[float]) -> Respons
     return Response(text, answer, math.prod(chances[first:]))
 
 
-def answers(model: Any, tokenizer: Any, problems: Sequence[Problem], template: str, *, sizes: Sizes, **how: Any) -> list[Response]:
+def answers(
+    model: Any, tokenizer: Any, problems: Sequence[Problem], template: str, *, sizes: Sizes, **how: Any
+) -> list[Response]:
     prompts = [format_prompt(template, problem.query) for problem in problems]
     return [to_response(tokenizer, *found) for found in decode(model, tokenizer, prompts, sizes=sizes, **how)]
 
@@ -158,7 +165,9 @@ def answers(model: Any, tokenizer: Any, problems: Sequence[Problem], template: s
 # --- likelihood ----------------------------------------------------------------------------------------------------------------
 
 
-def _batches(tokenizer: Any, texts: Sequence[tuple[str, str]], limit: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _batches(
+    tokenizer: Any, texts: Sequence[tuple[str, str]], limit: int, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(ids, mask, labels), (B, T) each. Prompt and response are tokenised apart, as in training; the prompt's labels are -100."""
     rows, continued = [], Continuation(tokenizer)([response for _, response in texts])
     for (prompt, _), response in zip(texts, continued, strict=True):
@@ -173,7 +182,9 @@ def _batches(tokenizer: Any, texts: Sequence[tuple[str, str]], limit: int, batch
         yield ids, mask, labels
 
 
-def likelihood(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]], *, limit: int = 100_000, batch_size: int = 32) -> dict:
+def likelihood(
+    model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]], *, limit: int = 100_000, batch_size: int = 32
+) -> dict:
     """CE a response token in nats, and the ECE of the likeliest next token, over the responses of (prompt, response) pairs."""
     total, confidences, right = 0.0, [], []
     with evaluation_mode(model), torch.no_grad():
@@ -211,7 +222,9 @@ def load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     gpu = torch.cuda.is_available()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if gpu else torch.float32).to("cuda" if gpu else "cpu")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if gpu else torch.float32).to(
+        "cuda" if gpu else "cpu"
+    )
 
 
 def measure_answers(
@@ -231,17 +244,26 @@ def measure_answers(
         "accuracy_heldout": sum(right) / len(right),
         "unanswered": 1 - len(answered) / len(greedy),
         **{f"pass@{k}": sum(pass_at_k(SAMPLES, c, k) for c in counts) / len(counts) for k in KS},
-        "ece_answer": expected_calibration_error([greedy[i].confidence for i in answered], [right[i] for i in answered]),
+        "ece_answer": expected_calibration_error(
+            [greedy[i].confidence for i in answered], [right[i] for i in answered]
+        ),
         **{f"distinct_{n}": _mean([distinct_n([r.text for r in group], n) for group in groups]) for n in (1, 2, 3)},
         "distinct_answers": _mean([distinct_answers([r.answer for r in group]) for group in groups]),
     }
     verdicts = {"set": "heldout", "correct": "".join(map(str, map(int, right))), "samples": counts, "n": SAMPLES}
-    shown = [{"query": p.query, "gold": p.answer, "response": r.text} for p, r in zip(problems[:3], greedy[:3], strict=True)]
+    shown = [
+        {"query": p.query, "gold": p.answer, "response": r.text} for p, r in zip(problems[:3], greedy[:3], strict=True)
+    ]
     return figures, verdicts, shown
 
 
 def measure(
-    folder: Path, *, sizes: Sizes, texts: Sequence[Path] = (), heldout: Source | None = None, problem_seed: int = PROBLEM_SEED
+    folder: Path,
+    *,
+    sizes: Sizes,
+    texts: Sequence[Path] = (),
+    heldout: Source | None = None,
+    problem_seed: int = PROBLEM_SEED,
 ) -> dict[str, Any]:
     """Everything of the module's list. `row` holds figures, `problems` what the paired tests need."""
     from transformers import AutoTokenizer
@@ -255,16 +277,25 @@ def measure(
     if heldout is None:
         problems = generate(sizes.problems, seed=problem_seed, split="test")
         row, verdicts, shown = measure_answers(model, tokenizer, problems, layout[0], sizes)
-        rows = [row_texts({"query": p.query, "response": p.response}, *layout) for p in problems[: sizes.likelihood_rows]]
+        rows = [
+            row_texts({"query": p.query, "response": p.response}, *layout) for p in problems[: sizes.likelihood_rows]
+        ]
     else:
         rows = [row_texts(each, *layout) for each in heldout.checked()]
 
     held_out = likelihood(model, tokenizer, rows)
     row |= {"ce_heldout": held_out["ce"], "ece_token": held_out["ece"]}
-    row |= {"rank_head": head_effective_rank(model), "rank_hidden": hidden_effective_rank(model, tokenizer, rows[:RANK_ROWS])}
+    row |= {
+        "rank_head": head_effective_rank(model),
+        "rank_hidden": hidden_effective_rank(model, tokenizer, rows[:RANK_ROWS]),
+    }
     for path in texts:
-        whole = [("", "".join(row_texts(each, *layout))) for each in Source(str(path), max_rows=sizes.text_rows).checked()]
-        row[f"ce_{path.parent.name or 'text'}_{path.stem}"] = likelihood(model, tokenizer, whole, limit=sizes.text_tokens)["ce"]
+        whole = [
+            ("", "".join(row_texts(each, *layout))) for each in Source(str(path), max_rows=sizes.text_rows).checked()
+        ]
+        row[f"ce_{path.parent.name or 'text'}_{path.stem}"] = likelihood(
+            model, tokenizer, whole, limit=sizes.text_tokens
+        )["ce"]
     curve = []
     for checkpoint in sorted(folder.glob(CHECKPOINTS), key=lambda path: int(path.name.rsplit("-", 1)[1])):
         if any(checkpoint.glob("*.safetensors")):  # a sharded one has to be merged first
@@ -284,15 +315,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a finished run")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--heldout", help="question/answer rows instead of the generator's: a file or a Hub id with its configuration")
-    parser.add_argument("--text", type=Path, nargs="*", default=[], help="question/answer files whose likelihood is measured")
-    parser.add_argument("--problem_seed", type=int, default=PROBLEM_SEED, help="another for whatever is tuned before a study")
+    parser.add_argument(
+        "--heldout", help="question/answer rows instead of the generator's: a file or a Hub id with its configuration"
+    )
+    parser.add_argument(
+        "--text", type=Path, nargs="*", default=[], help="question/answer files whose likelihood is measured"
+    )
+    parser.add_argument(
+        "--problem_seed", type=int, default=PROBLEM_SEED, help="another for whatever is tuned before a study"
+    )
     for name, default in vars(Sizes()).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     options = vars(parser.parse_args(arguments))
     sizes = Sizes(**{name: options[name] for name in vars(Sizes())})
     heldout = question_source(options["heldout"]) if options["heldout"] else None
-    found = measure(options["folder"], sizes=sizes, texts=options["text"], heldout=heldout, problem_seed=options["problem_seed"])
+    found = measure(
+        options["folder"], sizes=sizes, texts=options["text"], heldout=heldout, problem_seed=options["problem_seed"]
+    )
     write_text(options["out"], json.dumps(found) + "\n")
     return 0
 

@@ -19,7 +19,7 @@ from study import ARMS, BASE, BY_NAME, PROBLEMS, RUNS, SETUP, StudyError
 from study_statistics import Paired, hierarchical_bootstrap, holm, minimum_detectable_effect, paired_t, sign_flip
 
 from eval.statistics import mcnemar_exact
-from matrix_llm.files import atomic_path, read_jsonl, write_text
+from matrix_llm.base.files import atomic_path, read_jsonl, write_text
 
 ALPHA = 0.05
 BEGIN, END = "<!-- study: begin, written by benchmarks/study.py report -->", "<!-- study: end -->"
@@ -82,7 +82,11 @@ def primary_set(problems: Sequence[Row]) -> str:
 def analyse(problems: Sequence[Row], which: str | None = None) -> list[Contrast]:
     """The contrasts of all arms that have a reference and a seed in common with it; of two rows of one run the last counts."""
     which = which or primary_set(problems)
-    verdicts = {(row["arm"], row["seed"]): np.array([c == "1" for c in row["correct"]]) for row in problems if row["set"] == which}
+    verdicts = {
+        (row["arm"], row["seed"]): np.array([c == "1" for c in row["correct"]])
+        for row in problems
+        if row["set"] == which
+    }
     contrasts = []
     for arm in ARMS:
         seeds = tuple(sorted(s for name, s in verdicts if name == arm.name and (arm.reference, s) in verdicts))
@@ -90,7 +94,9 @@ def analyse(problems: Sequence[Row], which: str | None = None) -> list[Contrast]
             continue
         pairs = [(verdicts[arm.name, seed], verdicts[arm.reference, seed]) for seed in seeds]
         if len({len(v) for pair in pairs for v in pair}) > 1:
-            raise StudyError(f"the runs of {arm.name} and {arm.reference} were scored on different numbers of problems ({which}).")
+            raise StudyError(
+                f"the runs of {arm.name} and {arm.reference} were scored on different numbers of problems ({which})."
+            )
         matrix = np.array([a.astype(float) - b for a, b in pairs])  # (S, P)
         differences = matrix.mean(1)
         counts = [(int((a & ~b).sum()), int((b & ~a).sum())) for a, b in pairs]
@@ -111,7 +117,9 @@ def analyse(problems: Sequence[Row], which: str | None = None) -> list[Contrast]
         )
     corrected = [c for c in contrasts if BY_NAME[c.arm].group != "main"]
     for c, p in zip(corrected, holm([c.test.p for c in corrected]), strict=True):
-        detectable = minimum_detectable_effect(c.test.sd, len(c.seeds), alpha=ALPHA / len(corrected))  # Holm's first step
+        detectable = minimum_detectable_effect(
+            c.test.sd, len(c.seeds), alpha=ALPHA / len(corrected)
+        )  # Holm's first step
         contrasts[contrasts.index(c)] = replace(c, adjusted_p=p, detectable=detectable)
     return contrasts
 
@@ -134,9 +142,7 @@ def sentence(contrast: Contrast, which: str) -> str:
     """
     c, place = contrast, LABELS.get(which, which)
     if len(c.seeds) < 2:
-        return (
-            f"**{c.arm} against {c.reference}, {place}: one seed only, so nothing can be said.** Difference {points(c.test.mean)} points."
-        )
+        return f"**{c.arm} against {c.reference}, {place}: one seed only, so nothing can be said.** Difference {points(c.test.mean)} points."
     figures = (
         f"{points(c.test.mean)} points over {len(c.seeds)} seeds (t interval {points(c.test.low)} to {points(c.test.high)}, p = "
         f"{p_text(c.test.p)}{'' if c.adjusted_p == c.test.p else f', Holm {p_text(c.adjusted_p)}'}; bootstrap over seeds and problems "
@@ -157,7 +163,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def metrics_of(rows: Sequence[Row]) -> list[str]:
     """Names of all single figures, the labelled ones first, in that order."""
-    found = dict.fromkeys(k for row in rows for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool))
+    found = dict.fromkeys(
+        k for row in rows for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool)
+    )
     names = [name for name in found if name not in NOT_METRICS]
     place = {name: index for index, name in enumerate(LABELS)}
     return sorted(names, key=lambda name: (not name.startswith("accuracy_"), place.get(name, len(place)), name))
@@ -166,13 +174,21 @@ def metrics_of(rows: Sequence[Row]) -> list[str]:
 def label(name: str) -> str:
     if name.startswith("accuracy_"):
         return f"accuracy, {LABELS.get(name.removeprefix('accuracy_'), name.removeprefix('accuracy_'))}"
-    return LABELS.get(name, name.replace("ce_", "CE a token, text of ", 1).replace("_", " ") if name.startswith("ce_") else name)
+    return LABELS.get(
+        name, name.replace("ce_", "CE a token, text of ", 1).replace("_", " ") if name.startswith("ce_") else name
+    )
 
 
 def number(name: str, value: float) -> str:
     if name.startswith(("accuracy", "pass@", "unanswered")):
         return f"{100 * value:.2f} %"
-    return f"{value:.1f}" if name.endswith("_seconds") else f"{value:.2f}" if name.startswith(("rank", "peak")) else f"{value:.4f}"
+    return (
+        f"{value:.1f}"
+        if name.endswith("_seconds")
+        else f"{value:.2f}"
+        if name.startswith(("rank", "peak"))
+        else f"{value:.4f}"
+    )
 
 
 def arms_table(rows: Sequence[Row], base: Row | None = None) -> str:
@@ -208,9 +224,19 @@ def paired_table(rows: Sequence[Row], arm: str, reference: str) -> str:
         cells = [f"{scale * value:+.{digits}f}" for value in (t.mean, t.low, t.high)]
         mde = scale * minimum_detectable_effect(t.sd, t.seeds)
         lines.append(
-            [label(metric), cells[0] + unit, f"{cells[1]} to {cells[2]}", p_text(t.p), p_text(sign_flip(found)), f"{mde:.{digits}f}"]
+            [
+                label(metric),
+                cells[0] + unit,
+                f"{cells[1]} to {cells[2]}",
+                p_text(t.p),
+                p_text(sign_flip(found)),
+                f"{mde:.{digits}f}",
+            ]
         )
-    return table([f"{arm} minus {reference}", "mean", "95 % t interval", "paired t, p", "sign flip, p", "detectable (80 %)"], lines)
+    return table(
+        [f"{arm} minus {reference}", "mean", "95 % t interval", "paired t, p", "sign flip, p", "detectable (80 %)"],
+        lines,
+    )
 
 
 def seeds_table(contrast: Contrast, rows: Sequence[Row], which: str) -> str:
@@ -236,9 +262,28 @@ def ablation_table(contrasts: Sequence[Contrast]) -> str:
     for c in contrasts:
         intervals = [f"{points(low)} to {points(high)}" for low, high in ((c.test.low, c.test.high), c.bootstrap)]
         verdict = ("better" if c.test.mean > 0 else "worse") if c.differs else "no difference found"
-        figures = [points(c.test.mean), *intervals, p_text(c.test.p), p_text(c.adjusted_p), points(c.detectable).lstrip("+"), verdict]
+        figures = [
+            points(c.test.mean),
+            *intervals,
+            p_text(c.test.p),
+            p_text(c.adjusted_p),
+            points(c.detectable).lstrip("+"),
+            verdict,
+        ]
         lines.append([c.arm, BY_NAME[c.arm].what, c.reference, str(len(c.seeds)), *figures])
-    header = ["arm", "what", "against", "seeds", "points", "95 % t interval", "bootstrap", "p", "Holm p", "detectable", "verdict"]
+    header = [
+        "arm",
+        "what",
+        "against",
+        "seeds",
+        "points",
+        "95 % t interval",
+        "bootstrap",
+        "p",
+        "Holm p",
+        "detectable",
+        "verdict",
+    ]
     return table(header, lines)
 
 
@@ -246,13 +291,17 @@ def rank_table(rows: Sequence[Row]) -> str:
     """Effective ranks at the first and last step at which each was read, means over seeds: whether anything collapses."""
     lines = []
     titles = {"curve_rank_head": "LM head, over training", "curve_rank_hidden": "last hidden states, over training"}
-    known = [curve for curve in titles if any(row.get(curve) for row in rows)]  # runs without checkpoints have no hidden states' curve
+    known = [
+        curve for curve in titles if any(row.get(curve) for row in rows)
+    ]  # runs without checkpoints have no hidden states' curve
     for arm in ARMS:
         cells: list[str] = []
         for curve in known:
             curves = [row[curve] for row in rows if row["arm"] == arm.name and row.get(curve)]
             ends = [[float(np.mean([c[place][1] for c in curves])) for place in (0, -1)] for _ in range(bool(curves))]
-            first = f"step {curves[0][0][0]}" if curve == "curve_rank_hidden" and curves else "step 1"  # the head's is logged later
+            first = (
+                f"step {curves[0][0][0]}" if curve == "curve_rank_hidden" and curves else "step 1"
+            )  # the head's is logged later
             cells += [f"{a:.1f} ({first}) to {b:.1f}" for a, b in ends] or [""]
         if any(cells):
             lines.append([arm.name, *cells])
@@ -271,14 +320,19 @@ def draw_contrasts(contrasts: Sequence[Contrast], which: str, path: Path) -> Non
     figure, axes = plt.subplots(figsize=(7, 1.2 + 0.45 * len(contrasts)), layout="constrained")
     for place, c in enumerate(reversed(contrasts)):
         colour = "#d62728" if c.differs else "#1f77b4"
-        axes.plot([100 * x for x in c.bootstrap], [place, place], color=colour, linewidth=5, alpha=0.35, solid_capstyle="butt")
+        axes.plot(
+            [100 * x for x in c.bootstrap], [place, place], color=colour, linewidth=5, alpha=0.35, solid_capstyle="butt"
+        )
         if len(c.seeds) > 1:
             axes.plot([100 * c.test.low, 100 * c.test.high], [place, place], color=colour, linewidth=1)
         axes.plot([100 * d for d in c.differences], [place] * len(c.seeds), "o", color=colour, markersize=3)
         axes.plot(100 * c.test.mean, place, "D", color=colour, markersize=6)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(contrasts)), [f"{c.arm} - {c.reference}" for c in reversed(contrasts)])
-    axes.set(xlabel="accuracy difference, points; dots: seeds, thick: bootstrap 95 %, thin: t 95 %", title=LABELS.get(which, which))
+    axes.set(
+        xlabel="accuracy difference, points; dots: seeds, thick: bootstrap 95 %, thin: t 95 %",
+        title=LABELS.get(which, which),
+    )
     axes.grid(alpha=0.3, axis="x")
     _save(figure, path)
 
@@ -290,7 +344,11 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    titles = {"curve_ce": "training CE (nats)", "curve_rank_head": "effective rank, LM head", "curve_rank_hidden": "effective rank, hidden"}
+    titles = {
+        "curve_ce": "training CE (nats)",
+        "curve_rank_head": "effective rank, LM head",
+        "curve_rank_hidden": "effective rank, hidden",
+    }
     found = {curve: title for curve, title in titles.items() if any(row.get(curve) for row in rows)} or titles
     figure, panels = plt.subplots(1, len(found), figsize=(1 + 4 * len(found), 4), layout="constrained", squeeze=False)
     for axes, (curve, title) in zip(panels[0], found.items(), strict=True):
@@ -301,7 +359,9 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
                     values.setdefault(step, []).append(value)
             if values:
                 steps = sorted(values)
-                colour = plt.colormaps["tab20"](2 * place if place < 10 else 2 * place - 19)  # the usual ten, then their light shades
+                colour = plt.colormaps["tab20"](
+                    2 * place if place < 10 else 2 * place - 19
+                )  # the usual ten, then their light shades
                 axes.plot(steps, [np.mean(values[s]) for s in steps], label=arm.name, color=colour, linewidth=1.4)
         axes.set(xlabel="optimizer step", title=title)
         axes.grid(alpha=0.3)
@@ -324,7 +384,9 @@ def _save(figure: Any, path: Path) -> None:
 
 def secondary(rows: Sequence[Row], arm: str = "mce", reference: str = "ce", metric: str = "ce_heldout") -> str:
     by = {(row["arm"], row["seed"]): row.get(metric) for row in rows}
-    seeds = [s for name, s in sorted(by) if name == arm and by[name, s] is not None and by.get((reference, s)) is not None]
+    seeds = [
+        s for name, s in sorted(by) if name == arm and by[name, s] is not None and by.get((reference, s)) is not None
+    ]
     if len(seeds) < 2:
         return ""
     t = paired_t([by[arm, s] - by[reference, s] for s in seeds])
@@ -351,7 +413,14 @@ def sensitivity_table(studies: Mapping[str, Sequence[Row]]) -> str:
                 low, high = (f"{scale * x:+.{digits}f}" for x in (t.low, t.high))
                 cells += [f"{scale * t.mean:+.{digits}f} ({low} to {high})"]
         lines.append(cells)
-    header = ["study", "seeds", "accuracy, ce / mce", "mce minus ce, points", "held-out CE, ce / mce", "mce minus ce, nats"]
+    header = [
+        "study",
+        "seeds",
+        "accuracy, ce / mce",
+        "mce minus ce, points",
+        "held-out CE, ce / mce",
+        "mce minus ce, nats",
+    ]
     return table([*header, "gradient norm, ce / mce", "effective rank of the LM head, ce / mce"], lines)
 
 
@@ -362,7 +431,11 @@ def kept_problems(rows: Sequence[Row], problems: Sequence[Row]) -> list[Row]:
 
 
 def render(
-    rows: Sequence[Row], problems: Sequence[Row], stem: str, base: Row | None = None, sensitivity: Mapping[str, Sequence[Row]] | None = None
+    rows: Sequence[Row],
+    problems: Sequence[Row],
+    stem: str,
+    base: Row | None = None,
+    sensitivity: Mapping[str, Sequence[Row]] | None = None,
 ) -> str:
     """The Markdown between the markers."""
     done, which = [row for row in rows if row.get("status") == "done"], primary_set(problems)
@@ -372,11 +445,23 @@ def render(
     others = [c for c in contrasts if c not in main]
     size = len(next(p["correct"] for p in kept if p["set"] == which))
     hours = sum((row.get("train_seconds") or 0) + (row.get("measure_seconds") or 0) for row in done) / 3600
-    parts = [f"{len(done)} runs, {size:,} problems ({LABELS.get(which, which)}), {hours:.2f} hours of training and measuring in all.", ""]
+    parts = [
+        f"{len(done)} runs, {size:,} problems ({LABELS.get(which, which)}), {hours:.2f} hours of training and measuring in all.",
+        "",
+    ]
     failed = [f"{row['arm']} seed {row['seed']}" for row in rows if row.get("status") != "done"]
     parts += [f"Excluded, the loss became non-finite: {', '.join(failed) or 'none'}.", ""]
     for c in main:
-        parts += ["## Main contrast", "", sentence(c, which), "", secondary(done, c.arm, c.reference), "", seeds_table(c, done, which), ""]
+        parts += [
+            "## Main contrast",
+            "",
+            sentence(c, which),
+            "",
+            secondary(done, c.arm, c.reference),
+            "",
+            seeds_table(c, done, which),
+            "",
+        ]
         floor = f"the smallest that {len(c.seeds)} seeds allow is {2 / 2 ** len(c.seeds):.4f}"
         parts += [
             f"Sign-flip permutation over seeds: p = {p_text(c.permutation_p)} ({floor}).",
@@ -394,14 +479,35 @@ def render(
     parts += [f"![accuracy differences]({stem}_accuracy.png)", ""]
     if others:
         found = [c.arm for c in others if c.differs]
-        verdict = f"a difference after Holm's correction in {', '.join(found)}" if found else "no difference found in any"
+        verdict = (
+            f"a difference after Holm's correction in {', '.join(found)}" if found else "no difference found in any"
+        )
         parts += ["## Ablations", "", f"{len(others)} contrasts: {verdict}.", ""]
         parts += [ablation_table(others), ""]
     if sensitivity:
-        parts += ["## Sensitivity", "", "The main contrast again, described without a verdict; in brackets 95 % t intervals.", ""]
+        parts += [
+            "## Sensitivity",
+            "",
+            "The main contrast again, described without a verdict; in brackets 95 % t intervals.",
+            "",
+        ]
         parts += [sensitivity_table({"as above": rows, **sensitivity}), ""]
-    parts += ["## All figures", "", arms_table(done, base), "", "## Effective ranks over training", "", rank_table(done), ""]
-    files = [f"{stem}_rows.jsonl", f"{stem}_problems.jsonl", f"{stem}_setup.json", *([f"{stem}_sensitivity.jsonl"] if sensitivity else [])]
+    parts += [
+        "## All figures",
+        "",
+        arms_table(done, base),
+        "",
+        "## Effective ranks over training",
+        "",
+        rank_table(done),
+        "",
+    ]
+    files = [
+        f"{stem}_rows.jsonl",
+        f"{stem}_problems.jsonl",
+        f"{stem}_setup.json",
+        *([f"{stem}_sensitivity.jsonl"] if sensitivity else []),
+    ]
     raw = ", ".join(f"[{name}]({name})" for name in files)
     return "\n".join([*parts, f"![training]({stem}_training.png)", "", f"Raw: {raw}."])
 
@@ -439,10 +545,15 @@ def write_report(output: Path, page: Path, sensitivity: Sequence[Path] = ()) -> 
     raw = []
     for name, table_ in (("rows", rows), ("problems", kept)):  # all that the verdicts need
         raw.append(page.with_name(f"{page.stem}_{name}.jsonl"))
-        write_text(raw[-1], "".join(json.dumps(row) + "\n" for row in sorted(table_, key=lambda row: (row["arm"], row["seed"]))))
+        write_text(
+            raw[-1],
+            "".join(json.dumps(row) + "\n" for row in sorted(table_, key=lambda row: (row["arm"], row["seed"]))),
+        )
     if others:
         raw.append(page.with_name(f"{page.stem}_sensitivity.jsonl"))
-        write_text(raw[-1], "".join(json.dumps({"study": name, **row}) + "\n" for name, each in others.items() for row in each))
+        write_text(
+            raw[-1], "".join(json.dumps({"study": name, **row}) + "\n" for name, each in others.items() for row in each)
+        )
     setup = output / SETUP
     found = {"setup": json.loads(setup.read_text(encoding="utf-8")) if setup.is_file() else None, "base": base}
     raw.append(page.with_name(f"{page.stem}_setup.json"))

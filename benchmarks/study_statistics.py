@@ -105,7 +105,9 @@ def sign_flip(differences: Sequence[float], repeats: int = 100_000, seed: int = 
     """
     d = np.asarray(differences, dtype=float)
     if len(d) <= 16:
-        signs = 1 - 2 * ((np.arange(2 ** len(d))[:, None] >> np.arange(len(d))) & 1)  # (2^S, S); the first row is the observed one
+        signs = 1 - 2 * (
+            (np.arange(2 ** len(d))[:, None] >> np.arange(len(d))) & 1
+        )  # (2^S, S); the first row is the observed one
     else:
         drawn = np.random.default_rng(seed).integers(0, 2, (repeats, len(d)))
         signs = np.vstack([np.ones(len(d)), 1 - 2 * drawn])
@@ -163,7 +165,9 @@ def hierarchical_bootstrap(
     """
     d = np.asarray(differences, dtype=float)
     if d.ndim != 2 or not d.size:
-        raise ValueError(f"differences are {d.shape}: give one row a seed and one column a problem, at least one of each.")
+        raise ValueError(
+            f"differences are {d.shape}: give one row a seed and one column a problem, at least one of each."
+        )
     rng, (S, P) = np.random.default_rng(seed), d.shape
     kinds, counts = np.unique(d, axis=1, return_counts=True)  # (S, kinds)
     problems = rng.multinomial(P, counts / P, size=repeats)  # (R, kinds)
@@ -190,7 +194,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 # --- calibration and diversity -----------------------------------------------------------------------------------------------
 
 
-def expected_calibration_error(confidences: Sequence[float] | Floats, correct: Sequence[bool] | Floats, bins: int = BINS) -> float:
+def expected_calibration_error(
+    confidences: Sequence[float] | Floats, correct: Sequence[bool] | Floats, bins: int = BINS
+) -> float:
     """ECE = sum_b n_b / n |accuracy_b - confidence_b| over equal-width bins ((b - 1) / bins, b / bins]; NaN without predictions.
 
     >>> expected_calibration_error([0.75, 0.75, 0.75, 0.75], [True, True, True, False])

@@ -64,7 +64,9 @@ NEXT_PROBLEM = re.compile(
 TAGS = re.compile(r"</?(?:solution|answer|final_answer|result)>", re.I)
 ENDS_IN_CODE = re.compile(r"(?:```|</execute>|\bprint\([^\n]*\))\s*$")
 PLAIN_NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+(?![\d/]))?|(?<![\w.])-?\.\d+")
-NUMBER = re.compile(r"-?\$?-?(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+(?![\d.])|\d+)(?:\.\d+)?(?:[ \t]*/[ \t]*\d+)?|-?\$?\.\d+")
+NUMBER = re.compile(
+    r"-?\$?-?(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+(?![\d.])|\d+)(?:\.\d+)?(?:[ \t]*/[ \t]*\d+)?|-?\$?\.\d+"
+)
 MATHS = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
 
 
@@ -140,7 +142,9 @@ def _extract_gsm8k(response: str) -> str | None:
     return _conclusion(text[-2000:], text)
 
 
-STARTS_WITH_NUMBER = re.compile(r"^[\s*:=~\"'(]*(?:approximately |about |exactly |only |x ?= ?|\\\(|\\\[|\$)*\\?-?\$?-?[\d.]|^[\s*]*[$\\]")
+STARTS_WITH_NUMBER = re.compile(
+    r"^[\s*:=~\"'(]*(?:approximately |about |exactly |only |x ?= ?|\\\(|\\\[|\$)*\\?-?\$?-?[\d.]|^[\s*]*[$\\]"
+)
 
 
 BOLD_NUMBER = re.compile(r"\*\*[^*\n\d$-]{0,40}(" + NUMBER.pattern + r")[^*\n]{0,40}\*\*")
@@ -197,7 +201,9 @@ def _extract_math(response: str) -> str | None:
             break
         answer = _phrase(rest)
         # behind a box only what is an answer itself: not "the answer is correct", not a further explanation
-        if answer and (boxed is None or (re.search(r"[\d\\]", answer) and not re.search(r"(?<![\\a-zA-Z])[a-z]{3,}", answer))):
+        if answer and (
+            boxed is None or (re.search(r"[\d\\]", answer) and not re.search(r"(?<![\\a-zA-Z])[a-z]{3,}", answer))
+        ):
             return answer
     if boxed is not None:
         return boxed
@@ -242,7 +248,9 @@ def _phrase(text: str) -> str | None:
         return quoted.group(1)
     box = re.match(r"[^\n]{0,80}?\\(?:boxed|fbox) ?\{", text)
     if box:
-        return conventions.last_boxed(text[: 600 if "\n" not in text else max(text.find("\n"), box.end() + 200)], skip_empty=True)
+        return conventions.last_boxed(
+            text[: 600 if "\n" not in text else max(text.find("\n"), box.end() + 200)], skip_empty=True
+        )
     if re.match(r"(?:\$+|\\\[|\\\()?\s*\\begin", text):
         text = text.replace("\n", " ")
     for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
@@ -279,7 +287,8 @@ def answers_equal(pred: str, gold: str) -> bool:
 LEAD = re.compile(r"^(?:the |my )?(?:final |correct )?(?:answer|result|value)(?: is|:)?\s+", re.I)
 BASE = re.compile(r"(?<=[0-9A-F])_(?:\d|\{ ?\d+ ?\})$")
 COUNT_WORDS = {
-    word: str(n) for n, word in enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"))
+    word: str(n)
+    for n, word in enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"))
 }
 CHOICE = re.compile(r"^(?:\(([A-Za-z])\)(?: [^()]*)?|([A-Za-z])[).:](?: [^()]*)?|([A-Za-z]))$")
 COUNTED = re.compile(r"^(-?[\d.,/]+) ([a-zA-Z][a-zA-Z ]*)$")
@@ -316,7 +325,9 @@ def _equal(pred: str, gold: str) -> bool | None:
     if verdict is not None:
         return verdict
     counted = COUNTED.match(given)
-    if counted and conventions.rational(wanted) is not None and not latex.NO_UNIT.search(counted.group(2)):  # 18 eggs per day
+    if (
+        counted and conventions.rational(wanted) is not None and not latex.NO_UNIT.search(counted.group(2))
+    ):  # 18 eggs per day
         return conventions.rational(counted.group(1)) == conventions.rational(wanted)
     if _prose(given) or _prose(wanted):
         return False

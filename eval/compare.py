@@ -22,8 +22,14 @@ from typing import Any
 
 from eval.answers import CONVENTIONS, extract_answer, grade
 from eval.report import DEFAULT, percent, visible
-from eval.statistics import bootstrap_difference, mcnemar_exact, minimum_detectable_difference, two_proportion, wilson_interval
-from eval.tasks import EvalError
+from eval.statistics import (
+    bootstrap_difference,
+    mcnemar_exact,
+    minimum_detectable_difference,
+    two_proportion,
+    wilson_interval,
+)
+from matrix_llm.base.errors import EvalError
 
 OWN_TO_A_RUN = ("model", "revision", "model_fingerprint", "lora")  # settings that two runs are expected to differ in
 REPEATS = 10_000
@@ -33,7 +39,9 @@ def load_summary(path: Path) -> dict[str, Any]:
     """The summary OUT/<name>.json of a run, checked for what a comparison needs."""
     if path.is_dir():
         found = sorted(file.name for file in path.glob("*.json") if not file.name.endswith(".settings.json"))
-        raise EvalError(f"{path} is a folder. Name a summary in it: {', '.join(found) or 'there is none; run eval/gsm8k.py first'}.")
+        raise EvalError(
+            f"{path} is a folder. Name a summary in it: {', '.join(found) or 'there is none; run eval/gsm8k.py first'}."
+        )
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -41,7 +49,11 @@ def load_summary(path: Path) -> dict[str, Any]:
             f"{path} cannot be read ({error.strerror}). Give the summary that a run wrote, such as runs/a/gsm8k.json."
         ) from None
     except ValueError:
-        hint = f" Generations are graded by eval/regrade.py; their summary is {path.stem}.json." if path.suffix == ".jsonl" else ""
+        hint = (
+            f" Generations are graded by eval/regrade.py; their summary is {path.stem}.json."
+            if path.suffix == ".jsonl"
+            else ""
+        )
         raise EvalError(f"{path} is not the summary of a run: it is no JSON.{hint}") from None
     if not isinstance(summary, dict) or not isinstance(summary.get("verdicts"), dict) or "benchmark" not in summary:
         raise EvalError(
@@ -62,11 +74,15 @@ def load_generations(path: Path, summary: Mapping[str, Any]) -> dict[str, dict[s
                     if row["sample"] == 0:
                         rows[row["id"]] = row
                 except (ValueError, KeyError, TypeError):
-                    raise EvalError(f"{file}, line {number}, is not a generation of ours. Remove the line, or generate again.") from None
+                    raise EvalError(
+                        f"{file}, line {number}, is not a generation of ours. Remove the line, or generate again."
+                    ) from None
     return rows
 
 
-def verdicts_of(path: Path, summary: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]], convention: str) -> dict[str, bool | None]:
+def verdicts_of(
+    path: Path, summary: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]], convention: str
+) -> dict[str, bool | None]:
     """{problem id: right?} of sample 0: stored for the summary's own convention, else graded from `rows`."""
     if convention == summary.get("convention", DEFAULT):
         return summary["verdicts"]
@@ -79,7 +95,9 @@ def verdicts_of(path: Path, summary: Mapping[str, Any], rows: Mapping[str, Mappi
         )
     benchmark = summary["benchmark"]
     return {
-        problem: grade(rows[problem]["response"], rows[problem]["gold"], benchmark=benchmark, convention=convention).correct
+        problem: grade(
+            rows[problem]["response"], rows[problem]["gold"], benchmark=benchmark, convention=convention
+        ).correct
         for problem in summary["verdicts"]
     }
 
@@ -89,15 +107,20 @@ def compare(path_a: Path, path_b: Path, *, convention: str = DEFAULT) -> dict[st
     summaries = [load_summary(path) for path in (path_a, path_b)]
     if summaries[0]["benchmark"] != summaries[1]["benchmark"]:
         names = [summary["benchmark"] for summary in summaries]
-        raise EvalError(f"{path_a} is of {names[0]}, {path_b} of {names[1]}: only runs on the same problems can be compared.")
+        raise EvalError(
+            f"{path_a} is of {names[0]}, {path_b} of {names[1]}: only runs on the same problems can be compared."
+        )
     generations = [load_generations(path, summary) for path, summary in zip((path_a, path_b), summaries, strict=True)]
     a, b = (
-        verdicts_of(path, summary, rows, convention) for path, summary, rows in zip((path_a, path_b), summaries, generations, strict=True)
+        verdicts_of(path, summary, rows, convention)
+        for path, summary, rows in zip((path_a, path_b), summaries, generations, strict=True)
     )
     ids = [problem for problem in a if problem in b]
     if not ids:
         first = [next(iter(verdicts), "none") for verdicts in (a, b)]
-        raise EvalError(f"{path_a} and {path_b} share no problem id ({first[0]} and {first[1]}): compare two runs on the same --data.")
+        raise EvalError(
+            f"{path_a} and {path_b} share no problem id ({first[0]} and {first[1]}): compare two runs on the same --data."
+        )
 
     right_a, right_b = ([verdicts[problem] is True for problem in ids] for verdicts in (a, b))
     total, correct_a, correct_b = len(ids), sum(right_a), sum(right_b)
@@ -112,14 +135,21 @@ def compare(path_a: Path, path_b: Path, *, convention: str = DEFAULT) -> dict[st
     if total < max(len(a), len(b)):
         notes.append(f"compared on the {total} problems in both runs; A has {len(a)}, B has {len(b)}")
     in_both = [problem for problem in ids if problem in generations[0] and problem in generations[1]]
-    changed = sum(any(generations[0][problem][key] != generations[1][problem][key] for key in ("problem", "gold")) for problem in in_both)
+    changed = sum(
+        any(generations[0][problem][key] != generations[1][problem][key] for key in ("problem", "gold"))
+        for problem in in_both
+    )
     if changed:
-        notes.append(f"{changed} problems have the same id and another text or gold: the two runs did not see the same data")
+        notes.append(
+            f"{changed} problems have the same id and another text or gold: the two runs did not see the same data"
+        )
     for name, summary in zip("AB", summaries, strict=True):
         if summary.get("samples_per_problem", 1) > 1:
             notes.append(f"{name} has {summary['samples_per_problem']} samples a problem; sample 0 of each is compared")
 
-    def side(path: Path, summary: Mapping[str, Any], verdicts: Mapping[str, bool | None], correct: int) -> dict[str, Any]:
+    def side(
+        path: Path, summary: Mapping[str, Any], verdicts: Mapping[str, bool | None], correct: int
+    ) -> dict[str, Any]:
         interval = wilson_interval(correct, total)
         return {
             "summary": str(path),
@@ -133,7 +163,10 @@ def compare(path_a: Path, path_b: Path, *, convention: str = DEFAULT) -> dict[st
 
     def flip(problem: str) -> dict[str, Any]:
         rows = [found.get(problem) for found in generations]
-        answers = [row and extract_answer(row["response"], convention=convention, benchmark=summaries[0]["benchmark"]) for row in rows]
+        answers = [
+            row and extract_answer(row["response"], convention=convention, benchmark=summaries[0]["benchmark"])
+            for row in rows
+        ]
         known = rows[0] or rows[1] or {}
         return {
             "id": problem,
@@ -169,7 +202,9 @@ def compare(path_a: Path, path_b: Path, *, convention: str = DEFAULT) -> dict[st
 
 
 def _different(a: Mapping[str, Any], b: Mapping[str, Any], leave_out: tuple[str, ...] = ()) -> dict[str, list[Any]]:
-    return {name: [a.get(name), b.get(name)] for name in {**a, **b} if name not in leave_out and a.get(name) != b.get(name)}
+    return {
+        name: [a.get(name), b.get(name)] for name in {**a, **b} if name not in leave_out and a.get(name) != b.get(name)
+    }
 
 
 # --- what is printed ---------------------------------------------------------------------------------------------------
@@ -194,9 +229,7 @@ def describe(result: Mapping[str, Any], *, show: int) -> str:
     detectable = "no difference: too few problems flip for a test at 5 %"
     if result["minimum_detectable_difference"] is not None:
         points = 100 * result["minimum_detectable_difference"]
-        detectable = (
-            f"a true difference of {points:.2f} points has an 80 % chance to be found, while {percent(flips / result['problems'])} flip"
-        )
+        detectable = f"a true difference of {points:.2f} points has an 80 % chance to be found, while {percent(flips / result['problems'])} flip"
     lines += [
         "",
         f"B - A           {_points(result['difference'])} points, 95 % {interval} (paired bootstrap, {REPEATS} draws)",
@@ -211,7 +244,9 @@ def describe(result: Mapping[str, Any], *, show: int) -> str:
         differing = result[f"{kind}_that_differ"]
         if differing:
             listed = "; ".join(f"{name}: {_brief(x)} and {_brief(y)}" for name, (x, y) in differing.items())
-            effect = "so the difference is not of the model alone" if kind == "settings" else "which may move single answers"
+            effect = (
+                "so the difference is not of the model alone" if kind == "settings" else "which may move single answers"
+            )
             lines.append(f"warning: {kind} differ, {effect}: {listed}")
     if result["flipped"] and show > 0:
         lines += ["", f"flipped problems, {min(show, flips)} of {flips} (--show N)"]
@@ -249,12 +284,18 @@ def _brief(value: Any, limit: int = 60) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="eval/compare.py", description="Compare two runs on the same problems, paired.")
+    parser = argparse.ArgumentParser(
+        prog="eval/compare.py", description="Compare two runs on the same problems, paired."
+    )
     parser.add_argument("a", type=Path, metavar="A.json", help="summary of the first run, such as runs/a/gsm8k.json")
     parser.add_argument("b", type=Path, metavar="B.json", help="summary of the second run")
-    parser.add_argument("--convention", choices=CONVENTIONS, default=DEFAULT, help="how answers are graded (default: verified)")
+    parser.add_argument(
+        "--convention", choices=CONVENTIONS, default=DEFAULT, help="how answers are graded (default: verified)"
+    )
     parser.add_argument("--show", type=int, default=20, metavar="N", help="flipped problems to list (default: 20)")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON instead, with all flipped problems")
+    parser.add_argument(
+        "--json", action="store_true", help="print everything as JSON instead, with all flipped problems"
+    )
     options = parser.parse_args(arguments)
     try:
         result = compare(options.a, options.b, convention=options.convention)

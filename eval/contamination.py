@@ -26,9 +26,16 @@ from typing import Any
 
 from eval.files import write_json
 from eval.report import visible
-from eval.tasks import EvalError
+from matrix_llm.base.errors import EvalError
 
-FIELDS = ("problem", "question", "query", "instruction", "prompt", "messages")  # the first that a row holds is its question
+FIELDS = (
+    "problem",
+    "question",
+    "query",
+    "instruction",
+    "prompt",
+    "messages",
+)  # the first that a row holds is its question
 NGRAM = 13  # words, as GPT-3's check used
 SHARE = 0.5
 LISTED = 10  # training rows named for one test question
@@ -39,7 +46,9 @@ CHUNK = 1 << 20
 SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))
 SUPERSCRIPT = re.compile(f"[{''.join(SUPERSCRIPTS)}]+")  # before NFKC, which makes "x²" into "x2"
 VULGAR_FRACTION = re.compile(r"(?<=\d)(?=[¼-¾⅐-⅞])")  # NFKC makes "2½" into "21⁄2"
-SAME = str.maketrans("\u2212\u2010\u2011\u2013\u2019\u2018\u201c\u201d\u2044", "----''\"\"/")  # minus, hyphens, quotes, fraction slash
+SAME = str.maketrans(
+    "\u2212\u2010\u2011\u2013\u2019\u2018\u201c\u201d\u2044", "----''\"\"/"
+)  # minus, hyphens, quotes, fraction slash
 INVISIBLE = re.compile("[\u00ad\u200b-\u200d\u2060\ufeff]")
 # One pass from the left, so that the line break in `\\[2pt]` is not read as the delimiter `\[`
 COMMAND = re.compile(r"\\(?:([a-zA-Z]+)\*?|(.))|[$~]|([A-Z]+)", re.S)
@@ -48,7 +57,9 @@ DROPPED = {
     "thinspace", "enspace", "enskip", "thickspace", "medspace", "negthinspace", "nonumber", "nobreak",
 }  # fmt: skip
 RENAMED = {"dfrac": "frac", "tfrac": "frac", "cfrac": "frac"}
-SPACES = set(",;:! ()[]$\n\t")  # after a backslash: spacing, or a math delimiter (\$ as well: dollars do not tell questions apart)
+SPACES = set(
+    ",;:! ()[]$\n\t"
+)  # after a backslash: spacing, or a math delimiter (\$ as well: dollars do not tell questions apart)
 TOKEN = r"([0-9a-zA-Z]|\\[a-zA-Z]+(?![a-zA-Z]))"
 FRAC_TWO = re.compile(rf"\\frac\s*(?:{TOKEN}|\{{([^{{}}]*)\}})\s*(?:{TOKEN}|\{{([^{{}}]*)\}})")
 ARGUMENT = re.compile(rf"(\\sqrt|[\^_])\s*{TOKEN}")
@@ -66,13 +77,17 @@ def normalise(text: str) -> str:
     (False, False)
     """
     if not text.isascii():
-        text = SUPERSCRIPT.sub(lambda run: "^{" + "".join(SUPERSCRIPTS[character] for character in run.group()) + "}", text)
+        text = SUPERSCRIPT.sub(
+            lambda run: "^{" + "".join(SUPERSCRIPTS[character] for character in run.group()) + "}", text
+        )
         text = unicodedata.normalize("NFKC", VULGAR_FRACTION.sub(" ", text)).translate(SAME)
         text = INVISIBLE.sub("", text)
         text = "".join(character.lower() if character > "\x7f" else character for character in text)
     text = COMMAND.sub(_command, text)
     if "\\" in text or "{" in text or "^" in text or "_" in text:
-        text = FRAC_TWO.sub(lambda found: f"\\frac{{{found[1] or found[2] or ''}}}{{{found[3] or found[4] or ''}}}", text)
+        text = FRAC_TWO.sub(
+            lambda found: f"\\frac{{{found[1] or found[2] or ''}}}{{{found[3] or found[4] or ''}}}", text
+        )
         text = ARGUMENT.sub(r"\1{\2}", text)
         text = GROUP.sub(r"\1", text)
     return SPACE.sub(lambda found: "" if found[1] else " ", text.strip())
@@ -163,9 +178,16 @@ def find_overlaps(
                 if count / sizes[index] > best[1]:
                     best[1:] = count / sizes[index], name
     return {
-        "exact": [{"test": names[index], "train": exact[index][1], "train_rows": exact[index][0]} for index in sorted(exact)],
+        "exact": [
+            {"test": names[index], "train": exact[index][1], "train_rows": exact[index][0]} for index in sorted(exact)
+        ],
         "similar": [
-            {"test": names[index], "train": similar[index][2], "share": round(similar[index][1], 4), "train_rows": similar[index][0]}
+            {
+                "test": names[index],
+                "train": similar[index][2],
+                "share": round(similar[index][1], 4),
+                "train_rows": similar[index][0],
+            }
             for index in sorted(similar)
             if index not in exact
         ],
@@ -213,7 +235,9 @@ def _text(value: Any) -> str | None:
 
 def _rows(path: Path, wanted: tuple[str, ...]) -> Iterator[Any]:
     if not path.is_file():
-        raise EvalError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}. Give a .jsonl, .json or .parquet file.")
+        raise EvalError(
+            f"{path} {'is a folder' if path.is_dir() else 'does not exist'}. Give a .jsonl, .json or .parquet file."
+        )
     if path.suffix == ".parquet":
         yield from _parquet(path, wanted)
         return
@@ -229,7 +253,9 @@ def _rows(path: Path, wanted: tuple[str, ...]) -> Iterator[Any]:
                     try:
                         yield json.loads(line)
                     except ValueError as error:
-                        raise EvalError(f"{path}, line {number}, is not JSON ({error}). Repair or remove that line.") from None
+                        raise EvalError(
+                            f"{path}, line {number}, is not JSON ({error}). Repair or remove that line."
+                        ) from None
     except UnicodeDecodeError:
         raise EvalError(f"{path} is not UTF-8 text. Give a .jsonl, .json or .parquet file, not compressed.") from None
 
@@ -269,7 +295,9 @@ def _parquet(path: Path, wanted: tuple[str, ...]) -> Iterator[Any]:
             for batch in file.iter_batches(batch_size=1000, columns=columns if known else names):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise EvalError(f"{path} cannot be read as parquet ({str(error).splitlines()[0]}). Download it again.") from None
+        raise EvalError(
+            f"{path} cannot be read as parquet ({str(error).splitlines()[0]}). Download it again."
+        ) from None
 
 
 def describe(result: Mapping[str, Any], texts: Mapping[str, str], *, show: int) -> str:
@@ -290,20 +318,33 @@ def describe(result: Mapping[str, Any], texts: Mapping[str, str], *, show: int) 
             lines += ["", f"{title}, {min(show, len(found))} of {len(found)} (--show N)"]
         for each in found[: max(show, 0)]:
             train = ", ".join(each["train"]) if title == "exact" else f"{each['train']} ({100 * each['share']:.0f} %)"
-            more = f" and {each['train_rows'] - LISTED} more" if title == "exact" and each["train_rows"] > LISTED else ""
+            more = (
+                f" and {each['train_rows'] - LISTED} more" if title == "exact" and each["train_rows"] > LISTED else ""
+            )
             question = " ".join(texts[each["test"]].split())
-            lines.append(visible(f"  {each['test']} = {train}{more}" if title == "exact" else f"  {each['test']} ~ {train}"))
+            lines.append(
+                visible(f"  {each['test']} = {train}{more}" if title == "exact" else f"  {each['test']} ~ {train}")
+            )
             lines.append(visible(f"      {question if len(question) <= 110 else question[:109] + '…'}"))
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="eval/contamination.py", description="Find test questions in training data.")
-    parser.add_argument("--train", type=Path, nargs="+", required=True, metavar="FILE", help=".jsonl, .json or .parquet")
+    parser.add_argument(
+        "--train", type=Path, nargs="+", required=True, metavar="FILE", help=".jsonl, .json or .parquet"
+    )
     parser.add_argument("--test", type=Path, nargs="+", required=True, metavar="FILE", help=".jsonl, .json or .parquet")
-    parser.add_argument("--field", metavar="NAME", help=f"column of the question in --train (default: the first of {', '.join(FIELDS)})")
+    parser.add_argument(
+        "--field", metavar="NAME", help=f"column of the question in --train (default: the first of {', '.join(FIELDS)})"
+    )
     parser.add_argument("--n", type=int, default=NGRAM, help=f"words in an n-gram (default: {NGRAM})")
-    parser.add_argument("--share", type=float, default=SHARE, help=f"share of n-grams from which a question is similar (default: {SHARE})")
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=SHARE,
+        help=f"share of n-grams from which a question is similar (default: {SHARE})",
+    )
     parser.add_argument("--show", type=int, default=20, metavar="N", help="overlaps of each kind to list (default: 20)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all overlaps as JSON")
     options = parser.parse_args(arguments)

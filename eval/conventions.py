@@ -45,7 +45,9 @@ def last_boxed(text: str, *, skip_empty: bool = False, reach: int = 4000) -> str
             opening = rest.index("{")
             depth = 0
             for index in range(opening, len(rest)):
-                escaped = rest[index - 1] == "\\" and rest[index - 2] != "\\"  # \{ is a brace to read, not one that groups
+                escaped = (
+                    rest[index - 1] == "\\" and rest[index - 2] != "\\"
+                )  # \{ is a brace to read, not one that groups
                 if rest[index] == "{" and not escaped:
                     depth += 1
                 elif rest[index] == "}" and not escaped:

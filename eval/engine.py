@@ -24,7 +24,7 @@ from typing import Any
 
 from eval.generation import Decoding, Generation, Key, Request, finish, first_stop, response_text
 from eval.models import Source, first_line, load_tokenizer, lora_rank
-from eval.tasks import EvalError
+from matrix_llm.base.errors import EvalError
 
 # ------------------------------------------------------------------------------------------------------------ transformers
 
@@ -59,21 +59,27 @@ class TransformersEngine:
         from transformers import AutoModelForCausalLM
 
         try:
-            model = AutoModelForCausalLM.from_pretrained(source.base, revision=source.base_commit, dtype=getattr(torch, dtype))
+            model = AutoModelForCausalLM.from_pretrained(
+                source.base, revision=source.base_commit, dtype=getattr(torch, dtype)
+            )
             if source.adapter:
                 from peft import PeftModel
 
                 model = PeftModel.from_pretrained(model, source.adapter)  # type: ignore[assignment]
             model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
         except Exception as error:
-            raise EvalError(f"--model {source.model} cannot be loaded: {type(error).__name__}: {first_line(error)}.") from None
+            raise EvalError(
+                f"--model {source.model} cannot be loaded: {type(error).__name__}: {first_line(error)}."
+            ) from None
         model.eval()
         return cls(model, load_tokenizer(source), batch_size=batch_size)
 
     def close(self) -> None:
         """Nothing: the model may be the caller's."""
 
-    def generate(self, requests: Sequence[Request], decoding: Decoding, *, skip: Collection[Key] = ()) -> Iterator[Generation]:
+    def generate(
+        self, requests: Sequence[Request], decoding: Decoding, *, skip: Collection[Key] = ()
+    ) -> Iterator[Generation]:
         """Yields batch by batch, longest prompts first: running out of memory then shows at once.
 
         Requests in `skip` keep their place in a batch, and a batch is left out when all of it is skipped. So a run that goes on after
@@ -92,7 +98,9 @@ class TransformersEngine:
         from transformers import GenerationConfig, StoppingCriteriaList
 
         stops = self._end_tokens
-        pad = next(token for token in (self.tokenizer.pad_token_id, *stops, 0) if token is not None)  # masked: any token will do
+        pad = next(
+            token for token in (self.tokenizer.pad_token_id, *stops, 0) if token is not None
+        )  # masked: any token will do
         length = max(len(request.prompt_ids) for request in batch)
         padding = [length - len(request.prompt_ids) for request in batch]
         rows = [[pad] * n + list(request.prompt_ids) for request, n in zip(batch, padding, strict=True)]
@@ -100,10 +108,17 @@ class TransformersEngine:
         input_ids = torch.tensor(rows, device=device)  # (B, T)
         attention_mask = torch.tensor([[0] * n + [1] * (length - n) for n in padding], device=device)  # (B, T)
         limit = max(request.max_tokens for request in batch)
-        settings = GenerationConfig(**NEUTRAL, max_new_tokens=limit, use_cache=True, pad_token_id=pad, eos_token_id=list(stops) or None)
+        settings = GenerationConfig(
+            **NEUTRAL, max_new_tokens=limit, use_cache=True, pad_token_id=pad, eos_token_id=list(stops) or None
+        )
         criteria = StoppingCriteriaList([self._stopping(batch, decoding, length)] if decoding.stop else [])
-        sampler = [_sampler([decoding.seed_of(request) for request in batch], decoding)] if decoding.temperature > 0 else []
-        with _evaluation_mode(self.model), torch.no_grad():  # no inference_mode: its tensors could stay in a rotary cache
+        sampler = (
+            [_sampler([decoding.seed_of(request) for request in batch], decoding)] if decoding.temperature > 0 else []
+        )
+        with (
+            _evaluation_mode(self.model),
+            torch.no_grad(),
+        ):  # no inference_mode: its tensors could stay in a rotary cache
             try:
                 output = self.model.generate(
                     input_ids=input_ids,
@@ -137,12 +152,17 @@ class TransformersEngine:
         import torch
 
         done = [False] * len(batch)
-        window = max(map(len, decoding.stop)) + 4  # tokens; each holds a byte at least, and the last ones may be half a letter
+        window = (
+            max(map(len, decoding.stop)) + 4
+        )  # tokens; each holds a byte at least, and the last ones may be half a letter
 
         def criterion(input_ids, scores, **kwargs):  # (B, T + L), -
             new = input_ids[:, max(length, input_ids.shape[1] - window) :].tolist()
             for row, ids in enumerate(new):
-                done[row] = done[row] or first_stop(response_text(self.tokenizer, batch[row].prompt_ids, ids), decoding.stop) is not None
+                done[row] = (
+                    done[row]
+                    or first_stop(response_text(self.tokenizer, batch[row].prompt_ids, ids), decoding.stop) is not None
+                )
             return torch.tensor(done, device=input_ids.device)
 
         return criterion
@@ -164,7 +184,9 @@ def _sampler(seeds: list[int], decoding: Decoding) -> Any:
         if decoding.top_p < 1:  # the smallest set of likeliest tokens that holds top_p
             kept = cumulative - sorted_probabilities < decoding.top_p
             cumulative = (sorted_probabilities * kept).cumsum(dim=-1)
-        uniform = torch.tensor([[generator.random()] for generator in generators], dtype=torch.double, device=scores.device)
+        uniform = torch.tensor(
+            [[generator.random()] for generator in generators], dtype=torch.double, device=scores.device
+        )
         place = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens.gather(1, place), 0.0)
 
@@ -244,7 +266,9 @@ class VLLMEngine:
 
         self.watcher = _watcher([child.pid for child in multiprocessing.active_children() if child not in before])
 
-    def generate(self, requests: Sequence[Request], decoding: Decoding, *, skip: Collection[Key] = ()) -> Iterator[Generation]:
+    def generate(
+        self, requests: Sequence[Request], decoding: Decoding, *, skip: Collection[Key] = ()
+    ) -> Iterator[Generation]:
         """Yields in the order of finishing."""
         from vllm import SamplingParams
 
@@ -258,7 +282,9 @@ class VLLMEngine:
                 seed=decoding.seed_of(request) if decoding.temperature > 0 else None,
                 max_tokens=request.max_tokens,
                 stop=list(decoding.stop),
-                detokenize=bool(decoding.stop),  # the text is made by `finish`; vLLM's own is needed to see a stop string
+                detokenize=bool(
+                    decoding.stop
+                ),  # the text is made by `finish`; vLLM's own is needed to see a stop string
             )
             for request in todo
         ]
@@ -271,7 +297,9 @@ class VLLMEngine:
             for output in engine.step():
                 if output.finished:
                     result, request = output.outputs[0], todo[int(output.request_id) - first]  # type: ignore[index]
-                    yield finish(self.tokenizer, request, result.token_ids, decoding, ended=result.finish_reason == "stop")
+                    yield finish(
+                        self.tokenizer, request, result.token_ids, decoding, ended=result.finish_reason == "stop"
+                    )
 
     def close(self) -> None:
         """Ends vLLM's own processes and frees their memory. A spawned process that does not call this never ends."""
@@ -307,12 +335,18 @@ class DataParallelVLLM:
         self.options, self.processes = options, processes
         self.devices = _share_devices(options, processes)
 
-    def generate(self, requests: Sequence[Request], decoding: Decoding, *, skip: Collection[Key] = ()) -> Iterator[Generation]:
+    def generate(
+        self, requests: Sequence[Request], decoding: Decoding, *, skip: Collection[Key] = ()
+    ) -> Iterator[Generation]:
         todo = [request for request in requests if request.key not in skip]
         ids: dict[str, int] = {}
         for request in todo:
-            ids.setdefault(request.id, len(ids))  # all samples of a problem in one process: they share the prompt's cache
-        shares = [[request for request in todo if ids[request.id] % self.processes == rank] for rank in range(self.processes)]
+            ids.setdefault(
+                request.id, len(ids)
+            )  # all samples of a problem in one process: they share the prompt's cache
+        shares = [
+            [request for request in todo if ids[request.id] % self.processes == rank] for rank in range(self.processes)
+        ]
         context = multiprocessing.get_context("spawn")
         results = context.Queue()
         workers = [
@@ -350,7 +384,9 @@ class DataParallelVLLM:
         """Its processes end with `generate`."""
 
 
-def _work(options: VLLMOptions, environment: dict[str, str], requests: list[Request], decoding: Decoding, results: Any) -> None:
+def _work(
+    options: VLLMOptions, environment: dict[str, str], requests: list[Request], decoding: Decoding, results: Any
+) -> None:
     """One process of DataParallelVLLM: puts Generations, then None; a text if it fails."""
     os.environ.update(environment)  # before torch or vLLM look for GPUs
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -396,7 +432,11 @@ def visible_gpus() -> list[str]:
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",")[: torch.cuda.device_count()] if named else [str(index) for index in range(torch.cuda.device_count())]
+    return (
+        named.split(",")[: torch.cuda.device_count()]
+        if named
+        else [str(index) for index in range(torch.cuda.device_count())]
+    )
 
 
 def choose_engine(name: str) -> tuple[str, str]:
@@ -407,7 +447,11 @@ def choose_engine(name: str) -> tuple[str, str]:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         importlib.import_module("vllm")
     except Exception as error:  # a broken installation raises anything
-        reason = "it is not installed" if isinstance(error, ModuleNotFoundError) and error.name == "vllm" else first_line(error)
+        reason = (
+            "it is not installed"
+            if isinstance(error, ModuleNotFoundError) and error.name == "vllm"
+            else first_line(error)
+        )
         if name == "vllm":
             raise EvalError(
                 f"--engine vllm cannot be used: {reason}. Install it (pip install vllm), or use --engine transformers."

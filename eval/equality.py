@@ -37,11 +37,25 @@ def _rational(node: Node) -> Fraction | None:
         left, right = _rational(node[1]), _rational(node[2])
         if left is None or right is None or (kind == "/" and right == 0):
             return None
-        value = left + right if kind == "+" else left - right if kind == "-" else left * right if kind == "*" else left / right
+        value = (
+            left + right
+            if kind == "+"
+            else left - right
+            if kind == "-"
+            else left * right
+            if kind == "*"
+            else left / right
+        )
         return value if value.numerator.bit_length() + value.denominator.bit_length() < 40_000 else None
     if kind == "^":
         base, exponent = _rational(node[1]), _rational(node[2])
-        if base is None or exponent is None or exponent.denominator != 1 or abs(exponent) > EXPONENT or (base == 0 and exponent <= 0):
+        if (
+            base is None
+            or exponent is None
+            or exponent.denominator != 1
+            or abs(exponent) > EXPONENT
+            or (base == 0 and exponent <= 0)
+        ):
             return None
         if (base.numerator.bit_length() + base.denominator.bit_length()) * abs(int(exponent)) > 40_000:
             return None
@@ -56,7 +70,13 @@ def _rational(node: Node) -> Fraction | None:
         return value
     if kind == "binom":
         top, bottom = _rational(node[1]), _rational(node[2])
-        if top is None or bottom is None or top.denominator != 1 or bottom.denominator != 1 or not 0 <= bottom <= top <= 500:
+        if (
+            top is None
+            or bottom is None
+            or top.denominator != 1
+            or bottom.denominator != 1
+            or not 0 <= bottom <= top <= 500
+        ):
             return None
         return Fraction(math.comb(int(top), int(bottom)))
     return None
@@ -88,7 +108,15 @@ def _value(node: Node, trial: int):  # type: ignore[no-untyped-def]
         left, right = _value(node[1], trial), _value(node[2], trial)
         if kind == "/" and right == 0:
             raise UndecidedError("division by zero")
-        return left + right if kind == "+" else left - right if kind == "-" else left * right if kind == "*" else left / right
+        return (
+            left + right
+            if kind == "+"
+            else left - right
+            if kind == "-"
+            else left * right
+            if kind == "*"
+            else left / right
+        )
     if kind == "^":
         base, exponent = _value(node[1], trial), _value(node[2], trial)
         if abs(exponent) > EXPONENT or (base != 0 and abs(mp.log(abs(base))) > 5000):
@@ -302,10 +330,17 @@ def same(left: Node, right: Node) -> bool:
                 return len(cells) == len(tuple_[3]) and all(map(same, cells, tuple_[3]))
         if {left[0], right[0]} == {"bracket", "x"}:  # the ratio 1:2 and the number 1/2
             ratio, number = (left, right) if left[0] == "bracket" else (right, left)
-            if ratio[1] == ":" and len(ratio[3]) == 2 and all(part[0] == "x" for part in ratio[3]) and number[1][0] == "/":
+            if (
+                ratio[1] == ":"
+                and len(ratio[3]) == 2
+                and all(part[0] == "x" for part in ratio[3])
+                and number[1][0] == "/"
+            ):
                 return _same_number(("/", ratio[3][0][1], ratio[3][1][1]), number[1])
         if {left[0], right[0]} == {"set", "union"}:  # x < -2 or x > 2
-            return all(part[0] == "bracket" and part[1] != ":" for part in (*left[1], *right[1])) and _same_members(left[1], right[1])
+            return all(part[0] == "bracket" and part[1] != ":" for part in (*left[1], *right[1])) and _same_members(
+                left[1], right[1]
+            )
         if "set" in (left[0], right[0]):
             single, other = (left, right) if left[0] == "set" else (right, left)
             if len(single[1]) == 1:
@@ -349,7 +384,9 @@ def _named(equation: Node) -> bool:
 
 def _calculates(equation: Node) -> bool:
     """3 + 4 = 7: no side holds an unknown, so the right side is the answer."""
-    return all(side[0] == "x" and not has(side[1], ("v",)) for side in equation[1:]) and _same_number(equation[1][1], equation[2][1])
+    return all(side[0] == "x" and not has(side[1], ("v",)) for side in equation[1:]) and _same_number(
+        equation[1][1], equation[2][1]
+    )
 
 
 def _same_equation(left: Node, right: Node) -> bool:
@@ -357,7 +394,9 @@ def _same_equation(left: Node, right: Node) -> bool:
     if all(side[0] == "x" for side in sides):
         a, b, c, d = (side[1] for side in sides)
         return _proportional(("-", a, b), ("-", c, d), positive=False)
-    return (same(left[1], right[1]) and same(left[2], right[2])) or (same(left[1], right[2]) and same(left[2], right[1]))
+    return (same(left[1], right[1]) and same(left[2], right[2])) or (
+        same(left[1], right[2]) and same(left[2], right[1])
+    )
 
 
 def _proportional(left: Node, right: Node, positive: bool) -> bool:

@@ -3,13 +3,13 @@
 import contextlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from eval.tasks import EvalError
+from matrix_llm.base.errors import EvalError
+from matrix_llm.base.files import write_text
 
 ROW_FIELDS = (
     "id", "sample", "prompt_sha256", "problem", "gold", "subject", "level",
@@ -60,7 +60,9 @@ class Files:
                 if row is None and number == len(lines) and path == self.partial:
                     whole = whole[: -len(line) - 1]
                 elif row is None:
-                    raise EvalError(f"{path}, line {number}, is not a generation. Remove the line, or start anew with --overwrite.")
+                    raise EvalError(
+                        f"{path}, line {number}, is not a generation. Remove the line, or start anew with --overwrite."
+                    )
                 else:
                     yield row
             if whole != content and path == self.partial:
@@ -80,7 +82,9 @@ class Files:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise EvalError(f"another run is writing {self.partial}. Wait for it, or give another --output_dir.") from None
+                raise EvalError(
+                    f"another run is writing {self.partial}. Wait for it, or give another --output_dir."
+                ) from None
             try:
                 yield
             finally:
@@ -122,22 +126,6 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) and row.keys() >= set(ROW_FIELDS) else None
-
-
-def write_text(path: str | os.PathLike[str], text: str | Iterable[str]) -> None:
-    """The whole file or none: written under a temporary name beside it, then moved into place."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(handle, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.writelines([text] if isinstance(text, str) else text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o644)  # mkstemp makes files private
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 Key = tuple[str, int]  # problem id, sample
-CONTEXT_TOKENS = 8  # of the prompt, decoded with a response: whether its first token begins with a space depends on them
+CONTEXT_TOKENS = (
+    8  # of the prompt, decoded with a response: whether its first token begins with a space depends on them
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ def first_stop(text: str, stops: Collection[str]) -> tuple[int, str] | None:
     (4, 'Question')
     """
     found = [(text.find(stop), stop) for stop in stops]
-    return min(((place, stop) for place, stop in found if place >= 0), key=lambda hit: hit[0] + len(hit[1]), default=None)
+    return min(
+        ((place, stop) for place, stop in found if place >= 0), key=lambda hit: hit[0] + len(hit[1]), default=None
+    )
 
 
 def finish(tokenizer: Any, request: Request, new_ids: Sequence[int], decoding: Decoding, *, ended: bool) -> Generation:

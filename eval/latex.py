@@ -38,13 +38,17 @@ UNITS = (
     r"|millimeters?|mm|meters?|metres?|kg|kilograms?|grams?|lbs?|pounds?|ounces?|oz|liters?|ml|gallons?|hours?|hrs?|minutes?|mins?"
     r"|seconds?|secs?|days?|weeks?|months?|years?|percentage|percent|pct"
 )
-WORD_UNIT = re.compile(rf"(?:(?<=[0-9}})\]])|(?<=\\pi)) ?(?:(?:square|cubic|sq)\.? ?)?(?:{UNITS})\.?(?:\^\{{?[23]\}}?)?$")
+WORD_UNIT = re.compile(
+    rf"(?:(?<=[0-9}})\]])|(?<=\\pi)) ?(?:(?:square|cubic|sq)\.? ?)?(?:{UNITS})\.?(?:\^\{{?[23]\}}?)?$"
+)
 SPACING = re.compile(
     r"\\[,;:!> ]|\\(?:quad|qquad|thinspace|displaystyle|textstyle|limits|hfill|nobreakspace|left|right|[bB]igg?[lrm]?)(?![a-zA-Z])|~|&nbsp;"
 )
 TEXT_COMMANDS = "text|mbox|textbf|textit|textrm|textnormal|texttt|mathrm|mathbf|mathit|mathsf|boldsymbol|operatorname|rm|bf|hbox|emph"
 TEXT = re.compile(rf"\\(?:{TEXT_COMMANDS}) ?\{{([^{{}}]*)\}}")
-NO_UNIT = re.compile(r"\b(?:million|billion|trillion|thousand|hundred|dozens?|score|less|more|than|over|per ?cent)\b", re.I)
+NO_UNIT = re.compile(
+    r"\b(?:million|billion|trillion|thousand|hundred|dozens?|score|less|more|than|over|per ?cent)\b", re.I
+)
 REPEATING = re.compile(r"(\d{0,20})\.(\d{0,20})\\(?:overline|bar|dot) ?\{(\d{1,20})\}")
 WRAPPERS = re.compile(r"\\(?:boxed|fbox|ensuremath|mathbb|mathcal|vec|overrightarrow) ?\{([^{}]*)\}")
 THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?![\d,])")
@@ -59,7 +63,9 @@ def clean(text: str) -> str:
     text = UNICODE_RULE.sub(lambda found: UNICODE[found.group()], text)
     text = unicodedata.normalize("NFKC", text)
     text = "".join(
-        " " if character in "\t\n\r\f\v" else character for character in text if character in "\t\n\r\f\v" or ord(character) >= 32
+        " " if character in "\t\n\r\f\v" else character
+        for character in text
+        if character in "\t\n\r\f\v" or ord(character) >= 32
     )
     text = re.sub(r"(\d)\s*(?:\\!|\{,\}|,\\!)+\s*(?=\d{3})", r"\1,", text).replace(",,", ",")
     text = re.sub(r"\\\\(?:\[[0-9a-z. ]*\])?", " \x00 ", text)  # a line break of a matrix, or of a model's output
@@ -179,7 +185,9 @@ def tokens(text: str) -> list[str]:
         if len(run) > 3 and run not in FUNCTIONS and run not in ("sqrt", "frac", "infty", "infinity"):
             raise UndecidedError("words")
     text = re.sub(
-        r"(?<![a-zA-Z\\])(sqrt|pi|infty|infinity|sin|cos|tan|cot|sec|csc|log|ln|exp|arcsin|arccos|arctan)(?![a-zA-Z])", r"\\\1 ", text
+        r"(?<![a-zA-Z\\])(sqrt|pi|infty|infinity|sin|cos|tan|cot|sec|csc|log|ln|exp|arcsin|arccos|arctan)(?![a-zA-Z])",
+        r"\\\1 ",
+        text,
     )
     found = [match.group(1) for match in TOKEN.finditer(text.strip())]
     if len(found) > TOKENS:
@@ -233,7 +241,13 @@ class Parser:
                 raise UndecidedError("too deep")
             inner = self.product()
             self.depth -= 1
-            return inner if sign == "+" else ("-", ("n", Fraction(0)), inner) if sign == "-" else (r"\pm", ("n", Fraction(0)), inner)
+            return (
+                inner
+                if sign == "+"
+                else ("-", ("n", Fraction(0)), inner)
+                if sign == "-"
+                else (r"\pm", ("n", Fraction(0)), inner)
+            )
         node = self.power()
         while True:
             token = self.peek()
@@ -278,7 +292,11 @@ class Parser:
                 if token == r"\frac" and node[0] == "n" and node[1].denominator == 1 and self._plain_fraction():
                     node = ("+", node, self.power())  # a mixed number
                 elif token[0].isdigit() or token[0] == ".":
-                    raise UndecidedError("two numbers side by side") if node[0] == "n" else UndecidedError("a number behind a factor")
+                    raise (
+                        UndecidedError("two numbers side by side")
+                        if node[0] == "n"
+                        else UndecidedError("a number behind a factor")
+                    )
                 else:
                     node = ("*", node, self.power())
             else:

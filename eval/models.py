@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from eval.tasks import EvalError
+from matrix_llm.base.errors import EvalError
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those vLLM has room for
 
@@ -49,12 +49,16 @@ def locate(model: str, revision: str | None = None) -> Source:
             raise EvalError(f"--model {model}: no such folder.")
         return _locate_on_hub(model, revision)
     if revision is not None:
-        raise EvalError(f"--revision {revision} names a version on the Hub, but --model {model} is a folder. Leave --revision out.")
+        raise EvalError(
+            f"--revision {revision} names a version on the Hub, but --model {model} is a folder. Leave --revision out."
+        )
     adapter = (folder / "adapter_config.json").is_file()
     if not adapter and not (folder / "config.json").is_file():
         saved = sorted(child.name for child in folder.iterdir() if (child / "config.json").is_file())
         hint = f" It holds {', '.join(saved[-3:])}: give one of them." if saved else ""
-        raise EvalError(f"--model {model} has neither config.json nor adapter_config.json, so it is no saved model.{hint}")
+        raise EvalError(
+            f"--model {model} has neither config.json nor adapter_config.json, so it is no saved model.{hint}"
+        )
     if adapter:
         return _adapter(model, str(folder), fingerprint(folder))
     return Source(model, fingerprint(folder), str(folder), None)
@@ -64,7 +68,9 @@ def _adapter(model: str, folder: str, revision: str) -> Source:
     config = _json(Path(folder, "adapter_config.json"))
     base = config.get("base_model_name_or_path")
     if not base:
-        raise EvalError(f"{folder}/adapter_config.json names no base_model_name_or_path, so there is nothing to put the adapter on.")
+        raise EvalError(
+            f"{folder}/adapter_config.json names no base_model_name_or_path, so there is nothing to put the adapter on."
+        )
     if not Path(base).is_dir() and (Path(folder, base) / "config.json").is_file():
         base = str(Path(folder, base))  # relative to the adapter
     try:
@@ -83,13 +89,19 @@ def _locate_on_hub(model: str, revision: str | None) -> Source:
     try:
         with contextlib.suppress(EntryNotFoundError):  # also raised when a cache without network lacks it
             hf_hub_download(model, "adapter_config.json", revision=revision)
-            folder = snapshot_download(model, revision=revision, ignore_patterns=["checkpoint-*", "*.bin.index.json", "optimizer*"])
+            folder = snapshot_download(
+                model, revision=revision, ignore_patterns=["checkpoint-*", "*.bin.index.json", "optimizer*"]
+            )
             return _adapter(model, folder, Path(folder).name)
-        commit = Path(hf_hub_download(model, "config.json", revision=revision)).parent.name  # .../snapshots/COMMIT/config.json
+        commit = Path(
+            hf_hub_download(model, "config.json", revision=revision)
+        ).parent.name  # .../snapshots/COMMIT/config.json
     except EvalError:
         raise
     except Exception as error:  # the Hub's client raises a dozen kinds
-        raise EvalError(f"--model {model} is not a folder here, and cannot be found on the Hub: {first_line(error)}.") from None
+        raise EvalError(
+            f"--model {model} is not a folder here, and cannot be found on the Hub: {first_line(error)}."
+        ) from None
     return Source(model, commit, model, commit)
 
 
@@ -103,9 +115,15 @@ def fingerprint(folder: Path) -> str:
     for name in ("config.json", "adapter_config.json"):
         if (folder / name).is_file():
             digest.update((folder / name).read_bytes())
-    weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin") and path.name != "training_args.bin")
+    weights = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix in (".safetensors", ".bin") and path.name != "training_args.bin"
+    )
     if not weights:
-        raise EvalError(f"{folder} holds no weights (.safetensors or .bin). Give the folder that the training run saved.")
+        raise EvalError(
+            f"{folder} holds no weights (.safetensors or .bin). Give the folder that the training run saved."
+        )
     for path in weights:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
@@ -180,5 +198,7 @@ def lora_rank(source: Source) -> int:
     needed = max([config.get("r", 8), *(config.get("rank_pattern") or {}).values()])
     rank = next((rank for rank in LORA_RANKS if rank >= needed), None)
     if rank is None:
-        raise EvalError(f"the adapter has rank {needed}, and vLLM has room for {LORA_RANKS[-1]}. Use --engine transformers, or merge it.")
+        raise EvalError(
+            f"the adapter has rank {needed}, and vLLM has room for {LORA_RANKS[-1]}. Use --engine transformers, or merge it."
+        )
     return rank

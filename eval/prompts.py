@@ -5,7 +5,7 @@
     gsm8k_8shot   8 worked questions, "Q: ...\\nA:"             Wei et al. 2022, as in wellecks/lm-evaluation-harness @bec2172 (MIT)
     minerva_4shot 4 worked problems, "Problem:\\n..."           Lewkowycz et al. 2022, as in the same harness (MIT)
     chat          the tokenizer's chat template
-    plain, alpaca what models trained here have seen: matrix_llm.prompts' "plain" and "metamath"
+    plain, alpaca what models trained here have seen: matrix_llm.data.prompts' "plain" and "metamath"
 
 The two few-shot texts keep the quirks of their source (\\\\$23, two spaces before one "The answer is 5.", a stray brace): a score
 depends on them.
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from eval.tasks import EvalError
+from matrix_llm.base.errors import EvalError
 
 PLACEHOLDER = "{instruction}"
 ALPACA = (
@@ -25,7 +25,9 @@ ALPACA = (
     "### Instruction:\n{instruction}\n\n### Response:"
 )
 STEP_BY_STEP = " Let's think step by step."
-BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."  # Qwen2.5-Math's and DeepSeek's wording
+BOXED = (
+    "\nPlease reason step by step, and put your final answer within \\boxed{}."  # Qwen2.5-Math's and DeepSeek's wording
+)
 
 # fmt: off
 GSM8K_EXEMPLARS: tuple[tuple[str, str], ...] = (
@@ -133,7 +135,9 @@ class Prompt:
         text = self.template.replace(PLACEHOLDER, problem)
         if not self.chat:
             return text
-        return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
 
     def sha256(self, tokenizer: Any = None) -> str:
         """Of all text around a problem."""
@@ -143,7 +147,10 @@ class Prompt:
 def _few_shot(question: str, answer: str, exemplars: tuple[tuple[str, str], ...]) -> str:
     """("Q: ", "\\nA: ", (("1+1?", "2"),)) -> "Q: 1+1?\\nA: 2\\n\\nQ: {instruction}\\nA:"."""
     return (
-        "".join(question + asked + answer + answered + "\n\n" for asked, answered in exemplars) + question + PLACEHOLDER + answer.rstrip()
+        "".join(question + asked + answer + answered + "\n\n" for asked, answered in exemplars)
+        + question
+        + PLACEHOLDER
+        + answer.rstrip()
     )
 
 
@@ -177,23 +184,29 @@ def custom_prompt(template: str) -> Prompt:
     return Prompt("custom", template)
 
 
-def choose_prompt(name: str, *, benchmark: str, builtin: bool, recipe: Mapping[str, Any] | None, chat_template: bool) -> tuple[Prompt, str]:
+def choose_prompt(
+    name: str, *, benchmark: str, builtin: bool, recipe: Mapping[str, Any] | None, chat_template: bool
+) -> tuple[Prompt, str]:
     """The prompt called `name`, and why; "auto" takes the one the checkpoint was trained with.
 
     Args:
         name: a key of PROMPTS, "auto", or a text that holds {instruction} once.
-        builtin: the problems come from matrix_llm.wordproblems, which a model trained here saw without "Let's think step by step."
+        builtin: the problems come from matrix_llm.data.wordproblems, which a model trained here saw without "Let's think step by step."
         recipe: the recipe.yaml beside the checkpoint.
         chat_template: the tokenizer has one.
     """
-    prompt, why = _automatic(benchmark, builtin, recipe, chat_template) if name == "auto" else (_named(name), "as asked")
+    prompt, why = (
+        _automatic(benchmark, builtin, recipe, chat_template) if name == "auto" else (_named(name), "as asked")
+    )
     if benchmark not in prompt.benchmarks:
         raise EvalError(
             f"--prompt {prompt.name} holds worked {' and '.join(prompt.benchmarks)} problems, so it cannot ask {benchmark}. "
             f"Use --prompt {FEW_SHOT[benchmark]}."
         )
     if prompt.chat and not chat_template:
-        raise EvalError(f"--prompt chat: the tokenizer has no chat template. Use --prompt {FEW_SHOT[benchmark]} for a base model.")
+        raise EvalError(
+            f"--prompt chat: the tokenizer has no chat template. Use --prompt {FEW_SHOT[benchmark]} for a base model."
+        )
     return prompt, why
 
 
@@ -209,13 +222,21 @@ def _named(name: str) -> Prompt:
     )
 
 
-def _automatic(benchmark: str, builtin: bool, recipe: Mapping[str, Any] | None, chat_template: bool) -> tuple[Prompt, str]:
-    if recipe is not None and not (chat_template and "prompt_template" not in recipe and recipe.get("chat_template_path")):
+def _automatic(
+    benchmark: str, builtin: bool, recipe: Mapping[str, Any] | None, chat_template: bool
+) -> tuple[Prompt, str]:
+    if recipe is not None and not (
+        chat_template and "prompt_template" not in recipe and recipe.get("chat_template_path")
+    ):
         template = recipe.get("prompt_template", "metamath")  # what training uses when the recipe names none
         if template == "metamath":
             if builtin:
-                return PROMPTS["alpaca"], "recipe.yaml says prompt_template: metamath, and these problems were trained on without a suffix"
-            return PROMPTS["metamath"], "recipe.yaml says prompt_template: metamath, whose authors evaluate with this one"
+                return PROMPTS[
+                    "alpaca"
+                ], "recipe.yaml says prompt_template: metamath, and these problems were trained on without a suffix"
+            return PROMPTS[
+                "metamath"
+            ], "recipe.yaml says prompt_template: metamath, whose authors evaluate with this one"
         if template in PROMPTS:
             return PROMPTS[template], f"recipe.yaml says prompt_template: {template}"
         if isinstance(template, str) and template.count(PLACEHOLDER) == 1:
@@ -226,4 +247,6 @@ def _automatic(benchmark: str, builtin: bool, recipe: Mapping[str, Any] | None, 
         )
     if chat_template:
         return PROMPTS["chat"], "the tokenizer has a chat template"
-    return PROMPTS[FEW_SHOT[benchmark]], "no recipe.yaml beside the model and no chat template: worked examples, as for a base model"
+    return PROMPTS[
+        FEW_SHOT[benchmark]
+    ], "no recipe.yaml beside the model and no chat template: worked examples, as for a base model"

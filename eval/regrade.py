@@ -22,7 +22,7 @@ from eval.answers import BENCHMARKS, CONVENTIONS
 from eval.conventions import last_boxed
 from eval.files import write_json
 from eval.report import by_problem, grade_rows, score, score_lines, visible
-from eval.tasks import EvalError
+from matrix_llm.base.errors import EvalError
 
 FIELDS = {  # the first name that a row holds is taken
     "response": ("response", "completion", "generation", "output", "prediction"),
@@ -54,7 +54,9 @@ def read_generations(path: Path, benchmark: str) -> tuple[list[dict[str, Any]], 
             except UnicodeDecodeError:
                 bad.append((number, "not UTF-8"))
             except (ValueError, RecursionError) as error:
-                bad.append((number, f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else str(error)))
+                bad.append(
+                    (number, f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else str(error))
+                )
             else:
                 name = str(row["id"]) if row.get("id") is not None else f"line {number}"
                 for response in given.pop("responses"):
@@ -71,19 +73,32 @@ def _fields(row: Any, benchmark: str) -> dict[str, Any]:
     """{"responses", "gold", "problem"} of one row under whatever names it uses."""
     if not isinstance(row, dict):
         raise ValueError(f"a {type(row).__name__}, not an object with named fields")
-    found = {field: next((row[name] for name in names if row.get(name) is not None), None) for field, names in FIELDS.items()}
+    found = {
+        field: next((row[name] for name in names if row.get(name) is not None), None) for field, names in FIELDS.items()
+    }
     responses = found["response"] if isinstance(found["response"], list) else [found["response"]]
     if not responses or not all(isinstance(response, str) for response in responses):
-        raise ValueError(f"no text under {' or '.join(FIELDS['response'])}; its fields are {', '.join(map(str, row)) or 'none'}")
+        raise ValueError(
+            f"no text under {' or '.join(FIELDS['response'])}; its fields are {', '.join(map(str, row)) or 'none'}"
+        )
     gold = found["gold"]
     if benchmark == "math":
-        source = next((value for value in (gold, row.get("solution")) if isinstance(value, str) and last_boxed(value) is not None), None)
+        source = next(
+            (
+                value
+                for value in (gold, row.get("solution"))
+                if isinstance(value, str) and last_boxed(value) is not None
+            ),
+            None,
+        )
         gold = last_boxed(source) if source is not None else gold
     elif isinstance(gold, str):
         gold = gold.rsplit("####", 1)[-1]
     if isinstance(gold, bool) or not isinstance(gold, str | int | float) or not str(gold).strip():
         solution = " or a solution with \\boxed" if benchmark == "math" else ""
-        raise ValueError(f"no gold answer under {' or '.join(FIELDS['gold'])}{solution}; its fields are {', '.join(map(str, row))}")
+        raise ValueError(
+            f"no gold answer under {' or '.join(FIELDS['gold'])}{solution}; its fields are {', '.join(map(str, row))}"
+        )
     problem = found["problem"]
     return {"responses": responses, "gold": str(gold).strip(), "problem": problem if isinstance(problem, str) else ""}
 
@@ -100,7 +115,10 @@ def regrade(path: Path, benchmark: str) -> dict[str, Any]:
     for place, row in enumerate(rows):
         verdicts = {convention: graded[convention][place] for convention in CONVENTIONS}
         if len({verdict.correct for verdict in verdicts.values()}) > 1:
-            each = {convention: {"correct": verdict.correct, "extracted": verdict.extracted} for convention, verdict in verdicts.items()}
+            each = {
+                convention: {"correct": verdict.correct, "extracted": verdict.extracted}
+                for convention, verdict in verdicts.items()
+            }
             found = {verdict.correct for verdict in verdicts.values() if verdict.extracted is not None}
             told = {key: row[key] for key in ("id", "sample", "line", "problem", "gold", "response")}
             disagreements.append({**told, "on_answers_found": len(found) > 1, "verdicts": each})
@@ -120,8 +138,16 @@ def regrade(path: Path, benchmark: str) -> dict[str, Any]:
 
 def describe(result: Mapping[str, Any], *, show: int) -> str:
     """The result as text for a terminal."""
-    several = "" if result["rows"] == result["problems"] else ", accuracy is over all samples, interval and counts are of the first of each"
-    lines = [f"{result['file']}: {result['rows']} responses to {result['problems']} problems{several}", "", *score_lines(result["scores"])]
+    several = (
+        ""
+        if result["rows"] == result["problems"]
+        else ", accuracy is over all samples, interval and counts are of the first of each"
+    )
+    lines = [
+        f"{result['file']}: {result['rows']} responses to {result['problems']} problems{several}",
+        "",
+        *score_lines(result["scores"]),
+    ]
     bad = result["bad_lines"]
     if bad:
         lines += ["", f"warning: {len(bad)} lines hold no generation and are not counted"]
@@ -129,7 +155,9 @@ def describe(result: Mapping[str, Any], *, show: int) -> str:
         lines += [f"  and {len(bad) - LISTED_BAD} more (--out lists all)"] if len(bad) > LISTED_BAD else []
     disagreements = result["disagreements"]
     telling = [each for each in disagreements if each["on_answers_found"]]
-    others = [each for each in disagreements if not each["on_answers_found"]]  # some conventions found no answer: a matter of format
+    others = [
+        each for each in disagreements if not each["on_answers_found"]
+    ]  # some conventions found no answer: a matter of format
     lines += [
         "",
         f"the conventions disagree on {len(disagreements)} of {result['rows']} responses, on {len(telling)} of them about answers found",
@@ -137,7 +165,10 @@ def describe(result: Mapping[str, Any], *, show: int) -> str:
     if disagreements and show > 0:
         lines[-1] += f"; {min(show, len(disagreements))} shown, those first (--show N, --out FILE for all)"
     for each in (telling + others)[: max(show, 0)]:
-        lines += ["", f"{visible(each['id'])}, sample {each['sample']}, line {each['line']}: gold {_brief(each['gold'])}"]
+        lines += [
+            "",
+            f"{visible(each['id'])}, sample {each['sample']}, line {each['line']}: gold {_brief(each['gold'])}",
+        ]
         if each["problem"]:
             lines.append(f"  problem    {_brief(each['problem'])}")
         lines.append(f"  response   {_tail(each['response'])}")
@@ -159,7 +190,9 @@ def _tail(text: str, limit: int = 110) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="eval/regrade.py", description="Grade generations on file under every convention.")
+    parser = argparse.ArgumentParser(
+        prog="eval/regrade.py", description="Grade generations on file under every convention."
+    )
     parser.add_argument("generations", type=Path, help="JSON lines with a response and a gold answer each")
     parser.add_argument("--benchmark", choices=BENCHMARKS, required=True)
     parser.add_argument("--show", type=int, default=10, metavar="N", help="disagreements to list (default: 10)")

@@ -44,7 +44,9 @@ def by_problem(rows: Sequence[Row]) -> dict[str, list[int]]:
         found.sort(key=lambda place: rows[place]["sample"])
         samples = [rows[place]["sample"] for place in found]
         if len(set(samples)) < len(samples):
-            raise ValueError(f"{problem} has two rows of one sample (samples {samples}): the file was written twice. Generate it again.")
+            raise ValueError(
+                f"{problem} has two rows of one sample (samples {samples}): the file was written twice. Generate it again."
+            )
     return places
 
 
@@ -91,7 +93,9 @@ def summarise(
     samples = len(next(iter(places.values())))
     for problem, found in places.items():
         if len(found) != samples:
-            raise ValueError(f"{problem} has {len(found)} samples, others {samples}: the run is unfinished. Start it again to complete it.")
+            raise ValueError(
+                f"{problem} has {len(found)} samples, others {samples}: the run is unfinished. Start it again to complete it."
+            )
     graded = grade_rows(rows, benchmark=benchmark)
     verified = {problem: [graded[DEFAULT][place] for place in found] for problem, found in places.items()}
     first = {problem: rows[found[0]] for problem, found in places.items()}
@@ -163,7 +167,9 @@ def visible(text: str) -> str:
     >>> visible("a\x1b[31m\u202eb\r")
     'a␛[31m⟨U+202E⟩b␍'
     """
-    return "".join(character if character in "\n\t" or character.isprintable() else _spelled(character) for character in text)
+    return "".join(
+        character if character in "\n\t" or character.isprintable() else _spelled(character) for character in text
+    )
 
 
 def _spelled(character: str) -> str:
@@ -183,7 +189,10 @@ def score_table(summary: Mapping[str, Any]) -> str:
     if summary.get("pass_at_k"):
         shares = ", ".join(f"pass@{k} {percent(share)}" for k, share in summary["pass_at_k"].items())
         majority = summary["majority"]
-        lines += ["", f"{shares}; majority of {majority['k']} {percent(majority['accuracy'])} ({summary['convention']})"]
+        lines += [
+            "",
+            f"{shares}; majority of {majority['k']} {percent(majority['accuracy'])} ({summary['convention']})",
+        ]
     facts = [
         f"{summary['problems']} problems, samples of each: {summary['samples_per_problem']}",
         f"cut at max_tokens: {summary['truncated']}",
@@ -212,7 +221,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Markdown, padded so that it also reads as plain text; the first column left, numbers right."""
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (head, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-    lines = ["| " + " | ".join(f"{cell:{'<' if not i else '>'}{widths[i]}}" for i, cell in enumerate(row)) + " |" for row in cells]
+    lines = [
+        "| " + " | ".join(f"{cell:{'<' if not i else '>'}{widths[i]}}" for i, cell in enumerate(row)) + " |"
+        for row in cells
+    ]
     rule = "|" + "|".join("-" * (width + 1) + ("-" if not i else ":") for i, width in enumerate(widths)) + "|"
     return [lines[0], rule, *lines[1:]]
 
@@ -264,7 +276,9 @@ def write_report(path: str | os.PathLike[str], summary: Mapping[str, Any], rows:
         shares = [(f"pass@{k}", percent(share)) for k, share in summary["pass_at_k"].items()]
         body += [
             "<h2>Several samples</h2>",
-            _html_table(("measure", "share"), [*shares, (f"majority of {majority['k']}", percent(majority["accuracy"]))]),
+            _html_table(
+                ("measure", "share"), [*shares, (f"majority of {majority['k']}", percent(majority["accuracy"]))]
+            ),
         ]
     body += ["<h2>Run</h2>", _facts(summary), "<h2>Wrong answers</h2>", *_wrong(summary, rows)]
     head_tags = [
@@ -290,7 +304,9 @@ def _plot(groups: Mapping[str, Mapping[str, Any]], title: str) -> str:
     """Horizontal bars from 0 to 100 %, a whisker for the interval, the count at the right."""
     left, width, step, top = 190, 420, 28, 8
     bottom = top + step * len(groups)
-    parts = [f'<svg viewBox="0 0 760 {bottom + 26}" width="760" role="img" aria-label="{_shown(title)}" font-size="13" fill="#1a1a1a">']
+    parts = [
+        f'<svg viewBox="0 0 760 {bottom + 26}" width="760" role="img" aria-label="{_shown(title)}" font-size="13" fill="#1a1a1a">'
+    ]
     for tick in range(0, 101, 25):
         x = left + width * tick / 100
         parts.append(f'<line x1="{x}" x2="{x}" y1="{top}" y2="{bottom}" stroke="#ddd"/>')
@@ -303,7 +319,9 @@ def _plot(groups: Mapping[str, Mapping[str, Any]], title: str) -> str:
         parts.append(f'<rect x="{left}" y="{y - 8}" width="{mean - left:.2f}" height="16" fill="#7fb0d9"/>')
         whisker = f"M{low:.2f} {y - 5}v10M{low:.2f} {y}H{high:.2f}M{high:.2f} {y - 5}v10"
         parts.append(f'<path d="{whisker}" stroke="#1a1a1a" stroke-width="1.5" fill="none"/>')
-        parts.append(f'<text x="{left + width + 10}" y="{y + 4.5}">{percent(scores["accuracy"])} of {scores["total"]}</text>')
+        parts.append(
+            f'<text x="{left + width + 10}" y="{y + 4.5}">{percent(scores["accuracy"])} of {scores["total"]}</text>'
+        )
     return "".join(parts) + "</svg>"
 
 
@@ -329,12 +347,16 @@ def _wrong(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
     """Sample 0 of every problem that was not found right, at most SHOWN_WRONG."""
     verdicts = summary["verdicts"]
     places = by_problem(rows)
-    wrong = [rows[places[problem][0]] for problem, correct in verdicts.items() if correct is not True and problem in places]
+    wrong = [
+        rows[places[problem][0]] for problem, correct in verdicts.items() if correct is not True and problem in places
+    ]
     if not wrong:
         return ["<p>None.</p>"]
     parts = [f'<p class="note">{len(wrong)} of {len(verdicts)} problems (sample 0)']
     if len(wrong) > SHOWN_WRONG:
-        parts[0] += f"; the first {SHOWN_WRONG} are shown, all of them are in {_shown(summary.get('generations', 'the generations file'))}"
+        parts[0] += (
+            f"; the first {SHOWN_WRONG} are shown, all of them are in {_shown(summary.get('generations', 'the generations file'))}"
+        )
     parts[0] += ".</p>"
     for row in wrong[:SHOWN_WRONG]:
         extracted = extract_answer(row["response"], convention=summary["convention"], benchmark=summary["benchmark"])
@@ -345,7 +367,9 @@ def _wrong(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
         response = row["response"]
         if len(response) > SHOWN_CHARACTERS:
             half = SHOWN_CHARACTERS // 2
-            response = f"{response[:half]}\n[... {len(response) - 2 * half} characters left out ...]\n{response[-half:]}"
+            response = (
+                f"{response[:half]}\n[... {len(response) - 2 * half} characters left out ...]\n{response[-half:]}"
+            )
         given = "no answer found" if extracted is None else f"<code>{_shown(_short(extracted))}</code>"
         parts.append(
             f"<details><summary>{_shown(row['id'])}: {given}, gold <code>{_shown(_short(row['gold']))}</code>"

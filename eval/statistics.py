@@ -15,26 +15,17 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from statistics import NormalDist
 
+from matrix_llm.base.statistics import wilson_interval
 
-def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Score interval of a proportion p = correct / total (Wilson 1927), z the normal quantile of `confidence`:
-
-        (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
-
-    The low end is exactly 0 at `correct` = 0, the high end exactly 1 at `correct` = `total`.
-
-    >>> [round(x, 4) for x in wilson_interval(913, 1319)]
-    [0.6668, 0.7165]
-    """
-    _check_count(correct, total)
-    z = _two_sided_z(confidence)
-    p = correct / total
-    centre = p + z * z / (2 * total)
-    spread = z * math.sqrt(p * (1 - p) / total + (z / (2 * total)) ** 2)
-    scale = 1 + z * z / total
-    low = 0.0 if correct == 0 else max(0.0, (centre - spread) / scale)
-    high = 1.0 if correct == total else min(1.0, (centre + spread) / scale)
-    return low, high
+__all__ = [
+    "bootstrap_difference",
+    "majority_vote",
+    "mcnemar_exact",
+    "minimum_detectable_difference",
+    "pass_at_k",
+    "two_proportion",
+    "wilson_interval",
+]
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
@@ -85,7 +76,9 @@ def bootstrap_difference(
     import numpy as np
 
     if len(a) != len(b) or not len(a):
-        raise ValueError(f"{len(a)} scores against {len(b)}: a paired difference needs the same problems on both sides, at least one.")
+        raise ValueError(
+            f"{len(a)} scores against {len(b)}: a paired difference needs the same problems on both sides, at least one."
+        )
     if not _is_count(repeats) or repeats == 0:
         raise ValueError(f"repeats={repeats!r} draws no sample: use a positive integer, such as 10000.")
     _two_sided_z(confidence)
@@ -95,7 +88,9 @@ def bootstrap_difference(
     return float(low), float(high)
 
 
-def minimum_detectable_difference(total: int, discordant_share: float, power: float = 0.8, confidence: float = 0.95) -> float:
+def minimum_detectable_difference(
+    total: int, discordant_share: float, power: float = 0.8, confidence: float = 0.95
+) -> float:
     """Smallest true accuracy difference d that McNemar's test on `total` problems finds with probability `power`.
 
     Solves d sqrt(n) = z_a sqrt(s) + z_b sqrt(s - d^2), s = `discordant_share` the share of problems that one run alone solves
@@ -129,7 +124,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     """
     _check_count(c, n)
     if not _is_count(k) or not 1 <= k <= n:
-        raise ValueError(f"pass@{k} cannot be estimated from n={n} samples: k must lie between 1 and n. Draw more samples, or lower k.")
+        raise ValueError(
+            f"pass@{k} cannot be estimated from n={n} samples: k must lie between 1 and n. Draw more samples, or lower k."
+        )
     drawn = math.comb(n, k)
     return (drawn - math.comb(n - c, k)) / drawn
 

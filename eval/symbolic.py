@@ -98,8 +98,13 @@ def main() -> None:
     for line in sys.stdin:
         given, gold = json.loads(line)
         try:
-            sides = [parse(f"${text}$", extraction_config=how, parsing_timeout=None, raise_on_error=True) for text in (gold, given)]
-            verdict = bool(verify(sides[0], sides[1], timeout_seconds=None, raise_on_error=True)) if all(sides) else False
+            sides = [
+                parse(f"${text}$", extraction_config=how, parsing_timeout=None, raise_on_error=True)
+                for text in (gold, given)
+            ]
+            verdict = (
+                bool(verify(sides[0], sides[1], timeout_seconds=None, raise_on_error=True)) if all(sides) else False
+            )
         except MemoryError:
             verdict = None  # type: ignore[assignment]
         except Exception:  # whatever sympy throws at untrusted text

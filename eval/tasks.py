@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.conventions import last_boxed
+from matrix_llm.base.errors import EvalError
 
 BENCHMARKS = ("gsm8k", "math")
 BUILTIN = "builtin"
@@ -20,10 +21,6 @@ BUILTIN_SEED, BUILTIN_PROBLEMS = 0, 512
 MATH_SUBJECTS = (
     "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra", "precalculus",
 )  # fmt: skip
-
-
-class EvalError(Exception):
-    """Something the user can mend. One line: what was given, why it cannot work, the way out."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +40,27 @@ def problem_set_name(benchmark: str, *, data: str | None, subset: str | None) ->
     """
     name = subset or benchmark
     stem = Path(data).stem if data else "test"
-    return name if stem in ("test", "gsm8k", "math", "math500", name) else f"{name}_{re.sub(r'[^A-Za-z0-9_-]+', '_', stem)}"
+    return (
+        name
+        if stem in ("test", "gsm8k", "math", "math500", name)
+        else f"{name}_{re.sub(r'[^A-Za-z0-9_-]+', '_', stem)}"
+    )
 
 
 def load_problems(
-    benchmark: str, *, data: str | None = None, subset: str | None = None, ids: str | None = None, limit: int | None = None
+    benchmark: str,
+    *,
+    data: str | None = None,
+    subset: str | None = None,
+    ids: str | None = None,
+    limit: int | None = None,
 ) -> list[Problem]:
     """All problems in their own order. `limit` is a hint for what would be generated without end; `choose` is what limits."""
     if data == BUILTIN:
         if benchmark != "gsm8k":
-            raise EvalError("--data builtin makes grade-school problems, so it cannot stand in for MATH. Use eval/gsm8k.py.")
+            raise EvalError(
+                "--data builtin makes grade-school problems, so it cannot stand in for MATH. Use eval/gsm8k.py."
+            )
         return _builtin(limit)
     if data is not None:
         rows, source = read_rows(Path(data)), data
@@ -62,7 +70,11 @@ def load_problems(
         rows, source = _hub("HuggingFaceH4/MATH-500"), "HuggingFaceH4/MATH-500"
     else:
         source = "EleutherAI/hendrycks_math"
-        rows = [{**row, "id": f"{subject}/test/{index}"} for subject in MATH_SUBJECTS for index, row in enumerate(_hub(source, subject))]
+        rows = [
+            {**row, "id": f"{subject}/test/{index}"}
+            for subject in MATH_SUBJECTS
+            for index, row in enumerate(_hub(source, subject))
+        ]
     if not rows:
         raise EvalError(f"{source} holds no rows, so there is nothing to measure.")
     stem = Path(data).stem if data else "test"
@@ -77,7 +89,9 @@ def load_problems(
     seen: set[str] = set()
     for problem in problems:
         if problem.id in seen:
-            raise EvalError(f"{source}: the id {problem.id!r} occurs twice, so its generations could not be told apart. Make ids unique.")
+            raise EvalError(
+                f"{source}: the id {problem.id!r} occurs twice, so its generations could not be told apart. Make ids unique."
+            )
         seen.add(problem.id)
     return problems
 
@@ -94,14 +108,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a .jsonl, .json (a list, or one object a line) or .parquet file."""
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise EvalError(f"--data {path} {what}. Give a .jsonl, .json or .parquet file, or leave --data out to load from the Hub.")
+        raise EvalError(
+            f"--data {path} {what}. Give a .jsonl, .json or .parquet file, or leave --data out to load from the Hub."
+        )
     if path.suffix == ".parquet":
         import pyarrow.parquet  # comes with datasets
 
         try:
             return pyarrow.parquet.read_table(path).to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
-            raise EvalError(f"--data {path} cannot be read as parquet: {_first_line(error)}. Download it again.") from None
+            raise EvalError(
+                f"--data {path} cannot be read as parquet: {_first_line(error)}. Download it again."
+            ) from None
     if path.suffix not in (".json", ".jsonl"):
         raise EvalError(f"--data {path} ends in {path.suffix!r}; known are .jsonl, .json and .parquet.")
     try:
@@ -117,7 +135,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         try:
             value = json.loads(line)
         except json.JSONDecodeError as error:
-            raise EvalError(f"--data {path}, line {number}, is not JSON ({error.msg}). Repair or remove that line.") from None
+            raise EvalError(
+                f"--data {path}, line {number}, is not JSON ({error.msg}). Repair or remove that line."
+            ) from None
         rows += value if isinstance(value, list) else [value]
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
@@ -144,7 +164,9 @@ def _problem(benchmark: str, row: Mapping[str, Any], fallback_id: str, source: s
         gold = gold if gold is not None else (str(answer) if answer is not None else None)
         wanted = "'solution' with a \\boxed{...}, or 'answer'"
     if not gold:
-        raise EvalError(f"{source}: row {given} has no gold answer; needed is {wanted}. Its columns are {', '.join(map(str, row))}.")
+        raise EvalError(
+            f"{source}: row {given} has no gold answer; needed is {wanted}. Its columns are {', '.join(map(str, row))}."
+        )
     level = re.search(r"\d+", str(row.get("level", "")))
     return Problem(given, text, gold, row.get("subject") or row.get("type"), int(level.group()) if level else None)
 
@@ -160,12 +182,14 @@ def _only(problems: Sequence[Problem], path: Path, source: str) -> list[Problem]
     by_id = {problem.id: problem for problem in problems}
     missing = [name for name in wanted if name not in by_id]
     if missing:
-        raise EvalError(f"--ids {path}: {len(missing)} of {len(wanted)} ids are not in {source}, for example {missing[0]!r}.")
+        raise EvalError(
+            f"--ids {path}: {len(missing)} of {len(wanted)} ids are not in {source}, for example {missing[0]!r}."
+        )
     return [by_id[name] for name in wanted]
 
 
 def _builtin(limit: int | None) -> list[Problem]:
-    from matrix_llm.wordproblems import generate  # the only import from matrix_llm: problems, no model code
+    from matrix_llm.data.wordproblems import generate  # the only import from matrix_llm: problems, no model code
 
     made = generate(max(limit or 0, BUILTIN_PROBLEMS), seed=BUILTIN_SEED, split="test")
     return [Problem(f"builtin/test/{index}", row.query, row.answer, row.type) for index, row in enumerate(made)]

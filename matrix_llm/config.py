@@ -17,11 +17,12 @@ from typing import Any
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
-from matrix_llm.gpus import GPUS
-from matrix_llm.prompts import resolve_template
-from matrix_llm.rows import local_path, looks_local
-from matrix_llm.settings import Settings, find_beside
-from matrix_llm.values import RecipeError, check_choice, check_range
+from matrix_llm.base.errors import RecipeError
+from matrix_llm.base.gpus import GPUS
+from matrix_llm.base.reader import Settings, find_beside
+from matrix_llm.base.values import check_choice, check_range
+from matrix_llm.data.prompts import resolve_template
+from matrix_llm.data.readers import local_path, looks_local
 
 __all__ = ["DataArguments", "MatrixConfig", "ModelArguments", "Recipe", "RecipeError", "load_recipe"]
 
@@ -39,12 +40,16 @@ class MatrixConfig(SFTConfig):
     """
 
     mce_weight: float = 1.0  # loss = CE + mce_weight * MCE; 0 is plain SFT, at no extra cost
-    mce_warmup_steps: float = 0  # the weight rises linearly over so many steps; below 1, a share of all steps, as warmup_steps
+    mce_warmup_steps: float = (
+        0  # the weight rises linearly over so many steps; below 1, a share of all steps, as warmup_steps
+    )
     mce_solver: str = field(default="krylov", metadata={"choices": ["exact", "krylov", "taylor"]})
     mce_steps: int | None = None  # Krylov steps; None: the library's measured default
     mce_order: int = 4  # order of the Taylor solver
     mce_sketch_dim: int | None = None  # width the embeddings are sketched to; None: no sketch
-    mce_top_k: int | None = None  # likeliest tokens kept exactly, the rest by its moments; None: 16, or all of a small vocabulary
+    mce_top_k: int | None = (
+        None  # likeliest tokens kept exactly, the rest by its moments; None: 16, or all of a small vocabulary
+    )
     mce_embeddings: str = "lm_head"  # which token vectors: "lm_head", "input", or a path to a .safetensors
     mce_embedding_grad: bool = False  # True: the gradient also flows through the token vectors of the MCE
     effective_rank_steps: int = 0  # log the effective rank of the LM head every so many steps; 0: at start and end only
@@ -78,7 +83,12 @@ class MatrixConfig(SFTConfig):
         version = str((self.fsdp_plugin_args or {}).get("fsdp_version") or os.environ.get("FSDP_VERSION", "1"))
         shards = bool(self.fsdp_plugin_args) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
         for clash, what, reason, way_out in [
-            (size("tp_size") > 1, f"tensor parallelism (tp_size={size('tp_size')})", sliced, "Shard with ZeRO-3 or FSDP2 instead."),
+            (
+                size("tp_size") > 1,
+                f"tensor parallelism (tp_size={size('tp_size')})",
+                sliced,
+                "Shard with ZeRO-3 or FSDP2 instead.",
+            ),
             (
                 size("sp_size") > 1,
                 f"sequence parallelism (sp_size={size('sp_size')})",
@@ -112,9 +122,13 @@ class MatrixConfig(SFTConfig):
                 raise RecipeError(f"{name}={value!r} is not a size. Give null for none, or an integer of at least 1.")
         if self.mce_embeddings not in ("lm_head", "input"):
             if not self.mce_embeddings.endswith(".safetensors"):
-                check_choice("mce_embeddings", self.mce_embeddings, ["lm_head", "input"], also="a path to a .safetensors file")
+                check_choice(
+                    "mce_embeddings", self.mce_embeddings, ["lm_head", "input"], also="a path to a .safetensors file"
+                )
             if not (file := Path(self.mce_embeddings).expanduser()).is_file():
-                raise RecipeError(f"mce_embeddings={self.mce_embeddings!r}: no file at {file.absolute()}. Correct the path.")
+                raise RecipeError(
+                    f"mce_embeddings={self.mce_embeddings!r}: no file at {file.absolute()}. Correct the path."
+                )
             if self.mce_embedding_grad:
                 raise RecipeError(
                     f"mce_embedding_grad=True with mce_embeddings={self.mce_embeddings!r}: vectors read from a file are no parameter of "
@@ -122,8 +136,16 @@ class MatrixConfig(SFTConfig):
                 )
         if self.mce_weight > 0:
             for name, clash, reason in [
-                ("label_smoothing_factor", self.label_smoothing_factor > 0, "MCE is defined against the one true token"),
-                ("loss_type", self.loss_type == "dft", "it reweights each token's CE by its probability, and MCE has no such form"),
+                (
+                    "label_smoothing_factor",
+                    self.label_smoothing_factor > 0,
+                    "MCE is defined against the one true token",
+                ),
+                (
+                    "loss_type",
+                    self.loss_type == "dft",
+                    "it reweights each token's CE by its probability, and MCE has no such form",
+                ),
                 ("use_liger_kernel", self.use_liger_kernel, "its fused loss replaces the forward that computes MCE"),
                 (
                     "packing_strategy",
@@ -146,8 +168,12 @@ class ModelArguments:
     model_revision: str = "main"
     model_config: dict | None = None  # a model from scratch, e.g. {"model_type": "llama", "hidden_size": 64, ...}
     tokenizer_name_or_path: str | None = None  # default: the model's own
-    tokenizer_vocab_size: int | None = None  # train a byte-level BPE of this size on the training text (from scratch only)
-    dtype: str = field(default="float32", metadata={"choices": ["float32", "bfloat16", "float16", "auto"]})  # of the master weights
+    tokenizer_vocab_size: int | None = (
+        None  # train a byte-level BPE of this size on the training text (from scratch only)
+    )
+    dtype: str = field(
+        default="float32", metadata={"choices": ["float32", "bfloat16", "float16", "auto"]}
+    )  # of the master weights
     attn_implementation: str | None = None
     use_peft: bool = False
     lora_r: int = 16
@@ -168,7 +194,9 @@ class ModelArguments:
             raise RecipeError(
                 f"model_config={self.model_config!r} does not say which architecture to build. Add model_type, e.g. model_type: llama."
             )
-        if self.model_config is not None and (self.tokenizer_name_or_path is None) == (self.tokenizer_vocab_size is None):
+        if self.model_config is not None and (self.tokenizer_name_or_path is None) == (
+            self.tokenizer_vocab_size is None
+        ):
             raise RecipeError(
                 "model_config builds a model from scratch, which brings no tokenizer. Give exactly one of tokenizer_vocab_size (train one "
                 "on the training text) and tokenizer_name_or_path."
@@ -181,7 +209,9 @@ class ModelArguments:
         if self.load_in_4bit and not self.use_peft:
             raise RecipeError("load_in_4bit=True freezes the weights, so nothing is left to train. Add use_peft: true.")
         if self.load_in_4bit and self.model_config is not None:
-            raise RecipeError("load_in_4bit=True freezes a pretrained base, and model_config has none. Give model_name_or_path instead.")
+            raise RecipeError(
+                "load_in_4bit=True freezes a pretrained base, and model_config has none. Give model_name_or_path instead."
+            )
 
 
 @dataclass
@@ -200,19 +230,29 @@ class DataArguments:
     streaming: bool = False  # tokenise while training, cache nothing; needs max_steps
     streaming_buffer: int = 10000  # rows held for shuffling the stream; 1 keeps their order
     prompt_template: str = "metamath"  # a key of PROMPT_TEMPLATES, or a text holding {instruction} once
-    response_separator: str = " "  # white space between prompt and response; "" joins them as the MetaMath authors' training script does
+    response_separator: str = (
+        " "  # white space between prompt and response; "" joins them as the MetaMath authors' training script does
+    )
     too_long: str = field(default="drop", metadata={"choices": ["drop", "truncate", "error"]})
-    leakage_check: list[str] | None = None  # test sets whose questions are looked for in the training rows: paths, "openai/gsm8k:main"
-    leakage: str = field(default="report", metadata={"choices": ["report", "drop", "stop"]})  # what is done about the rows found
+    leakage_check: list[str] | None = (
+        None  # test sets whose questions are looked for in the training rows: paths, "openai/gsm8k:main"
+    )
+    leakage: str = field(
+        default="report", metadata={"choices": ["report", "drop", "stop"]}
+    )  # what is done about the rows found
     leakage_ngram: int = 13  # words in a sequence
-    leakage_share: float = 0.5  # a row is found from this share of a test question's sequences on; equal questions always are
+    leakage_share: float = (
+        0.5  # a row is found from this share of a test question's sequences on; equal questions always are
+    )
     accuracy_rows: int = 0  # held-out problems decoded greedily before and after training
     accuracy_steps: int = 0  # and every so many optimizer steps between, logged as `accuracy`
     accuracy_max_new_tokens: int = 256
 
     def __post_init__(self):
         if self.dataset is None:
-            raise RecipeError('dataset is not given, so there is nothing to train on. Give "builtin", a file, a folder, or a Hub id.')
+            raise RecipeError(
+                'dataset is not given, so there is nothing to train on. Give "builtin", a file, a folder, or a Hub id.'
+            )
         try:
             resolve_template(self.prompt_template)
         except ValueError as error:
@@ -240,7 +280,9 @@ class Recipe:
     data: DataArguments
     training: MatrixConfig
     path: Path
-    resolved: dict[str, Any]  # the keys actually given, YAML and overrides merged: what recipe.yaml in the output directory holds
+    resolved: dict[
+        str, Any
+    ]  # the keys actually given, YAML and overrides merged: what recipe.yaml in the output directory holds
 
 
 # ------------------------------------------------------------------------------------------------------------------ names
@@ -263,8 +305,13 @@ _HINTS = {
     "epochs": "it is called num_train_epochs",
     "batch_size": "it is called per_device_train_batch_size",
     "config_name": "the dataset's configuration is dataset_config, a model from scratch is model_config",
-    **dict.fromkeys(["scheduler", "lr_scheduler", "scheduler_type", "lr_schedule"], "write `lr_scheduler_type: cosine` (or linear, ...)"),
-    **dict.fromkeys(["warmup", "num_warmup_steps"], "write `warmup_steps: 100`, or a fraction of all steps: `warmup_steps: 0.03`"),
+    **dict.fromkeys(
+        ["scheduler", "lr_scheduler", "scheduler_type", "lr_schedule"],
+        "write `lr_scheduler_type: cosine` (or linear, ...)",
+    ),
+    **dict.fromkeys(
+        ["warmup", "num_warmup_steps"], "write `warmup_steps: 100`, or a fraction of all steps: `warmup_steps: 0.03`"
+    ),
 }
 
 SETTINGS = Settings({"model": ModelArguments, "data": DataArguments, "training": MatrixConfig}, _HINTS)
@@ -282,11 +329,19 @@ def _check_together(model: ModelArguments, data: DataArguments, settings: dict[s
     _check_data(data, settings)
     name = model.model_name_or_path
     if name is not None and name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise RecipeError(f"model_name_or_path={name!r}: no folder at {Path(name).expanduser().absolute()}. Correct the path.")
+        raise RecipeError(
+            f"model_name_or_path={name!r}: no folder at {Path(name).expanduser().absolute()}. Correct the path."
+        )
     targets = model.lora_target_modules or []
-    heads = [targets] if isinstance(targets, str) else [each for each in targets if each.rsplit(".", 1)[-1] in ("lm_head", "embed_out")]
+    heads = (
+        [targets]
+        if isinstance(targets, str)
+        else [each for each in targets if each.rsplit(".", 1)[-1] in ("lm_head", "embed_out")]
+    )
     if isinstance(targets, str):
-        heads = [] if targets == "all-linear" else [each for each in ("lm_head", "embed_out") if _matches(targets, each)]
+        heads = (
+            [] if targets == "all-linear" else [each for each in ("lm_head", "embed_out") if _matches(targets, each)]
+        )
     if model.use_peft and mce_weight > 0 and heads:
         raise RecipeError(
             f"mce_weight={mce_weight} needs the LM head, but lora_target_modules puts an adapter on `{heads[0]}`, whose weight the loss "
@@ -294,7 +349,9 @@ def _check_together(model: ModelArguments, data: DataArguments, settings: dict[s
         )
     idle = [key for key in settings if key.startswith("lora_")]
     if idle and "use_peft" not in settings:
-        raise RecipeError(f"{', '.join(idle)} given, but use_peft is not, so they would do nothing. Add use_peft: true, or remove them.")
+        raise RecipeError(
+            f"{', '.join(idle)} given, but use_peft is not, so they would do nothing. Add use_peft: true, or remove them."
+        )
     if settings.get("eval_strategy", "no") != "no" and data.eval_dataset is None:
         raise RecipeError(
             f"eval_strategy={settings['eval_strategy']!r} has no rows to evaluate on. Give eval_dataset, or set eval_strategy to no."
@@ -316,10 +373,14 @@ def _check_together(model: ModelArguments, data: DataArguments, settings: dict[s
 def _check_data(data: DataArguments, settings: dict[str, Any]) -> None:
     for source in data.leakage_check or []:
         if looks_local(source) and local_path(source) is None:
-            raise RecipeError(f"leakage_check={source!r}: nothing at {Path(source).expanduser().absolute()}. Correct the path.")
+            raise RecipeError(
+                f"leakage_check={source!r}: nothing at {Path(source).expanduser().absolute()}. Correct the path."
+            )
     idle = [key for key in ("leakage", "leakage_ngram", "leakage_share") if key in settings]
     if idle and not data.leakage_check:
-        raise RecipeError(f"{', '.join(idle)} given, but leakage_check names no test set. Give leakage_check a list of paths or Hub ids.")
+        raise RecipeError(
+            f"{', '.join(idle)} given, but leakage_check names no test set. Give leakage_check a list of paths or Hub ids."
+        )
     if not data.streaming:
         if "streaming_buffer" in settings:
             raise RecipeError(
@@ -327,20 +388,30 @@ def _check_data(data: DataArguments, settings: dict[str, Any]) -> None:
             )
         return
     if settings.get("max_steps", -1) < 1:
-        raise RecipeError("streaming=True: a stream has no known end, so num_train_epochs means nothing. Set max_steps.")
+        raise RecipeError(
+            "streaming=True: a stream has no known end, so num_train_epochs means nothing. Set max_steps."
+        )
     for key, clash, reason in [
-        ("train_sampling_strategy", settings.get("train_sampling_strategy", "random") != "random", "a stream has one order"),
+        (
+            "train_sampling_strategy",
+            settings.get("train_sampling_strategy", "random") != "random",
+            "a stream has one order",
+        ),
         ("shuffle_dataset", settings.get("shuffle_dataset"), "streaming_buffer shuffles a stream"),
     ]:
         if clash:
-            raise RecipeError(f"streaming=True together with {key}={settings[key]!r} cannot work: {reason}. Remove {key}, or streaming.")
+            raise RecipeError(
+                f"streaming=True together with {key}={settings[key]!r} cannot work: {reason}. Remove {key}, or streaming."
+            )
 
 
 def _matches(pattern: str, name: str) -> bool:
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
-        raise RecipeError(f"lora_target_modules={pattern!r} is not a regular expression: {error}. Give a list of module names.") from None
+        raise RecipeError(
+            f"lora_target_modules={pattern!r} is not a regular expression: {error}. Give a list of module names."
+        ) from None
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run: bool = False) -> Recipe:
@@ -353,7 +424,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run: boo
     resolved = SETTINGS.read(path, overrides)
     settings = dict(resolved)
     settings.setdefault("output_dir", f"runs/{path.stem}")
-    for key in ("dataset", "eval_dataset", "deepspeed", "mce_embeddings", "model_name_or_path", "tokenizer_name_or_path"):
+    for key in (
+        "dataset",
+        "eval_dataset",
+        "deepspeed",
+        "mce_embeddings",
+        "model_name_or_path",
+        "tokenizer_name_or_path",
+    ):
         if isinstance(settings.get(key), str):
             settings[key] = find_beside(settings[key], path)
     if settings.get("leakage_check"):
@@ -373,7 +451,15 @@ def _plan(given: dict[str, Any]) -> MatrixConfig:
     bf16 = given.get("bf16")
     if bf16 is None:
         bf16 = not given.get("fp16", False) and (given.get("use_cpu", False) or is_torch_bf16_gpu_available())
-    hardware = {"use_cpu": True, "bf16": bf16, "tf32": None, "deepspeed": None, "fsdp": None, "fsdp_config": None, "torch_compile": False}
+    hardware = {
+        "use_cpu": True,
+        "bf16": bf16,
+        "tf32": None,
+        "deepspeed": None,
+        "fsdp": None,
+        "fsdp_config": None,
+        "torch_compile": False,
+    }
     training = MatrixConfig(**{**given, **hardware})
     for key in hardware.keys() - {"bf16"}:
         setattr(training, key, given.get(key, getattr(MatrixConfig, key)))

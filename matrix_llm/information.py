@@ -76,7 +76,9 @@ def _check_square(name: str, a: Tensor) -> None:
     if a.ndim < 2 or a.shape[-1] != a.shape[-2] or a.shape[-1] == 0:
         raise ValueError(f"{name} has shape {tuple(a.shape)}, but a matrix logarithm needs (..., n, n) with n >= 1.")
     if a.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name} is {a.dtype}, but eigenvalues need float32 or float64. Convert it with `.float()` first.")
+        raise TypeError(
+            f"{name} is {a.dtype}, but eigenvalues need float32 or float64. Convert it with `.float()` first."
+        )
 
 
 def _check_finite(name: str, a: Tensor) -> None:
@@ -300,9 +302,13 @@ def total_coding_rate(
     0.693147
     """
     if z.ndim < 2 or z.shape[-2] == 0 or z.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"total_coding_rate needs (B, d) float32 or float64 with B >= 1, not {tuple(z.shape)} {z.dtype}.")
+        raise ValueError(
+            f"total_coding_rate needs (B, d) float32 or float64 with B >= 1, not {tuple(z.shape)} {z.dtype}."
+        )
     if not eps_squared > 0:
-        raise ValueError(f"eps_squared={eps_squared}, but the coding rate divides by it. Give a positive number, such as 0.5.")
+        raise ValueError(
+            f"eps_squared={eps_squared}, but the coding rate divides by it. Give a positive number, such as 0.5."
+        )
     _check_finite("z", z)
     samples, width = z.shape[-2:]
     gram = z @ z.mT if samples < width else z.mT @ z  # the smaller side: both have the same determinant

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from matrix_llm.fused import HeadGradients, HeadOptions, head_pass
-from matrix_llm.head_tail import VocabularySummary
-from matrix_llm.solvers import Embeddings, Solver, logit_gradient_, prepare_embeddings, solve_chunk
+from matrix_llm.loss.fused import HeadGradients, HeadOptions, head_pass
+from matrix_llm.loss.head_tail import VocabularySummary
+from matrix_llm.loss.solvers import Embeddings, Solver, logit_gradient_, prepare_embeddings, solve_chunk
 
 __all__ = ["MatrixLossOutput", "linear_matrix_cross_entropy", "token_mce"]
 
@@ -60,7 +60,9 @@ def _check_labels(labels: Tensor, vocabulary: int, positions: int) -> None:
 
 class _TokenMCE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, rows: Tensor, labels: Tensor, summary, solver: Solver, chunk: int, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx, logits: Tensor, rows: Tensor, labels: Tensor, summary, solver: Solver, chunk: int, dtype: torch.dtype
+    ) -> Tensor:
         want_logits = ctx.needs_input_grad[0]
         embeddings = Embeddings(rows, summary)
         values, grads = [], []
@@ -152,7 +154,9 @@ def token_mce(
         return (logits.sum() + embeddings.sum()).to(dtype) * torch.zeros(0, dtype=dtype, device=logits.device)
     with torch.autocast(logits.device.type, enabled=False):
         rows, summary = prepare_embeddings(embeddings, chosen, dtype)
-        per_position = 3 * dtype.itemsize * vocabulary + chosen.bytes_per_position(vocabulary, rows.shape[1], dtype.itemsize)
+        per_position = 3 * dtype.itemsize * vocabulary + chosen.bytes_per_position(
+            vocabulary, rows.shape[1], dtype.itemsize
+        )
         chunk = _chunk_size(positions, per_position, CHUNK_BYTES)
         return _TokenMCE.apply(logits, rows, labels, summary, chosen, chunk, dtype)
 
@@ -241,7 +245,11 @@ class _LinearMCE(torch.autograd.Function):
             needs if summed else (False, False, False, False),
         )
         loss = ce + options.mce_weight * mce
-        ctx.options, ctx.summary, ctx.dtypes = options, summary, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.options, ctx.summary, ctx.dtypes = (
+            options,
+            summary,
+            (hidden.dtype, weight.dtype, None if bias is None else bias.dtype),
+        )
         ctx.summed = summed
         ctx.made = grads  # not through save_for_backward: hooks that offload it would only move it about
         if not summed:
@@ -331,7 +339,7 @@ def linear_matrix_cross_entropy(
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit: they must be (N, H) and (V, H). "
-            "An empty weight means that the head is sharded and must be gathered first (matrix_llm.head does that)."
+            "An empty weight means that the head is sharded and must be gathered first (matrix_llm.model.lm_head does that)."
         )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r} is unknown. Use 'mean', 'sum' or 'none'.")
@@ -342,7 +350,9 @@ def linear_matrix_cross_entropy(
     vocabulary, positions = weight.shape[0], hidden.shape[0]
     source = weight.detach() if embeddings is None else embeddings
     if source.ndim != 2 or source.shape[0] != vocabulary:
-        raise ValueError(f"embeddings {tuple(source.shape)} must have one row for each of the {vocabulary} rows of weight.")
+        raise ValueError(
+            f"embeddings {tuple(source.shape)} must have one row for each of the {vocabulary} rows of weight."
+        )
     if labels.shape != (positions,):
         raise ValueError(f"labels has shape {tuple(labels.shape)}, but {positions} positions need ({positions},).")
     chosen = Solver.create(
@@ -355,7 +365,9 @@ def linear_matrix_cross_entropy(
         fused=not source.requires_grad,
     )
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype == torch.float32:
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))  # what autocast does to the LM head's own product
+        hidden = hidden.to(
+            torch.get_autocast_dtype(hidden.device.type)
+        )  # what autocast does to the LM head's own product
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if trained is not None and (trained.labels.shape != labels.shape or trained.vocabulary != vocabulary):
         raise ValueError(
@@ -368,7 +380,9 @@ def linear_matrix_cross_entropy(
         kept_hidden, kept_labels = hidden.index_select(0, index), kept_labels[index]
     with torch.autocast(hidden.device.type, enabled=False):
         rows, summary = prepare_embeddings(source, chosen, dtype, summary)
-        per_position = 2 * dtype.itemsize * vocabulary + chosen.bytes_per_position(vocabulary, rows.shape[1], dtype.itemsize)
+        per_position = 2 * dtype.itemsize * vocabulary + chosen.bytes_per_position(
+            vocabulary, rows.shape[1], dtype.itemsize
+        )
         budget = max(CHUNK_BYTES, weight.numel() * dtype.itemsize)
         chunk = _chunk_size(max(1, index.shape[0]), per_position, budget)
         options = HeadOptions(chosen, float(mce_weight), float(logit_scale), softcap, chunk, dtype)

@@ -14,7 +14,9 @@
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a script: import from the repository, not from this folder, whose ssl/ would hide the standard one
+if (
+    not __package__
+):  # run as a script: import from the repository, not from this folder, whose ssl/ would hide the standard one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import json
@@ -26,15 +28,25 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from matrix_llm.config import Recipe, RecipeError, load_recipe
-from matrix_llm.data import DataError, load_rows, row_texts
-from matrix_llm.files import NON_FINITE, write_text
-from matrix_llm.hub import destination_of, push
-from matrix_llm.output import PARTIAL, begin, check_output_dir, leave, move_into_place, one_line, resume_path, say, say_stopped
-from matrix_llm.pushable import scrub
+from matrix_llm.base.errors import DataError, RecipeError, scrub
+from matrix_llm.base.files import NON_FINITE, write_text
+from matrix_llm.config import Recipe, load_recipe
+from matrix_llm.data.tokens import load_rows, row_texts
+from matrix_llm.publish.push import destination_of, push
+from matrix_llm.run.run_folder import (
+    PARTIAL,
+    begin,
+    check_output_dir,
+    leave,
+    move_into_place,
+    one_line,
+    resume_path,
+    say,
+    say_stopped,
+)
 
 if TYPE_CHECKING:
-    from matrix_llm.preemption import StopOnSignal
+    from matrix_llm.run.preemption import StopOnSignal
 
 USAGE = "usage: accelerate launch matrix_llm/train.py RECIPE.yaml [--key value ...] [--dry_run]"
 
@@ -52,12 +64,17 @@ GATHER = "stage3_gather_16bit_weights_on_model_save"
 
 def held_out_problems(recipe: Recipe) -> list[HeldOutProblem]:
     """The problems that greedy accuracy is measured on: the first accuracy_rows held-out rows with a final answer."""
-    from matrix_llm.accuracy import final_answer
+    from matrix_llm.run.decode import final_answer
 
     data, wanted = recipe.data, recipe.data.accuracy_rows
     source = str(data.eval_dataset or data.dataset)
     rows = load_rows(
-        source, config=data.dataset_config, split=data.eval_split, max_rows=wanted, builtin_rows=wanted, seed=recipe.training.seed
+        source,
+        config=data.dataset_config,
+        split=data.eval_split,
+        max_rows=wanted,
+        builtin_rows=wanted,
+        seed=recipe.training.seed,
     )
     problems = []
     for row in rows:
@@ -75,8 +92,8 @@ def held_out_problems(recipe: Recipe) -> list[HeldOutProblem]:
 
 def print_plan(recipe: Recipe, tokenizer, dataset, report) -> None:
     """What --dry_run shows: the recipe as resolved, the step arithmetic, memory per GPU, one row with its mask."""
-    from matrix_llm.model import load_config
-    from matrix_llm.plan import describe_loss, masked_sample, memory_lines, plan_steps
+    from matrix_llm.model.load import load_config
+    from matrix_llm.plan.steps import describe_loss, masked_sample, memory_lines, plan_steps
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     config = load_config(recipe.model, tokenizer, trust_remote_code=recipe.training.trust_remote_code)
@@ -97,29 +114,33 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     """Steps 4 to 6 of the module's list. A run that `stop` ends early leaves a checkpoint and prints how to go on."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-    from matrix_llm.accuracy import AccuracyCallback, measure_accuracy
-    from matrix_llm.files import read_jsonl
-    from matrix_llm.hub import model_card, versions
-    from matrix_llm.model import load_config, load_model, lora_config
-    from matrix_llm.plan import describe_loss, plan_steps
-    from matrix_llm.preemption import resume_command
-    from matrix_llm.prepare import prepare_data
-    from matrix_llm.prompts import resolve_template
-    from matrix_llm.report import METRICS, PLOT, MetricsFileCallback, plot_losses
+    from matrix_llm.base.files import read_jsonl
+    from matrix_llm.data.prompts import resolve_template
+    from matrix_llm.model.load import load_config, load_model, lora_config
+    from matrix_llm.plan.steps import describe_loss, plan_steps
+    from matrix_llm.publish.push import model_card, versions
+    from matrix_llm.run.decode import AccuracyCallback, measure_accuracy
+    from matrix_llm.run.metrics import METRICS, PLOT, MetricsFileCallback, plot_losses
+    from matrix_llm.run.preemption import resume_command
+    from matrix_llm.run.prepare import prepare_data
     from matrix_llm.trainer import MatrixTrainer
 
     training = recipe.training
     started = time.perf_counter()
     tokenizer, (dataset, report), held_out = prepare_data(recipe, say=say)
     problems = held_out_problems(recipe) if recipe.data.accuracy_rows else []
-    if problems and (is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or training.fsdp):
+    if problems and (
+        is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or training.fsdp
+    ):
         raise RecipeError(
             f"accuracy_rows={recipe.data.accuracy_rows} decodes with whole weights, which ZeRO-3 and FSDP shard. "
             "Set accuracy_rows: 0 and evaluate the finished checkpoint."
         )
     plugin = training.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3 and not plugin.deepspeed_config["zero_optimization"].get(GATHER):
-        raise RecipeError(f"the DeepSpeed config shards weights (stage 3) without {GATHER}: the run could not save them. Set it to true.")
+        raise RecipeError(
+            f"the DeepSpeed config shards weights (stage 3) without {GATHER}: the run could not save them. Set it to true."
+        )
     output = Path(str(training.output_dir))
     for part in (report, held_out[1] if held_out else None):
         say("\n".join(f"=> {line}" for line in part.lines()) if part else "=> no held-out rows")
@@ -128,7 +149,9 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     config = load_config(recipe.model, tokenizer, trust_remote_code=training.trust_remote_code)
     say(f"=> loss             {describe_loss(training, config)}")
     model = load_model(recipe.model, tokenizer, seed=training.seed, trust_remote_code=training.trust_remote_code)
-    say(f"=> model            {type(model).__name__}, {model.num_parameters():,} parameters, {training.world_size} process(es)")
+    say(
+        f"=> model            {type(model).__name__}, {model.num_parameters():,} parameters, {training.world_size} process(es)"
+    )
     trainer = MatrixTrainer(
         model,
         training,
@@ -217,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = load_recipe(arguments[0], arguments[1:], dry_run=dry_run)
         destination = destination_of(recipe, ask=not dry_run)
         if dry_run:
-            from matrix_llm.prepare import prepare_data
+            from matrix_llm.run.prepare import prepare_data
 
             tokenizer, (dataset, report), held_out = prepare_data(recipe, say=say, dry_run=True)
             for part in (report, held_out[1] if held_out else None):
@@ -228,12 +251,14 @@ def main(arguments: list[str] | None = None) -> int:
         check_output_dir(recipe.training, recipe.resolved)
         from transformers import set_seed
 
-        from matrix_llm.preemption import stop_on_signals
+        from matrix_llm.run.preemption import stop_on_signals
 
         set_seed(recipe.training.seed)
         with stop_on_signals() as stop:
             train(recipe, stop, arguments)
-        if destination is not None and not stop.stopped:  # here, where no other process waits at a barrier that times out
+        if (
+            destination is not None and not stop.stopped
+        ):  # here, where no other process waits at a barrier that times out
             say(f"=> {push(Path(str(recipe.training.output_dir)), destination)}")
     except (RecipeError, DataError) as error:
         if int(os.environ.get("RANK", "0")) == 0:
@@ -243,7 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("error: aborted, without saving.", file=sys.stderr)
         return 130
     except Exception as error:
-        from matrix_llm.saving import NonFiniteLossError
+        from matrix_llm.base.errors import NonFiniteLossError
 
         output = Path(str(recipe.training.output_dir))
         if isinstance(error, NonFiniteLossError) and recipe.training.process_index == 0:

@@ -29,11 +29,12 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import compute_flops_per_token, get_peak_flops
 
-from matrix_llm.checkpoints import last_complete_checkpoint
+from matrix_llm.base.errors import NonFiniteLossError
 from matrix_llm.config import MatrixConfig
-from matrix_llm.head import HeadState, MatrixLossOptions, add_matrix_head, head_effective_rank
-from matrix_llm.packing import check_isolation
-from matrix_llm.saving import NonFiniteLossError, WholeCheckpoints
+from matrix_llm.model.lm_head import HeadState, MatrixLossOptions, add_matrix_head, head_effective_rank
+from matrix_llm.model.packing import check_isolation
+from matrix_llm.run.checkpoint_files import last_complete_checkpoint
+from matrix_llm.run.saving import WholeCheckpoints
 
 logger = logging.getLogger(__name__)
 WINDOW = "log_window_{}.json"  # in a checkpoint, one for each process
@@ -107,9 +108,13 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
         if args is None:
             args = MatrixConfig("runs/matrix_llm")
         if not isinstance(args, MatrixConfig):
-            raise TypeError(f"args is a {type(args).__name__}, but MatrixTrainer needs a MatrixConfig (a subclass of trl.SFTConfig).")
+            raise TypeError(
+                f"args is a {type(args).__name__}, but MatrixTrainer needs a MatrixConfig (a subclass of trl.SFTConfig)."
+            )
         if args.mce_weight > 0 and kwargs.get("compute_loss_func") is not None:
-            raise ValueError("compute_loss_func replaces the loss, so mce_weight would do nothing. Set mce_weight=0, or drop the function.")
+            raise ValueError(
+                "compute_loss_func replaces the loss, so mce_weight would do nothing. Set mce_weight=0, or drop the function."
+            )
         super().__init__(model, args, *positional, **kwargs)
         if isinstance(self.data_collator, DataCollatorForLanguageModeling):
             self.data_collator = RowIdCollator(self.data_collator)  # type: ignore[assignment]
@@ -170,7 +175,9 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
 
     # -- loss ---------------------------------------------------------------------------------------------------------
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None
+    ):
         self._row_ids = inputs.pop("row_id", None)
         mode = "train" if self.model.training else "eval"
         # Plain SFT trains as SFTTrainer does; its held-out rows are measured like everybody's, so that runs compare.
@@ -207,7 +214,11 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
         self._add(mode, "entropy", outputs.entropy.sum())
         self._add(mode, "mean_token_accuracy", outputs.is_top1.sum())
         if mode == "train":
-            seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else torch.tensor(inputs["input_ids"].numel())
+            seen = (
+                inputs["attention_mask"].sum()
+                if "attention_mask" in inputs
+                else torch.tensor(inputs["input_ids"].numel())
+            )
             self._add(mode, "num_tokens", seen.to(tokens.device))
         if not return_outputs:
             return loss
@@ -239,7 +250,9 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
             return
         rows = None if self._row_ids is None else self._row_ids.tolist()
         here = [(loss.item(), rows)]
-        found = [(value, rows) for value, rows in (gather_object(here) if several else here) if not math.isfinite(value)]
+        found = [
+            (value, rows) for value, rows in (gather_object(here) if several else here) if not math.isfinite(value)
+        ]
         named = [row for _, rows in found for row in rows or []]
         last = last_complete_checkpoint(Path(str(self.args.output_dir)))
         way_out = f"resume from {last}" if last else "no checkpoint was written yet"
@@ -260,7 +273,9 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
     def _complete(self, staged: Path, final: Path) -> None:
         """What Trainer leaves out of a sharded checkpoint."""
         super()._complete(staged, final)
-        if not (staged / "config.json").is_file() and not is_peft_model(self.accelerator.unwrap_model(self.model)):  # sharded by FSDP
+        if not (staged / "config.json").is_file() and not is_peft_model(
+            self.accelerator.unwrap_model(self.model)
+        ):  # sharded by FSDP
             model = self._base_model()
             model.config.save_pretrained(staged)
             if model.can_generate() and model.generation_config is not None:
@@ -289,7 +304,9 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
         self._globalstep_last_logged = window["last_logged"]
         self._tr_loss = torch.tensor(window["loss"], device=device)
         self._total_loss_scalar = -window["loss"]  # the summary's train_loss is over the steps of this call
-        self._sums["train"] = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in window["sums"].items()}
+        self._sums["train"] = {
+            name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in window["sums"].items()
+        }
         self._metrics["train"].update(window["metrics"])
 
     def train(self, *args, **kwargs):
@@ -325,7 +342,9 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
         if not sums:
             return {}
         names = sorted(sums)
-        total = self.accelerator.reduce(torch.stack([sums[name] for name in names]).to(self.accelerator.device).float(), "sum")
+        total = self.accelerator.reduce(
+            torch.stack([sums[name] for name in names]).to(self.accelerator.device).float(), "sum"
+        )
         reduced = dict(zip(names, total.tolist(), strict=True))
         sums.clear()
         tokens = max(reduced.pop("tokens"), 1.0)

@@ -24,8 +24,8 @@ SENTENCES = [
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
-    """A byte-level BPE of 300 tokens, as matrix_llm.model trains it."""
-    from matrix_llm.model import train_tokenizer
+    """A byte-level BPE of 300 tokens, as matrix_llm.model.load trains it."""
+    from matrix_llm.model.load import train_tokenizer
 
     return train_tokenizer(SENTENCES, 300)
 

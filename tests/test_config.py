@@ -56,7 +56,18 @@ def test_recipe_fills_the_three_dataclasses(recipe):
 
 
 def test_overrides_win_with_dashes_underscores_equals_and_bare_flags(recipe):
-    overrides = ["--learning-rate", "1e-4", "--max_steps=5", "--packing", "--mce-top-k", "64", "--run_name", "7", "--weight_decay", "0"]
+    overrides = [
+        "--learning-rate",
+        "1e-4",
+        "--max_steps=5",
+        "--packing",
+        "--mce-top-k",
+        "64",
+        "--run_name",
+        "7",
+        "--weight_decay",
+        "0",
+    ]
     loaded = load_recipe(recipe("mce_top_k: 64", "packing: false"), overrides)
     assert (loaded.training.learning_rate, loaded.training.max_steps, loaded.training.packing) == (1e-4, 5, True)
     assert loaded.training.mce_top_k == 64
@@ -65,7 +76,14 @@ def test_overrides_win_with_dashes_underscores_equals_and_bare_flags(recipe):
 
 
 def test_lists_mappings_and_null_on_the_command_line(recipe):
-    overrides = ["--use_peft", "--lora_target_modules", "q_proj,v_proj", "--mce_steps", "null", '--lr_scheduler_kwargs={"num_cycles": 2}']
+    overrides = [
+        "--use_peft",
+        "--lora_target_modules",
+        "q_proj,v_proj",
+        "--mce_steps",
+        "null",
+        '--lr_scheduler_kwargs={"num_cycles": 2}',
+    ]
     loaded = load_recipe(recipe("mce_steps: 3"), overrides)
     assert loaded.model.lora_target_modules == ["q_proj", "v_proj"]
     assert loaded.training.lr_scheduler_kwargs == {"num_cycles": 2}
@@ -85,7 +103,9 @@ def test_matrix_config_is_built_in_python_like_sft_config(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the plan differs from the run only where there is no GPU")
 def test_a_machine_without_gpu_can_plan_a_gpu_recipe(recipe, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")  # the current folder comes first, and must not hold a ds_configs of its own
+    monkeypatch.chdir(
+        tmp_path / "elsewhere"
+    )  # the current folder comes first, and must not hold a ds_configs of its own
     (tmp_path / ".git").mkdir()
     (tmp_path / "ds_configs").mkdir()
     (tmp_path / "ds_configs/zero3.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
@@ -103,7 +123,9 @@ def test_a_machine_without_gpu_can_plan_a_gpu_recipe(recipe, tmp_path, monkeypat
 def test_misspelt_key_names_the_nearest(recipe):
     message = refusal(recipe("learning_rat: 1.0"))
     assert "tiny.yaml line 9: 'learning_rat' is not a setting. Did you mean learning_rate" in message
-    assert "on the command line: 'mce_wieght' is not a setting. Did you mean mce_weight" in refusal(recipe(), "--mce-wieght", "1")
+    assert "on the command line: 'mce_wieght' is not a setting. Did you mean mce_weight" in refusal(
+        recipe(), "--mce-wieght", "1"
+    )
 
 
 @pytest.mark.parametrize(
@@ -231,7 +253,9 @@ def test_a_stream_needs_max_steps_and_one_order(recipe):
 
 def test_leakage_settings_need_a_test_set_that_is_there(recipe, tmp_path):
     assert "leakage given, but leakage_check names no test set" in refusal(recipe("leakage: drop"))
-    assert f"leakage_check='{tmp_path}/none.jsonl': nothing at" in refusal(recipe(f"leakage_check: [{tmp_path}/none.jsonl]"))
+    assert f"leakage_check='{tmp_path}/none.jsonl': nothing at" in refusal(
+        recipe(f"leakage_check: [{tmp_path}/none.jsonl]")
+    )
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text("")
     loaded = load_recipe(recipe(), ["--leakage_check", f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", "--leakage", "drop"])
@@ -267,7 +291,9 @@ def test_missing_files_are_named_with_their_absolute_path(recipe, tmp_path):
     assert f"no recipe at {tmp_path}/tni.yaml. Recipes in that folder: tiny.yaml. Did you mean tiny.yaml" in (
         recipe() and refusal(tmp_path / "tni.yaml")
     )
-    assert f"dataset='no/such.jsonl': nothing at {os.getcwd()}/no/such.jsonl" in refusal(recipe(), "--dataset", "no/such.jsonl")
+    assert f"dataset='no/such.jsonl': nothing at {os.getcwd()}/no/such.jsonl" in refusal(
+        recipe(), "--dataset", "no/such.jsonl"
+    )
     assert f"nothing at {tmp_path}/none" in refusal(recipe(), "--eval_dataset", f"{tmp_path}/none")
     assert "no file at" in refusal(recipe(), "--mce_embeddings", f"{tmp_path}/none.safetensors")
     assert "no file at" in refusal(recipe(), "--deepspeed", "none.json")
@@ -289,12 +315,19 @@ def test_deepspeed_scheduler_block_is_refused(recipe, tmp_path):
 
 def test_evaluation_without_rows_is_refused(recipe):
     assert "Give eval_dataset" in refusal(recipe(), "--eval_strategy", "steps")
-    assert load_recipe(recipe(), ["--eval_strategy", "steps", "--eval_dataset", "builtin"]).data.eval_dataset == "builtin"
+    assert (
+        load_recipe(recipe(), ["--eval_strategy", "steps", "--eval_dataset", "builtin"]).data.eval_dataset == "builtin"
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("", "is empty"), ("- a\n- b\n", "holds a list"), ("dataset: [1, 2\nx: 3\n", "line 2: this is not YAML"), ("a: b: c\n", "line 1")],
+    [
+        ("", "is empty"),
+        ("- a\n- b\n", "holds a list"),
+        ("dataset: [1, 2\nx: 3\n", "line 2: this is not YAML"),
+        ("a: b: c\n", "line 1"),
+    ],
 )
 def test_a_file_that_is_no_flat_mapping_names_file_and_line(recipe, text, said):
     message = refusal(recipe(base=text))

@@ -1,15 +1,14 @@
 """Every recipe reads, its header says what a reader needs, and every launch file says what it claims."""
 
 import json
-from pathlib import Path
 
 import pytest
 import yaml
 
 from matrix_llm.config import load_recipe
 from matrix_llm.train import main
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 PRETRAINED = [p for p in RECIPES if "model_name_or_path" in yaml.safe_load(p.read_text())]
 
@@ -49,7 +48,9 @@ def test_every_recipe_plans_a_run(path, tiny_llama, tiny_tokenizer, tmp_path, ca
     assert main([str(path), "--dry_run", *overrides]) == 0
     shown = capsys.readouterr().out
     assert "effective batch" in shown
-    assert ("ZeRO-3" in shown) == (not load_recipe(path, dry_run=True).model.load_in_4bit)  # a 4-bit base is not sharded
+    assert ("ZeRO-3" in shown) == (
+        not load_recipe(path, dry_run=True).model.load_in_4bit
+    )  # a 4-bit base is not sharded
     assert "TRAINED|" in shown
 
 
@@ -72,7 +73,13 @@ def test_the_headline_recipe_is_the_papers():
     recipe = load_recipe(ROOT / "recipes" / "llemma7b.yaml", dry_run=True)
     t = recipe.training
     assert t.per_device_train_batch_size * t.gradient_accumulation_steps * 8 == 128
-    assert (t.learning_rate, t.weight_decay, t.warmup_steps, t.num_train_epochs, t.max_length) == (2e-5, 0.0, 0.03, 3, 512)
+    assert (t.learning_rate, t.weight_decay, t.warmup_steps, t.num_train_epochs, t.max_length) == (
+        2e-5,
+        0.0,
+        0.03,
+        3,
+        512,
+    )
     assert t.lr_scheduler_type == "cosine"
     assert recipe.model.dtype == "float32"
     assert recipe.data.prompt_template == "metamath"
@@ -85,11 +92,15 @@ def test_deepspeed_files_leave_batch_schedule_and_precision_to_the_recipe(path):
     assert set(config) == {
         "zero_optimization", "bf16", "gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "gradient_clipping",
     }  # fmt: skip
-    assert {config[k] for k in ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "gradient_clipping")} == {"auto"}
+    assert {
+        config[k] for k in ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "gradient_clipping")
+    } == {"auto"}
     assert config["bf16"] == {"enabled": "auto"}
     zero = config["zero_optimization"]
     assert zero["stage"] == int(path.stem[4])
-    assert zero.get("stage3_gather_16bit_weights_on_model_save", False) == (zero["stage"] == 3)  # else a save writes empty shards
+    assert zero.get("stage3_gather_16bit_weights_on_model_save", False) == (
+        zero["stage"] == 3
+    )  # else a save writes empty shards
     assert ("offload_optimizer" in zero) == path.stem.endswith("offload")
 
 

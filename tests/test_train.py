@@ -5,26 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from matrix_llm.files import NON_FINITE, read_jsonl
+from matrix_llm.base.files import NON_FINITE, read_jsonl
 from matrix_llm.train import main
-
-ROOT = Path(__file__).resolve().parents[1]
-TINY = {
-    "model_config": {
-        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1,
-        "tie_word_embeddings": False,
-    },
-    "tokenizer_vocab_size": 300, "dataset": "builtin", "builtin_rows": 64, "prompt_template": "plain", "max_length": 256,
-    "max_steps": 4, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 8, "learning_rate": 1e-3, "logging_steps": 1,
-    "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "save_strategy": "no", "disable_tqdm": True,
-}  # fmt: skip
+from tests.support.paths import ROOT
+from tests.support.tiny import TINY
 
 
 @pytest.fixture
@@ -44,7 +34,12 @@ def weights(folder):
 
 def test_a_run_leaves_everything_it_promises(recipe, tmp_path, capsys):
     path = recipe(
-        eval_dataset="builtin", builtin_eval_rows=8, eval_strategy="steps", eval_steps=2, accuracy_rows=4, accuracy_max_new_tokens=4
+        eval_dataset="builtin",
+        builtin_eval_rows=8,
+        eval_strategy="steps",
+        eval_steps=2,
+        accuracy_rows=4,
+        accuracy_max_new_tokens=4,
     )
     assert main([path, "--learning_rate", "2e-3"]) == 0
     out = tmp_path / "run"
@@ -130,7 +125,9 @@ def test_bad_data_is_one_line_with_file_and_line(recipe, tmp_path, capsys, lines
 
 def test_rows_too_long_are_counted_and_shown(recipe, tmp_path, capsys):
     data = tmp_path / "rows.jsonl"
-    rows = [{"query": "a", "response": "The answer is: 1"}] * 8 + [{"query": "7 1 " * 200, "response": "The answer is: 2"}]
+    rows = [{"query": "a", "response": "The answer is: 1"}] * 8 + [
+        {"query": "7 1 " * 200, "response": "The answer is: 2"}
+    ]
     data.write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert main([recipe(dataset=str(data), max_steps=1)]) == 0
     assert "1 rows dropped, longer than max_length" in capsys.readouterr().out
@@ -210,13 +207,33 @@ def test_the_script_runs_from_another_folder_and_leaves_the_standard_ssl_alone(r
     probe = "\nimport ssl; ssl.SSLContext; print('standard ssl')\n"
     script = copy / "train.py"
     script.write_text(script.read_text().replace("\nimport json\n", probe + "import json\n", 1))
-    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        [sys.executable, str(script), "--help"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "standard ssl" in done.stdout
 
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--cpu"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "matrix_llm" / "train.py"), recipe(max_steps=1)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--cpu",
+    ]
+    command += [
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        str(ROOT / "matrix_llm" / "train.py"),
+        recipe(max_steps=1),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "model.safetensors").is_file()
 

@@ -7,74 +7,21 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from matrix_llm.base.errors import NonFiniteLossError
 from matrix_llm.config import MatrixConfig
-from matrix_llm.head import MatrixLossOptions, add_matrix_head, check_head, head_effective_rank, logit_transform
 from matrix_llm.mce import token_mce
-from matrix_llm.model import train_tokenizer
-from matrix_llm.saving import NonFiniteLossError
+from matrix_llm.model.lm_head import (
+    MatrixLossOptions,
+    add_matrix_head,
+    check_head,
+    head_effective_rank,
+    logit_transform,
+)
+from matrix_llm.model.load import train_tokenizer
 from matrix_llm.trainer import MatrixTrainer
-
-V = 96
-COMMON = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-GROUPED = {**COMMON, "num_key_value_heads": 1}
-NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-ARCHITECTURES = {
-    "llama": {**GROUPED, "tie_word_embeddings": False},
-    "llama_tied": {**COMMON, "model_type": "llama", "tie_word_embeddings": True},
-    "mistral": {**GROUPED, "head_dim": 16},
-    "qwen2": {**GROUPED, "tie_word_embeddings": True},
-    "qwen3": {**GROUPED, "head_dim": 16},
-    "gemma2": {**GROUPED, "head_dim": 16, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
-    "cohere": {**GROUPED, "logit_scale": 0.0625},
-    "granite": {**GROUPED, "logits_scaling": 4.0},
-    "gpt2": {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, **NO_DROPOUT},
-    "phi": GROUPED,  # an LM head with a bias
-    "opt": {**COMMON, "ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 16, "dropout": 0.0},
-    "mixtral": {**GROUPED, "num_local_experts": 2, "num_experts_per_tok": 1},
-}
-
-
-def tiny_model(name="llama", seed=0, **changes):
-    set_seed(seed)
-    kwargs = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **ARCHITECTURES[name], **changes}
-    model_type = kwargs.pop("model_type", name)
-    experts = {"experts_implementation": "eager"} if "num_local_experts" in kwargs else {}  # the grouped one takes no float64
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **kwargs), attn_implementation="eager", **experts)
-    for p in model.parameters():  # wide logits: an untrained head is so flat that every error hides
-        if p.ndim == 2:
-            p.data.mul_(4.0)
-    return model
-
-
-def rows(n=16, seed=0, longest=12):
-    g = torch.Generator().manual_seed(seed)
-    data = []
-    for i in range(n):
-        length = int(torch.randint(4, longest + 1, (1,), generator=g))
-        ids = torch.randint(3, V, (length,), generator=g).tolist()
-        prompt = int(torch.randint(1, length - 1, (1,), generator=g))
-        data.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "row_id": i})
-    return Dataset.from_list(data)
-
-
-def config(path, **kwargs):
-    defaults = {
-        "per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-3, "logging_steps": 1, "report_to": "none",
-        "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "save_strategy": "no", "disable_tqdm": True, "max_length": 64,
-        "lr_scheduler_type": "constant", "mce_steps": 32,
-    }  # fmt: skip
-    return {"output_dir": str(path), **defaults, **kwargs}
-
-
-def train(path, tokenizer, model=None, data=None, **kwargs):
-    trainer = MatrixTrainer(
-        model or tiny_model(), MatrixConfig(**config(path, **kwargs)), train_dataset=data or rows(), processing_class=tokenizer
-    )
-    trainer.train()
-    return trainer
+from tests.support.tiny import ARCHITECTURES, V, config, rows, tiny_model, train
 
 
 def history(trainer, key):
@@ -167,17 +114,25 @@ def test_embeddings_from_the_input_table_or_a_file(tmp_path):
 
     model = tiny_model()
     ids = torch.randint(3, V, (2, 6))
-    for source, table in (("input", model.get_input_embeddings().weight), (str(tmp_path / "e.safetensors"), torch.randn(V, 7))):
+    for source, table in (
+        ("input", model.get_input_embeddings().weight),
+        (str(tmp_path / "e.safetensors"), torch.randn(V, 7)),
+    ):
         if source != "input":
             save_file({"embeddings": table}, source)
         fresh = tiny_model()
         add_matrix_head(fresh, MatrixLossOptions(1.0, "exact", None, 4, None, None, source, False))
         out = fresh(input_ids=ids, labels=ids, matrix_loss=True)
-        expected = token_mce(fresh(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), table.detach(), solver="exact")
+        expected = token_mce(
+            fresh(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), table.detach(), solver="exact"
+        )
         torch.testing.assert_close(out.matrix_cross_entropy.flatten(), expected.detach(), rtol=1e-4, atol=1e-5)
     save_file({"embeddings": torch.randn(5, 7)}, str(tmp_path / "short.safetensors"))
     with pytest.raises(ValueError, match=rf"\(5, 7\).*{V} rows"):
-        add_matrix_head(tiny_model(), MatrixLossOptions(1.0, "exact", None, 4, None, None, str(tmp_path / "short.safetensors"), False))
+        add_matrix_head(
+            tiny_model(),
+            MatrixLossOptions(1.0, "exact", None, 4, None, None, str(tmp_path / "short.safetensors"), False),
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------------- the trainer
@@ -204,17 +159,23 @@ def test_cross_entropy_part_of_the_first_step_equals_sft_trainers_loss(tmp_path,
 
 
 def test_loss_is_ce_plus_weighted_mce_over_one_denominator(tmp_path, tiny_tokenizer):
-    trainer = train(tmp_path, tiny_tokenizer, mce_weight=0.5, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    trainer = train(
+        tmp_path, tiny_tokenizer, mce_weight=0.5, gradient_accumulation_steps=2, per_device_train_batch_size=2
+    )
     for loss, ce, mce in zip(history(trainer, "loss"), history(trainer, "ce"), history(trainer, "mce"), strict=True):
         assert loss == pytest.approx(ce + 0.5 * mce, rel=1e-5)
         assert 0 < mce < ce
 
 
-@pytest.mark.parametrize(("warmup", "expected"), [(3, [1 / 3, 2 / 3, 1, 1]), (0.5, [1 / 2, 1, 1, 1]), (0.1, [1, 1, 1, 1])])
+@pytest.mark.parametrize(
+    ("warmup", "expected"), [(3, [1 / 3, 2 / 3, 1, 1]), (0.5, [1 / 2, 1, 1, 1]), (0.1, [1, 1, 1, 1])]
+)
 def test_the_weight_of_mce_rises_linearly_over_its_warmup(tmp_path, tiny_tokenizer, warmup, expected):
     trainer = train(tmp_path, tiny_tokenizer, mce_weight=0.5, mce_warmup_steps=warmup, gradient_accumulation_steps=2)
     assert history(trainer, "mce_weight") == pytest.approx([0.5 * share for share in expected])
-    for loss, ce, mce, share in zip(history(trainer, "loss"), history(trainer, "ce"), history(trainer, "mce"), expected, strict=True):
+    for loss, ce, mce, share in zip(
+        history(trainer, "loss"), history(trainer, "ce"), history(trainer, "mce"), expected, strict=True
+    ):
         assert loss == pytest.approx(ce + 0.5 * share * mce, rel=1e-5)
 
 
@@ -300,7 +261,11 @@ def test_packed_rows_have_the_same_per_token_loss(tmp_path, tiny_tokenizer):
     """With sdpa/eager attention an all-ones mask would let packed documents see each other."""
     data = rows(8)
     plain = MatrixTrainer(
-        tiny_model(), MatrixConfig(**config(tmp_path / "a")), train_dataset=data, eval_dataset=data, processing_class=tiny_tokenizer
+        tiny_model(),
+        MatrixConfig(**config(tmp_path / "a")),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tiny_tokenizer,
     )
     packed = MatrixTrainer(
         tiny_model(),
@@ -320,7 +285,10 @@ def test_an_all_masked_micro_batch_adds_nothing(tmp_path, tiny_tokenizer):
     data = rows(8).to_list()
     blank = [{**row, "labels": [-100] * len(row["labels"])} for row in data[:2]]
     trainer = MatrixTrainer(
-        tiny_model(), MatrixConfig(**config(tmp_path)), train_dataset=Dataset.from_list(data), processing_class=tiny_tokenizer
+        tiny_model(),
+        MatrixConfig(**config(tmp_path)),
+        train_dataset=Dataset.from_list(data),
+        processing_class=tiny_tokenizer,
     )
     batch = trainer.data_collator(blank)
     loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(7))
@@ -352,7 +320,12 @@ def test_bf16_autocast_keeps_float32_master_weights_and_nearly_the_loss(tmp_path
     assert history(full, "loss") == pytest.approx(history(half, "loss"), rel=3e-2)
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")])]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+    ),
+]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -419,7 +392,10 @@ def test_a_custom_loss_beside_mce_is_refused(tmp_path, tiny_tokenizer):
         )
     with pytest.raises(TypeError, match="MatrixConfig"):
         MatrixTrainer(
-            tiny_model(), SFTConfig(str(tmp_path), use_cpu=True, bf16=False), train_dataset=rows(), processing_class=tiny_tokenizer
+            tiny_model(),
+            SFTConfig(str(tmp_path), use_cpu=True, bf16=False),
+            train_dataset=rows(),
+            processing_class=tiny_tokenizer,
         )
 
 

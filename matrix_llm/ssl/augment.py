@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from matrix_llm.files import write_text
+from matrix_llm.base.files import write_text
 from matrix_llm.information import outside_autocast
 
 __all__ = ["Augment", "AugmentConfig", "EvalTransform", "TwoViewCollator", "draw"]
@@ -88,9 +88,15 @@ class AugmentConfig:
         for name in ("brightness", "contrast", "saturation", "hue", "rotate_degrees"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}, but a strength is not negative. 0 switches it off.")
-        for low, high in (("crop_scale_min", "crop_scale_max"), ("crop_ratio_min", "crop_ratio_max"), ("blur_sigma_min", "blur_sigma_max")):
+        for low, high in (
+            ("crop_scale_min", "crop_scale_max"),
+            ("crop_ratio_min", "crop_ratio_max"),
+            ("blur_sigma_min", "blur_sigma_max"),
+        ):
             if not 0 < getattr(self, low) <= getattr(self, high):
-                raise ValueError(f"{low}={getattr(self, low)} and {high}={getattr(self, high)}, but they need 0 < {low} <= {high}.")
+                raise ValueError(
+                    f"{low}={getattr(self, low)} and {high}={getattr(self, high)}, but they need 0 < {low} <= {high}."
+                )
         for name, limit, what in (("crop_scale_max", 1, "the whole image"), ("hue", 0.5, "the whole colour circle")):
             if getattr(self, name) > limit:
                 raise ValueError(f"{name}={getattr(self, name)}, but {limit} is already {what}. Give {limit} or less.")
@@ -107,7 +113,9 @@ def _check_pixels(config: AugmentConfig | EvalTransform) -> None:
         value = tuple(float(v) for v in getattr(config, name))
         value = grey if config.channels == 1 and value == colour else value
         if len(value) != config.channels:
-            raise ValueError(f"{name}={list(value)} has {len(value)} number(s), but channels={config.channels}. Give one a channel.")
+            raise ValueError(
+                f"{name}={list(value)} has {len(value)} number(s), but channels={config.channels}. Give one a channel."
+            )
         object.__setattr__(config, name, value)  # the dataclass is frozen
     if min(config.image_std) <= 0:
         raise ValueError(f"image_std={list(config.image_std)}, but pixels are divided by it. Give positive numbers.")
@@ -149,9 +157,14 @@ def _crop_boxes(config: AugmentConfig, draws: Tensor, widths: np.ndarray, height
     """(R, 4) left, top, right, bottom from (R, K), (R,) and (R,): the first of ten areas and ratios that fit, else the centre."""
     u = draws.numpy().astype(np.float64)
     log_min, log_max = math.log(config.crop_ratio_min), math.log(config.crop_ratio_max)
-    area = (widths * heights)[:, None] * (config.crop_scale_min + u[:, AREA] * (config.crop_scale_max - config.crop_scale_min))
+    area = (widths * heights)[:, None] * (
+        config.crop_scale_min + u[:, AREA] * (config.crop_scale_max - config.crop_scale_min)
+    )
     ratio = np.exp(log_min + u[:, RATIO] * (log_max - log_min))
-    w, h = np.rint(np.sqrt(area * ratio)).astype(np.int64), np.rint(np.sqrt(area / ratio)).astype(np.int64)  # half to even, as round()
+    w, h = (
+        np.rint(np.sqrt(area * ratio)).astype(np.int64),
+        np.rint(np.sqrt(area / ratio)).astype(np.int64),
+    )  # half to even, as round()
     fits = (w > 0) & (w <= widths[:, None]) & (h > 0) & (h <= heights[:, None])
     found, first = fits.any(1), fits.argmax(1)[:, None]
     # The centre, where none fits (an image of few pixels, or much longer than wide): the largest crop of an allowed ratio.
@@ -194,7 +207,13 @@ class TwoViewCollator:
                 out[row] = pixels if channels == 1 else pixels.transpose(2, 0, 1)
         rows = torch.tensor(indices)
         labels = {} if self.labels is None else {"labels": self.labels[rows]}
-        return {"crops": crops, "draws": draws, "indices": rows, "skipped": [text for text in skipped if text], **labels}
+        return {
+            "crops": crops,
+            "draws": draws,
+            "indices": rows,
+            "skipped": [text for text in skipped if text],
+            **labels,
+        }
 
 
 # ------------------------------------------------------------------------------------------------------ the rest, on the device
@@ -217,7 +236,9 @@ def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     chroma = value - low
     r, g, b = x.unbind(1)
     divisor = torch.where(chroma == 0, 1.0, chroma)
-    sixths = torch.where(r == value, (g - b) / divisor, torch.where(g == value, 2 + (b - r) / divisor, 4 + (r - g) / divisor))
+    sixths = torch.where(
+        r == value, (g - b) / divisor, torch.where(g == value, 2 + (b - r) / divisor, 4 + (r - g) / divisor)
+    )
     offset = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1)
     k = (sixths[:, None] + (offset + 6 * shift.view(-1, 1, 1, 1))).remainder_(6)
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
@@ -265,7 +286,9 @@ class Augment:
             strengths |= {"saturation": config.saturation, "hue": config.hue}
         self._jitter = {name: strength for name, strength in strengths.items() if strength > 0}
         active = [JITTER.index(name) for name in self._jitter]
-        self._orders = torch.tensor([[op for op in order if op in active] for order in ORDERS])  # (24, active operations)
+        self._orders = torch.tensor(
+            [[op for op in order if op in active] for order in ORDERS]
+        )  # (24, active operations)
 
     @torch.no_grad()
     def __call__(
@@ -277,7 +300,9 @@ class Augment:
         c = self.config
         size = (c.channels, c.image_size, c.image_size)
         if crops.dtype != torch.uint8 or crops.ndim != 5 or crops.shape[0] not in (1, 2) or crops.shape[2:] != size:
-            raise ValueError(f"crops is {tuple(crops.shape)} {crops.dtype}, not (2, B, {', '.join(map(str, size))}) uint8.")
+            raise ValueError(
+                f"crops is {tuple(crops.shape)} {crops.dtype}, not (2, B, {', '.join(map(str, size))}) uint8."
+            )
         if draws.shape != (*crops.shape[:2], DRAWS):
             raise ValueError(f"draws is {tuple(draws.shape)}, but these crops come with {(*crops.shape[:2], DRAWS)}.")
         x = crops.flatten(0, 1).float().div_(255)  # (R, C, S, S), R = 2 B
@@ -321,7 +346,11 @@ class Augment:
             m = torch.addcmul(m, grey, saturation.to(x.device).view(size)) if "saturation" in self._jitter else m
             x = x.mul_(f.to(x.device).view(size)).add_(m).clamp_(0, 1)
             if "hue" in self._jitter:
-                _on_rows(x, operation == JITTER.index("hue"), lambda part, rows: _shift_hue(part, shift[rows].to(part.device)))
+                _on_rows(
+                    x,
+                    operation == JITTER.index("hue"),
+                    lambda part, rows: _shift_hue(part, shift[rows].to(part.device)),
+                )
         return x
 
 
@@ -357,7 +386,9 @@ class EvalTransform:
         if self.crop_pct is None:
             self.crop_pct = 1.0 if self.image_size < 64 else 0.875
         if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct={self.crop_pct}, but it is the share of the shorter side that is kept: above 0, 1 at most.")
+            raise ValueError(
+                f"crop_pct={self.crop_pct}, but it is the share of the shorter side that is kept: above 0, 1 at most."
+            )
 
     def __call__(self, image: Image.Image) -> Tensor:
         """(C, S, S) float32."""
@@ -371,7 +402,9 @@ class EvalTransform:
             width, height = (short, long) if sides[0] <= sides[1] else (long, short)
         left, top = (width - size) // 2, (height - size) // 2
         image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).view(size, size, self.channels).permute(2, 0, 1) / 255
+        pixels = (
+            torch.from_numpy(np.array(image, dtype=np.float32)).view(size, size, self.channels).permute(2, 0, 1) / 255
+        )
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.image_mean, self.image_std))
         return (pixels - mean) / std
 
@@ -393,6 +426,10 @@ class EvalTransform:
             mean, std = tuple(content["image_mean"]), tuple(content["image_std"])
             return cls(content["size"]["shortest_edge"], len(mean), content["crop_pct"], mean, std)
         except FileNotFoundError:
-            raise ValueError(f"{path} does not exist, so its images' preparation is unknown. Give a finished run's folder.") from None
+            raise ValueError(
+                f"{path} does not exist, so its images' preparation is unknown. Give a finished run's folder."
+            ) from None
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a file that EvalTransform wrote ({type(error).__name__}: {error}).") from None
+            raise ValueError(
+                f"{path} is not a file that EvalTransform wrote ({type(error).__name__}: {error})."
+            ) from None

@@ -13,10 +13,11 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, TrainingArguments
 
-from matrix_llm.settings import Settings, find_beside
+from matrix_llm.base.errors import RecipeError
+from matrix_llm.base.reader import Settings, find_beside
+from matrix_llm.base.values import nearest
 from matrix_llm.ssl.augment import AugmentConfig
 from matrix_llm.ssl.methods import METHODS, check_loss_settings, method_named
-from matrix_llm.values import RecipeError, nearest
 
 __all__ = ["SSLDataArguments", "SSLModelArguments", "SSLRecipe", "SSLTrainingConfig", "load_ssl_recipe"]
 
@@ -28,7 +29,9 @@ class SSLModelArguments:
     """The method and the network. Widths that are not given are the paper's."""
 
     method: str = field(default="matrix_ssl", metadata={"choices": [*METHODS]})
-    backbone_config: dict | None = None  # e.g. {"model_type": "resnet", "depths": [2, 2, 2, 2], ...}; not given: ResNet-50
+    backbone_config: dict | None = (
+        None  # e.g. {"model_type": "resnet", "depths": [2, 2, 2, 2], ...}; not given: ResNet-50
+    )
     projector_widths: list[int] | None = None
     predictor_widths: list[int] | None = None
     loss_settings: dict | None = None  # of the method's loss, e.g. {"gamma": 1.0, "order": 4}
@@ -41,17 +44,23 @@ class SSLModelArguments:
         for name in ("projector_widths", "predictor_widths"):
             widths = getattr(self, name)
             if widths is not None and (not widths or min(widths) < 1):
-                raise RecipeError(f"{name}={widths} cannot work: give one width above 0 for each layer, e.g. [2048, 2048, 2048].")
+                raise RecipeError(
+                    f"{name}={widths} cannot work: give one width above 0 for each layer, e.g. [2048, 2048, 2048]."
+                )
         try:
             check_loss_settings(self.method, self.loss_settings or {})
         except ValueError as error:
             raise RecipeError(str(error)) from None
         if self.backbone_config is not None and not isinstance(self.backbone_config.get("model_type"), str):
-            raise RecipeError(f"backbone_config={self.backbone_config!r} does not say which architecture. Add model_type, e.g. resnet.")
+            raise RecipeError(
+                f"backbone_config={self.backbone_config!r} does not say which architecture. Add model_type, e.g. resnet."
+            )
         if self.backbone_config is not None and (kind := self.backbone_config["model_type"]) not in (
             known := (*CONFIG_MAPPING, "small_resnet")
         ):
-            raise RecipeError(f"backbone_config: model_type={kind!r} is no architecture of transformers.{nearest(kind, known)}")
+            raise RecipeError(
+                f"backbone_config: model_type={kind!r} is no architecture of transformers.{nearest(kind, known)}"
+            )
 
 
 @dataclass
@@ -111,9 +120,13 @@ class SSLTrainingConfig(TrainingArguments):
                 f"each part. Start it with `accelerate launch --num_processes {self.n_gpu}`, or set CUDA_VISIBLE_DEVICES=0."
             )
         if not self.dataloader_drop_last:
-            raise RecipeError("dataloader_drop_last=False: the last batch would be smaller, another loss. Set it to true.")
+            raise RecipeError(
+                "dataloader_drop_last=False: the last batch would be smaller, another loss. Set it to true."
+            )
         if self.deepspeed or self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-            raise RecipeError("deepspeed and fsdp shard weights, which the target network copies. Launch pre-training with plain DDP.")
+            raise RecipeError(
+                "deepspeed and fsdp shard weights, which the target network copies. Launch pre-training with plain DDP."
+            )
         if self.ema_momentum is not None and not 0 <= self.ema_momentum <= 1:
             raise RecipeError(f"ema_momentum={self.ema_momentum} cannot work: it must be from 0 to 1.")
         if self.base_learning_rate is not None:
@@ -144,7 +157,8 @@ SETTINGS = Settings(
         "batch_size": "it is called per_device_train_batch_size",
         "model_config": "the architecture is backbone_config",
         **dict.fromkeys(
-            ["gamma", "preset", "order", "mu", "lambda_", "eps", "temperature", "lambd", "scale"], "write it into loss_settings"
+            ["gamma", "preset", "order", "mu", "lambda_", "eps", "temperature", "lambd", "scale"],
+            "write it into loss_settings",
         ),
     },
 )
@@ -163,9 +177,13 @@ def load_ssl_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run:
     resolved = SETTINGS.read(path, overrides)
     settings = {"output_dir": f"runs/ssl/{path.stem}", **resolved}
     if "optim" in settings:
-        raise RecipeError(f"{path}: optim={settings['optim']!r} would do nothing here. Write `optimizer: sgd`, lars or adamw.")
+        raise RecipeError(
+            f"{path}: optim={settings['optim']!r} would do nothing here. Write `optimizer: sgd`, lars or adamw."
+        )
     if "learning_rate" in settings and "base_learning_rate" in settings:
-        raise RecipeError(f"{path}: learning_rate and base_learning_rate are both given, and the second sets the first. Give one.")
+        raise RecipeError(
+            f"{path}: learning_rate and base_learning_rate are both given, and the second sets the first. Give one."
+        )
     for key in ("dataset", "eval_dataset"):
         if isinstance(settings.get(key), str):
             settings[key] = find_beside(settings[key], path)
@@ -184,6 +202,10 @@ def load_ssl_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run:
         )
     except (ValueError, NotImplementedError) as error:
         raise RecipeError(f"{path}: {error}") from None
-    if not method_named(model.method).target and (recipe.training.ema_momentum is not None or recipe.training.ema_schedule is not None):
-        raise RecipeError(f"{path}: ema_momentum or ema_schedule given, but {model.method} has no target network. Remove it.")
+    if not method_named(model.method).target and (
+        recipe.training.ema_momentum is not None or recipe.training.ema_schedule is not None
+    ):
+        raise RecipeError(
+            f"{path}: ema_momentum or ema_schedule given, but {model.method} has no target network. Remove it."
+        )
     return recipe

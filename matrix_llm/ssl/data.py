@@ -23,17 +23,23 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from matrix_llm.base.errors import ImageDataError
+
 __all__ = ["EpochSampler", "ImageDataError", "Images", "TrainImages", "load_images"]
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, which starts Ghostscript, whatever the file is called
+FORMATS = (
+    "BMP",
+    "GIF",
+    "JPEG",
+    "PNG",
+    "PPM",
+    "TIFF",
+    "WEBP",
+)  # not EPS, which starts Ghostscript, whatever the file is called
 MAX_PIXELS = 89_478_485  # a quarter of a GiB as RGB; where Pillow starts to warn of decompression bombs
 SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 GIVE_UP, ORIENTATION = 16, 0x0112  # unreadable images in a row; EXIF's tag
-
-
-class ImageDataError(ValueError):
-    """A source or an image that cannot be used. The message says which, what was found, and the way out."""
 
 
 class Images(Dataset):
@@ -66,14 +72,18 @@ class Images(Dataset):
         """
         try:
             return _eight_bit(self._reader(int(self._rows[i])))
-        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError, ... on damaged files
+        except (
+            Exception
+        ) as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError, ... on damaged files
             what = str(error) if isinstance(error, ImageDataError) else f"{type(error).__name__}: {error}"
             raise ImageDataError(f"{self.ids[i]} of {self.name} cannot be read ({what}).") from error
 
     def subset(self, indices: Sequence[int] | Tensor | np.ndarray) -> Images:
         chosen = np.asarray(indices, dtype=np.int64)
         labels = None if self.labels is None else self.labels[torch.from_numpy(chosen)]
-        return Images(self.name, [self.ids[i] for i in chosen], self._reader, labels, self.class_names, self._rows[chosen])
+        return Images(
+            self.name, [self.ids[i] for i in chosen], self._reader, labels, self.class_names, self._rows[chosen]
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------- reading one image
@@ -84,7 +94,9 @@ def _decode(file: str | Path | io.BytesIO) -> Image.Image:
     try:
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ImageDataError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}; make it smaller")
+                raise ImageDataError(
+                    f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}; make it smaller"
+                )
             image.load()
             return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -143,12 +155,16 @@ def _digits(split: str) -> Images:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError:
-        raise ImageDataError("digits come with scikit-learn, which is not installed: pip install 'matrix-llm[ssl]'.") from None
+        raise ImageDataError(
+            "digits come with scikit-learn, which is not installed: pip install 'matrix-llm[ssl]'."
+        ) from None
     pixels, labels = load_digits(return_X_y=True)
     parts = train_test_split(np.arange(len(labels)), test_size=500, stratify=labels, random_state=0)
     rows = np.sort(parts[0] if split == "train" else parts[1])
     images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
-    return Images("digits", _numbered(len(labels)), partial(_read_array, images), _as_labels(labels), list("0123456789")).subset(rows)
+    return Images(
+        "digits", _numbered(len(labels)), partial(_read_array, images), _as_labels(labels), list("0123456789")
+    ).subset(rows)
 
 
 SHAPES: dict[str, list[tuple[float, float]]] = {  # corners, in a square from -1 to 1
@@ -197,15 +213,26 @@ def _npz(path: Path, split: str) -> Images:
             pairs += [(x, "") for x, _ in pairs]
             x, y = next(((x, y) for x, y in pairs if x in keys and y in ("", *keys)), ("", ""))
             if not x:
-                raise ImageDataError(f"{path} has {', '.join(keys) or 'no arrays'}, but neither x_{split} nor images. Rename them.")
+                raise ImageDataError(
+                    f"{path} has {', '.join(keys) or 'no arrays'}, but neither x_{split} nor images. Rename them."
+                )
             pixels, labels = archive[x], archive[y] if y else None
     except ImageDataError:
         raise
     except (OSError, EOFError, zipfile.BadZipFile, ValueError) as error:
-        raise ImageDataError(f"{path} is not a readable .npz of plain arrays ({type(error).__name__}: {error}).") from None
+        raise ImageDataError(
+            f"{path} is not a readable .npz of plain arrays ({type(error).__name__}: {error})."
+        ) from None
     pixels = pixels[..., 0] if pixels.ndim == 4 and pixels.shape[3] == 1 else pixels
-    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or (pixels.ndim == 4 and pixels.shape[3] not in (3, 4)) or pixels.size == 0:
-        raise ImageDataError(f"{path}: {x} is {pixels.shape} {pixels.dtype}, but images are (N, H, W) or (N, H, W, 3) uint8, 0 to 255.")
+    if (
+        pixels.dtype != np.uint8
+        or pixels.ndim not in (3, 4)
+        or (pixels.ndim == 4 and pixels.shape[3] not in (3, 4))
+        or pixels.size == 0
+    ):
+        raise ImageDataError(
+            f"{path}: {x} is {pixels.shape} {pixels.dtype}, but images are (N, H, W) or (N, H, W, 3) uint8, 0 to 255."
+        )
     checked = None if labels is None else _as_labels(labels, f"{path}: {y}")
     if checked is not None and len(checked) != len(pixels):
         raise ImageDataError(f"{path}: {x} has {len(pixels)} images, but {y} has {len(checked)} labels.")
@@ -228,12 +255,16 @@ def _cifar(folder: Path, split: str) -> Images | None:
     pixels = np.ascontiguousarray(rows[:, width - 3072 :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     meta = folder / ("batches.meta.txt" if width == 3073 else "fine_label_names.txt")
     class_names = meta.read_text(encoding="utf-8").split() if meta.is_file() else None
-    return Images(str(folder), _numbered(len(rows)), partial(_read_array, pixels), _as_labels(rows[:, width - 3073]), class_names)
+    return Images(
+        str(folder), _numbered(len(rows)), partial(_read_array, pixels), _as_labels(rows[:, width - 3073]), class_names
+    )
 
 
 def _visible(folder: Path) -> Iterator[os.DirEntry[str]]:
     with os.scandir(folder) as entries:
-        yield from (entry for entry in sorted(entries, key=lambda e: e.name) if not entry.name.startswith((".", "__MACOSX")))
+        yield from (
+            entry for entry in sorted(entries, key=lambda e: e.name) if not entry.name.startswith((".", "__MACOSX"))
+        )
 
 
 def _files_below(folder: Path, prefix: str, seen: frozenset[Path] = frozenset()) -> Iterator[str]:
@@ -251,18 +282,26 @@ def _folder(root: Path, split: str) -> Images:
     folders = [entry.name for entry in _visible(root) if entry.is_dir()]
     splits = [name for name in folders if name in SPLITS]
     if splits and split not in folders:
-        raise ImageDataError(f"{root} has the splits {', '.join(splits)}, but no {split!r}. Name one of them, or give the folder inside.")
+        raise ImageDataError(
+            f"{root} has the splits {', '.join(splits)}, but no {split!r}. Name one of them, or give the folder inside."
+        )
     base = root / split if split in folders else root
     paths = list(_files_below(base, ""))
     if not paths:
         raise ImageDataError(f"{base} holds no image ({', '.join(SUFFIXES)}). Give another folder.")
     flat, nested = ([path for path in paths if ("/" in path) == inside] for inside in (False, True))
     if flat and nested:
-        raise ImageDataError(f"{base} has images in class folders and beside them ({nested[0]}, {flat[0]}). Move them all in, or all out.")
+        raise ImageDataError(
+            f"{base} has images in class folders and beside them ({nested[0]}, {flat[0]}). Move them all in, or all out."
+        )
     if flat:
         return Images(str(base), paths, partial(_read_file, base, paths))
     # A class that is missing here must not shift the labels of the others: they count the folders of the training split, if there is one.
-    trained = [entry.name for entry in _visible(root / "train") if entry.is_dir()] if base != root and "train" in folders else []
+    trained = (
+        [entry.name for entry in _visible(root / "train") if entry.is_dir()]
+        if base != root and "train" in folders
+        else []
+    )
     classes = [path.split("/", 1)[0] for path in paths]
     names = list(dict.fromkeys([*trained, *classes]))
     number = {name: i for i, name in enumerate(names)}
@@ -275,7 +314,9 @@ def _hub(source: str, config: str | None, split: str, image_column: str | None, 
 
     try:
         rows = datasets.load_dataset(source, config, split=split)
-    except Exception as error:  # offline, gated, no such split, no such configuration: the Hub client has a class for each
+    except (
+        Exception
+    ) as error:  # offline, gated, no such split, no such configuration: the Hub client has a class for each
         raise ImageDataError(
             f"{source!r}, split {split!r}, is neither a local path nor readable from the Hub: {type(error).__name__}: {error} "
             "Check the name and the connection, or give a local folder."
@@ -290,7 +331,11 @@ def _hub(source: str, config: str | None, split: str, image_column: str | None, 
         raise ImageDataError(f"{source!r} has no label column {label_column!r}; its columns are {has}.")
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     likely = [name for name in ("label", "labels", "fine_label", "class") if name in features]
-    chosen = label_column or next((name for name in likely if name in classes), None) or next(iter([*classes, *likely]), None)
+    chosen = (
+        label_column
+        or next((name for name in likely if name in classes), None)
+        or next(iter([*classes, *likely]), None)
+    )
     labels = class_names = None
     if chosen:
         values = rows.select_columns([chosen]).with_format("numpy")[:][chosen]
@@ -332,11 +377,15 @@ def load_images(
         images = _digits(split) if source == "digits" else _synthetic(split)
     elif path.is_file():
         if path.suffix != ".npz":
-            raise ImageDataError(f"{path} is a file, but only an .npz is read. Give a folder of images, an .npz or a Hub id.")
+            raise ImageDataError(
+                f"{path} is a file, but only an .npz is read. Give a folder of images, an .npz or a Hub id."
+            )
         images = _npz(path, split)
     elif path.is_dir():
         parquet = any(next(folder.glob("*.parquet"), None) for folder in (path, path / "data", path / split))
-        images = _cifar(path, split) or (_hub(str(path), config, split, image_column, label_column) if parquet else _folder(path, split))
+        images = _cifar(path, split) or (
+            _hub(str(path), config, split, image_column, label_column) if parquet else _folder(path, split)
+        )
     elif source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise ImageDataError(f"{path} does not exist. Give a folder of images, an .npz, a Hub id, digits or synthetic.")
     else:
@@ -373,7 +422,9 @@ class TrainImages(Dataset):
                 return epoch, other, self.images.read(other), "; ".join(skipped) or None
             except ImageDataError as error:
                 skipped.append(str(error))
-        raise ImageDataError(f"{len(skipped)} images in a row cannot be read. The first: {skipped[0]} Repair the data, or the path to it.")
+        raise ImageDataError(
+            f"{len(skipped)} images in a row cannot be read. The first: {skipped[0]} Repair the data, or the path to it."
+        )
 
 
 class EpochSampler(Sampler):

@@ -29,19 +29,19 @@ import time
 import torch
 import transformers
 
-from matrix_llm.card import versions
-from matrix_llm.files import write_text
-from matrix_llm.ssl.data import ImageDataError, load_images
+from matrix_llm.base.errors import ImageDataError, ProbeError
+from matrix_llm.base.files import write_text
+from matrix_llm.publish.card import versions
+from matrix_llm.ssl.data import load_images
 from matrix_llm.ssl.loops import extract_features, fine_tune, labels_of
 from matrix_llm.ssl.probes import (
     Features,
-    ProbeError,
     effective_ranks,
     few_label_accuracy,
     few_label_draws,
     knn_accuracy,
     linear_accuracy,
-)  # fmt: skip
+)
 from matrix_llm.ssl.protocols import Job, Result, run_few, run_knn, run_linear, run_semi, split_file
 from matrix_llm.ssl.subjects import aligned, choose_split, find_subject, pixels_of, recipe_flip
 
@@ -75,19 +75,30 @@ def parser() -> argparse.ArgumentParser:
     add("--weight_decay", type=float, default=0.0)
     add("--flip_prob", type=float, help="of training images; the recipe's if not given, or 0.5")
     add("--crop_scale_min", type=float, default=0.08, help="smallest share of a training image that is cropped")
-    whole = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    whole = argparse.ArgumentParser(
+        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = whole.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("linear", parents=[common, trained], help="a linear classifier on frozen features").add_argument
+    add = commands.add_parser(
+        "linear", parents=[common, trained], help="a linear classifier on frozen features"
+    ).add_argument
     add("--protocol", choices=["trained", "lbfgs"], default="trained", help="trained: on augmented images, the paper's")
     add("--optimizer", choices=["lars", "sgd"], help="lars if not given, or sgd where lars would have too few steps")
     add("--epochs", type=int, default=100)
     add("--batch_size", type=int, default=4096)
     add("--base_learning_rate", type=float, default=0.03, help="for 256 images")
-    add("--C", type=_number_or_auto, default=1.0, help="of lbfgs: a number, or auto: chosen on a fifth of the training part")
+    add(
+        "--C",
+        type=_number_or_auto,
+        default=1.0,
+        help="of lbfgs: a number, or auto: chosen on a fifth of the training part",
+    )
     add = commands.add_parser("knn", parents=[common], help="nearest neighbours").add_argument
     add("--k", type=int, nargs="+", default=[20, 200])
     add("--temperature", type=float, default=0.07)
-    add = commands.add_parser("semi", parents=[common, trained], help="fine-tuning on a part of the labels").add_argument
+    add = commands.add_parser(
+        "semi", parents=[common, trained], help="fine-tuning on a part of the labels"
+    ).add_argument
     add("--percent", type=float, help="of the training images, as many of each class")
     add("--split", help="a file that names the images, one a line")
     add("--epochs", type=int, default=20)
@@ -117,7 +128,14 @@ def check_settings(args: argparse.Namespace) -> None:
             raise ProbeError(f"--{name} {given[name]} must be 1 or more.")
     if given.get("batch_size") == 1:
         raise ProbeError("--batch_size 1, but batch normalisation needs at least 2 images.")
-    for name in ("base_learning_rate", "backbone_learning_rate", "head_learning_rate", "weight_decay", "workers", "seed"):
+    for name in (
+        "base_learning_rate",
+        "backbone_learning_rate",
+        "head_learning_rate",
+        "weight_decay",
+        "workers",
+        "seed",
+    ):
         if given.get(name) is not None and given[name] < 0:
             raise ProbeError(f"--{name} {given[name]} must not be negative.")
     if not 0 <= given.get("momentum", 0) < 1:
@@ -125,19 +143,25 @@ def check_settings(args: argparse.Namespace) -> None:
     if not 0 <= (given.get("flip_prob") or 0) <= 1:
         raise ProbeError(f"--flip_prob {args.flip_prob} is no probability. Give 0 to 1.")
     if not 0 < given.get("crop_scale_min", 1) <= 1:
-        raise ProbeError(f"--crop_scale_min {args.crop_scale_min} is no share of an image. Give a number above 0, 1 at most.")
+        raise ProbeError(
+            f"--crop_scale_min {args.crop_scale_min} is no share of an image. Give a number above 0, 1 at most."
+        )
     if given.get("temperature", 1) <= 0 or (given.get("C", 1.0) != "auto" and given.get("C", 1.0) <= 0):
         raise ProbeError("--temperature and --C must be above 0.")
     if args.command == "few" and args.draws < 2:
         raise ProbeError(f"--draws {args.draws}: one draw says nothing about how draws differ. Make at least 2.")
     if args.image_size is not None and (args.model != "pixels" or args.image_size < 4):
-        raise ProbeError(f"--image_size {args.image_size} is for --model pixels alone, 4 or more; a network has a size of its own.")
+        raise ProbeError(
+            f"--image_size {args.image_size} is for --model pixels alone, 4 or more; a network has a size of its own."
+        )
     if args.command == "semi" and args.percent is None and args.split is None:
         raise ProbeError("semi needs to know which labels it may use. Give --percent 1, or --split FILE.")
     if args.command == "semi" and args.percent is not None and not 0 < args.percent <= 100:
         raise ProbeError(f"--percent {args.percent:g}, but a share of the training images is above 0 and at most 100.")
     if args.model.partition(":")[0] == "pixels" and (args.command == "semi" or given.get("protocol") == "trained"):
-        raise ProbeError(f"--model {args.model} has no network to put augmented images through. Use knn, few, or linear --protocol lbfgs.")
+        raise ProbeError(
+            f"--model {args.model} has no network to put augmented images through. Use knn, few, or linear --protocol lbfgs."
+        )
 
 
 def default_result(args: argparse.Namespace) -> Path:
@@ -153,7 +177,11 @@ def default_result(args: argparse.Namespace) -> Path:
         name += f"-{args.labels_per_class}"
     data = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(args.data).name or "data")
     seed = f"-seed{args.seed}" if args.seed else ""
-    return (Path("runs/pixels") if folder == "pixels" else Path(folder)).expanduser() / "eval" / f"{kind}{name}-{data}{seed}.json"
+    return (
+        (Path("runs/pixels") if folder == "pixels" else Path(folder)).expanduser()
+        / "eval"
+        / f"{kind}{name}-{data}{seed}.json"
+    )
 
 
 def evaluate(args: argparse.Namespace) -> str:
@@ -163,7 +191,9 @@ def evaluate(args: argparse.Namespace) -> str:
     args.out = args.out or default_result(args)
     if args.out.exists() and not args.force:
         raise ProbeError(f"{args.out} exists. Read it, name another with --out, or overwrite it with --force.")
-    if (place := next(p for p in (args.out.parent, *args.out.parent.parents) if p.exists())) and not os.access(place, os.W_OK):
+    if (place := next(p for p in (args.out.parent, *args.out.parent.parents) if p.exists())) and not os.access(
+        place, os.W_OK
+    ):
         raise ProbeError(f"{args.out} cannot be written: {place} is not writable. Name another place with --out.")
     device = _device(args.device)
     subject = None if args.model == "pixels" else find_subject(args.model)
@@ -176,12 +206,20 @@ def evaluate(args: argparse.Namespace) -> str:
     job = Job(args, subject, train, test, classes, device)
     if args.command in ("linear", "semi") and args.flip_prob is None:
         args.flip_prob = recipe_flip(subject.folder)
-    if args.command == "linear" and args.C == "auto" and int(torch.bincount(labels_of(train).unique(return_inverse=True)[1]).min()) < 2:
-        raise ProbeError("--C auto, but a class has one training image, which cannot be both trained on and held out. Give --C a number.")
+    if (
+        args.command == "linear"
+        and args.C == "auto"
+        and int(torch.bincount(labels_of(train).unique(return_inverse=True)[1]).min()) < 2
+    ):
+        raise ProbeError(
+            "--C auto, but a class has one training image, which cannot be both trained on and held out. Give --C a number."
+        )
     if args.command == "few":
         few_label_draws(labels_of(train), labels_per_class=args.labels_per_class, draws=1, seed=args.seed)
     if args.command == "knn" and not 1 <= min(args.k) <= max(args.k) <= len(train):
-        raise ProbeError(f"--k {' '.join(map(str, args.k))}, but there are {len(train)} training images. Give numbers between 1 and that.")
+        raise ProbeError(
+            f"--k {' '.join(map(str, args.k))}, but there are {len(train)} training images. Give numbers between 1 and that."
+        )
     if args.command == "semi":
         places = choose_split(train, test, percent=args.percent, file=args.split, seed=args.seed)
         if len(places) < 2:
@@ -216,7 +254,9 @@ def _device(name: str) -> torch.device:
         try:
             return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
-            raise ProbeError(f"--device {name} is not there ({str(error).splitlines()[0]}). Give cpu, or leave it out.") from None
+            raise ProbeError(
+                f"--device {name} is not there ({str(error).splitlines()[0]}). Give cpu, or leave it out."
+            ) from None
     found = torch.accelerator.current_accelerator(check_available=True)
     return found if found is not None else torch.device("cpu")
 

@@ -35,9 +35,16 @@ from transformers import DetrConfig, DetrForObjectDetection, PreTrainedModel, Re
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.detr.image_processing_pil_detr import DetrImageProcessorPil
 
-from matrix_llm.files import atomic_path, write_text
+from matrix_llm.base.files import atomic_path, write_text
 
-__all__ = ["ExportError", "detectron2_config", "detectron2_state", "detr_model", "from_torchvision", "torchvision_state_dict"]
+__all__ = [
+    "ExportError",
+    "detectron2_config",
+    "detectron2_state",
+    "detr_model",
+    "from_torchvision",
+    "torchvision_state_dict",
+]
 
 # MODEL.RESNETS.DEPTH of detectron2, for bottleneck layers: its C4 head is built of them
 DEPTHS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
@@ -62,7 +69,11 @@ def _layers(backbone: ResNetModel) -> Iterator[tuple[str, str, str, str]]:
     convolutions = 3 if backbone.config.layer_type == "bottleneck" else 2
     for stage, depth in enumerate(backbone.config.depths or ()):
         for block in range(depth):
-            ours, theirs, res = f"encoder.stages.{stage}.layers.{block}", f"layer{stage + 1}.{block}", f"res{stage + 2}.{block}"
+            ours, theirs, res = (
+                f"encoder.stages.{stage}.layers.{block}",
+                f"layer{stage + 1}.{block}",
+                f"res{stage + 2}.{block}",
+            )
             for i in range(convolutions):
                 yield f"{ours}.layer.{i}", f"{theirs}.conv{i + 1}", f"{theirs}.bn{i + 1}", f"{res}.conv{i + 1}"
             if f"{ours}.shortcut.convolution.weight" in names:
@@ -76,7 +87,9 @@ def _resnet(backbone: PreTrainedModel) -> ResNetModel:
     kind, why = backbone.config.model_type, "these libraries' names are those of a ResNet"
     if kind == "small_resnet":
         why = "its stem is a 3 x 3 convolution without pooling, where these libraries have 7 x 7 and a pooling"
-    raise ExportError(f"a {kind} backbone ({type(backbone).__name__}) cannot be exported: {why}. Pretrain a backbone of model_type resnet.")
+    raise ExportError(
+        f"a {kind} backbone ({type(backbone).__name__}) cannot be exported: {why}. Pretrain a backbone of model_type resnet."
+    )
 
 
 def _standard(backbone: PreTrainedModel, library: str) -> ResNetModel:
@@ -84,11 +97,17 @@ def _standard(backbone: PreTrainedModel, library: str) -> ResNetModel:
     model = _resnet(backbone)
     config: Any = model.config
     if len(config.depths) != 4:
-        raise ExportError(f"depths={config.depths}, but {library}'s ResNet has four stages. Pretrain with four, or export to detr.")
+        raise ExportError(
+            f"depths={config.depths}, but {library}'s ResNet has four stages. Pretrain with four, or export to detr."
+        )
     if config.hidden_act != "relu":
-        raise ExportError(f"hidden_act={config.hidden_act!r}, but {library}'s ResNet has ReLU. Pretrain with relu, or export to detr.")
+        raise ExportError(
+            f"hidden_act={config.hidden_act!r}, but {library}'s ResNet has ReLU. Pretrain with relu, or export to detr."
+        )
     if config.downsample_in_first_stage:
-        raise ExportError(f"downsample_in_first_stage=True, but {library}'s first stage keeps the resolution. Export to detr.")
+        raise ExportError(
+            f"downsample_in_first_stage=True, but {library}'s first stage keeps the resolution. Export to detr."
+        )
     return model
 
 
@@ -118,7 +137,9 @@ def torchvision_state_dict(backbone: PreTrainedModel) -> dict[str, Tensor]:
     model = _standard(backbone, "torchvision")
     if model.config.layer_type == "bottleneck" and model.config.downsample_in_bottleneck:
         where = "puts the stride in the 1 x 1 convolution, but torchvision's ResNet v1.5 has it in the 3 x 3"
-        raise ExportError(f"downsample_in_bottleneck=True {where}. Export to detectron2 or detr, whose configurations say where it is.")
+        raise ExportError(
+            f"downsample_in_bottleneck=True {where}. Export to detectron2 or detr, whose configurations say where it is."
+        )
     state = _state(model)
     exported = {}
     for ours, conv, norm, _ in _layers(model):
@@ -148,13 +169,17 @@ def from_torchvision(source: Mapping[str, Tensor] | str | os.PathLike[str]) -> R
     given = source if isinstance(source, Mapping) else _read(Path(source))
     given = {str(key): value for key, value in given.items() if not str(key).startswith("fc.")}
     if not all(isinstance(value, Tensor) for value in given.values()):
-        raise ExportError(f"{name} is no dict of tensors (keys: {', '.join(list(given)[:3])}). Give the state dict inside it.")
+        raise ExportError(
+            f"{name} is no dict of tensors (keys: {', '.join(list(given)[:3])}). Give the state dict inside it."
+        )
     model = ResNetModel(_config_of(given, name)).eval()
     expected = torchvision_state_dict(model)
     for key in sorted(expected.keys() | given.keys()):
         found, wanted = (tuple(tensors[key].shape) if key in tensors else "absent" for tensors in (given, expected))
         if found != wanted and not (found == "absent" and key.endswith(COUNTER)):
-            raise ExportError(f"{name}: {key} is {found}, but {wanted} in a plain ResNet (not ResNeXt, not wide) of these sizes. {WANTED}")
+            raise ExportError(
+                f"{name}: {key} is {found}, but {wanted} in a plain ResNet (not ResNeXt, not wide) of these sizes. {WANTED}"
+            )
     given, state = expected | given, {}
     for ours, conv, norm, _ in _layers(model):
         state[f"{ours}.convolution.weight"] = given[f"{conv}.weight"]
@@ -173,7 +198,9 @@ def _read(path: Path) -> Mapping[str, Any]:
         return found if isinstance(found, dict) else {}
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ExportError(f"{path} cannot be read as tensors alone ({reason}). Save the bare state dict as .safetensors.") from None
+        raise ExportError(
+            f"{path} cannot be read as tensors alone ({reason}). Save the bare state dict as .safetensors."
+        ) from None
 
 
 def _config_of(state: Mapping[str, Tensor], name: str) -> ResNetConfig:
@@ -186,7 +213,9 @@ def _config_of(state: Mapping[str, Tensor], name: str) -> ResNetConfig:
         shapes.append(state[key].shape)
     (embedding, channels, *_), widths = shapes[0], [shape[0] for shape in shapes[1:]]
     depths = [sum(stage == wanted for stage, _ in blocks) for wanted in range(1, 5)]
-    return ResNetConfig(num_channels=channels, embedding_size=embedding, hidden_sizes=widths, depths=depths, layer_type=layer_type)
+    return ResNetConfig(
+        num_channels=channels, embedding_size=embedding, hidden_sizes=widths, depths=depths, layer_type=layer_type
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- detectron2
@@ -208,7 +237,9 @@ def detectron2_state(backbone: PreTrainedModel) -> dict[str, np.ndarray]:
     model = _standard(backbone, "detectron2")
     widths = tuple(model.config.hidden_sizes or ())
     if any(before == after for before, after in pairwise(widths)):
-        raise ExportError(f"hidden_sizes={widths}: detectron2 has no shortcut between stages of one width. Pretrain with growing widths.")
+        raise ExportError(
+            f"hidden_sizes={widths}: detectron2 has no shortcut between stages of one width. Pretrain with growing widths."
+        )
     state = _state(model)
     exported = {}
     for ours, _, _, theirs in _layers(model):
@@ -219,7 +250,9 @@ def detectron2_state(backbone: PreTrainedModel) -> dict[str, np.ndarray]:
     return exported
 
 
-def detectron2_config(config: ResNetConfig, image_mean: Sequence[float], image_std: Sequence[float], weights: str) -> str:
+def detectron2_config(
+    config: ResNetConfig, image_mean: Sequence[float], image_std: Sequence[float], weights: str
+) -> str:
     """MoCo's published settings for Mask R-CNN with a C4 backbone on COCO (its 2x schedule), with this network's sizes.
 
     Args:
@@ -237,12 +270,18 @@ def detectron2_config(config: ResNetConfig, image_mean: Sequence[float], image_s
     """
     widths, depths, channels = tuple(config.hidden_sizes or ()), tuple(config.depths or ()), config.num_channels
     if config.layer_type != "bottleneck":
-        raise ExportError("layer_type='basic', but detectron2's C4 head is built of bottleneck layers. Use the weights in an FPN config.")
+        raise ExportError(
+            "layer_type='basic', but detectron2's C4 head is built of bottleneck layers. Use the weights in an FPN config."
+        )
     if depths not in DEPTHS or widths != tuple(widths[0] * 2**i for i in range(4)) or widths[0] % 4:
         known = f"the depths {', '.join(map(str, DEPTHS))} and widths that double"
-        raise ExportError(f"depths={depths}, hidden_sizes={widths}, but detectron2's keys describe {known}. Build the network in Python.")
+        raise ExportError(
+            f"depths={depths}, hidden_sizes={widths}, but detectron2's keys describe {known}. Build the network in Python."
+        )
     if channels not in (1, 3) or len(image_mean) != channels or len(image_std) != channels:
-        raise ExportError(f"{channels} channel(s), image_mean={list(image_mean)}: detectron2 reads grey or RGB images, one mean a channel.")
+        raise ExportError(
+            f"{channels} channel(s), image_mean={list(image_mean)}: detectron2 reads grey or RGB images, one mean a channel."
+        )
     mean, std = ([round(255 * float(value), 6) for value in values] for values in (image_mean, image_std))
     return f"""\
 # Mask R-CNN, C4, COCO: MoCo's settings, 2x schedule (1x: STEPS [60000, 80000], MAX_ITER 90000).
@@ -335,7 +374,9 @@ def _check_output(target: str, output: Path) -> None:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise ExportError(f"--output {output} exists and is no empty folder. Give a new folder.")
     elif output.suffix not in endings or output.is_dir():
-        raise ExportError(f"--output {output}, but weights for {target} are a file ending in {' or '.join(endings)}. Rename it.")
+        raise ExportError(
+            f"--output {output}, but weights for {target} are a file ending in {' or '.join(endings)}. Rename it."
+        )
 
 
 def _write_torchvision(backbone: PreTrainedModel, output: Path) -> None:
@@ -370,15 +411,21 @@ def _write_detr(backbone: PreTrainedModel, output: Path, model: str, num_labels:
         detector.save_pretrained(folder)
         DetrImageProcessorPil(image_mean=mean, image_std=std).save_pretrained(folder)
         os.replace(folder, output)
-    print(f"{output}: a DETR whose backbone alone is pretrained. Load it with DetrForObjectDetection.from_pretrained and train it.")
+    print(
+        f"{output}: a DETR whose backbone alone is pretrained. Load it with DetrForObjectDetection.from_pretrained and train it."
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", choices=["torchvision", "detectron2", "detr"])
-    parser.add_argument("--model", required=True, help="the root of a run, one of its checkpoints, or a name on the Hub")
+    parser.add_argument(
+        "--model", required=True, help="the root of a run, one of its checkpoints, or a name on the Hub"
+    )
     parser.add_argument("--output", required=True, type=Path, help=".pth or .safetensors; .pkl; a new folder")
-    parser.add_argument("--num_labels", type=int, default=91, help="detr: classes without 'no object'; COCO's ids need 91, the default")
+    parser.add_argument(
+        "--num_labels", type=int, default=91, help="detr: classes without 'no object'; COCO's ids need 91, the default"
+    )
     options = parser.parse_args(arguments)
     try:
         _check_output(options.target, options.output)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from matrix_llm.files import atomic_path, write_text
+from matrix_llm.base.files import atomic_path, write_text
 from matrix_llm.information import effective_rank, matrix_cross_entropy, matrix_kl
 
 __all__ = ["batch_information", "plot_lines", "plot_tsne"]
@@ -55,7 +55,9 @@ def batch_information(
     (0.0, 4.0, 0.0)
     """
     if z1.shape != z2.shape or z1.ndim != 2 or len(z1) < 2:
-        raise ValueError(f"z1 is {tuple(z1.shape)} and z2 is {tuple(z2.shape)}, but two views of the same B >= 2 images are compared.")
+        raise ValueError(
+            f"z1 is {tuple(z1.shape)} and z2 is {tuple(z2.shape)}, but two views of the same B >= 2 images are compared."
+        )
     c1, c2 = ((z.T @ z) / len(z) for z in (F.normalize(z.detach().double(), dim=1) for z in (z1, z2)))
     eye = torch.eye(len(c1), dtype=c1.dtype, device=c1.device)
     return {
@@ -142,8 +144,8 @@ def plot_tsne(
 
 def trajectory(run: Path, name: str) -> list[tuple[float, float]]:
     """(epoch, value) of one logged name."""
-    from matrix_llm.files import read_jsonl
-    from matrix_llm.report import METRICS
+    from matrix_llm.base.files import read_jsonl
+    from matrix_llm.run.metrics import METRICS
 
     return [(entry["epoch"], entry[name]) for entry in read_jsonl(run / METRICS) if name in entry and "epoch" in entry]
 
@@ -156,15 +158,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=512, help="images in a batch (the paper's 512)")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(arguments)
+    from matrix_llm.base.errors import ImageDataError
     from matrix_llm.ssl.augment import EvalTransform
-    from matrix_llm.ssl.data import ImageDataError, load_images
+    from matrix_llm.ssl.data import load_images
     from matrix_llm.ssl.loops import extract_features
     from matrix_llm.ssl.modeling import load_backbone
 
     try:
         for run in args.runs:
             if not (run / "pretraining").is_dir():
-                raise ImageDataError(f"{str(run)!r} has no pretraining/, so it is no finished run of pretrain.py. Give its output_dir.")
+                raise ImageDataError(
+                    f"{str(run)!r} has no pretraining/, so it is no finished run of pretrain.py. Give its output_dir."
+                )
         images = load_images(args.data, split=args.split, max_rows=args.rows)
     except ImageDataError as error:
         print(f"error: {error}", file=sys.stderr)

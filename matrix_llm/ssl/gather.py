@@ -33,7 +33,9 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        total = grad.clone(memory_format=torch.contiguous_format)  # all_reduce writes into it, and autograd may still need `grad`
+        total = grad.clone(
+            memory_format=torch.contiguous_format
+        )  # all_reduce writes into it, and autograd may still need `grad`
         dist.all_reduce(total, group=ctx.group)
         return total.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)], None
 

@@ -41,7 +41,13 @@ class LARS(Optimizer):
         weight_decay: float = 0.0,
         trust_coefficient: float = 0.001,
     ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient, "adapt": True}
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "adapt": True,
+        }
         for name, value in defaults.items():
             if value < 0:
                 raise ValueError(f"{name}={value} would step uphill. Give a number of at least 0.")

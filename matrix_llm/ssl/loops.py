@@ -17,18 +17,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
-from matrix_llm.accuracy import evaluation_mode
+from matrix_llm.base.errors import ImageDataError, ProbeError
+from matrix_llm.base.modes import evaluation_mode
 from matrix_llm.ssl.augment import Augment, AugmentConfig, EvalTransform, TwoViewCollator
-from matrix_llm.ssl.data import EpochSampler, ImageDataError, Images
+from matrix_llm.ssl.data import EpochSampler, Images
 from matrix_llm.ssl.modeling import feature_dim, pooled
-from matrix_llm.ssl.probes import Features, ProbeError, cosine, linear_layer
+from matrix_llm.ssl.probes import Features, cosine, linear_layer
 
 __all__ = ["augmented_batches", "extract_features", "fine_tune", "labels_of"]
 
 
 def labels_of(images: Images) -> Tensor:
     if images.labels is None:
-        raise ProbeError(f"{images.name} has no labels, which an evaluation needs. Sort the images into a folder for each class.")
+        raise ProbeError(
+            f"{images.name} has no labels, which an evaluation needs. Sort the images into a folder for each class."
+        )
     return images.labels
 
 
@@ -60,7 +63,11 @@ class _Upright:
     def __call__(self, items: Sequence[Item]) -> tuple[Tensor, Tensor, list[str]]:
         kept = [(i, self.transform(image)) for _, i, image in items if not isinstance(image, str)]
         pixels = torch.stack([x for _, x in kept]) if kept else torch.empty(0)
-        return pixels, torch.tensor([i for i, _ in kept], dtype=torch.long), [x for *_, x in items if isinstance(x, str)]
+        return (
+            pixels,
+            torch.tensor([i for i, _ in kept], dtype=torch.long),
+            [x for *_, x in items if isinstance(x, str)],
+        )
 
 
 class _Cropped:
@@ -99,7 +106,11 @@ def extract_features(
     """
     labels = labels_of(images)
     loader = DataLoader(
-        _Readable(images), batch_size, sampler=[(0, i) for i in range(len(images))], collate_fn=_Upright(transform), num_workers=workers
+        _Readable(images),
+        batch_size,
+        sampler=[(0, i) for i in range(len(images))],
+        collate_fn=_Upright(transform),
+        num_workers=workers,
     )
     rows, indices, skipped = [], [], []
     if backbone is not None:
@@ -173,7 +184,9 @@ def fine_tune(
     device = next(backbone.parameters()).device
     head = linear_layer(feature_dim(backbone), classes, seed).to(device)
     rates = (backbone_learning_rate, head_learning_rate)
-    groups = [{"params": list(part.parameters()), "lr": rate} for part, rate in zip((backbone, head), rates, strict=True)]
+    groups = [
+        {"params": list(part.parameters()), "lr": rate} for part, rate in zip((backbone, head), rates, strict=True)
+    ]
     optimizer = torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay)
     backbone.train()
     for epoch in range(epochs):

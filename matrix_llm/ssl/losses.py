@@ -43,7 +43,9 @@ PRESETS = ("official", "paper")
 
 def _check_preset(preset: str) -> None:
     if preset not in PRESETS:
-        raise ValueError(f"preset={preset!r} is none of {', '.join(map(repr, PRESETS))}: the released code, or the paper's equations.")
+        raise ValueError(
+            f"preset={preset!r} is none of {', '.join(map(repr, PRESETS))}: the released code, or the paper's equations."
+        )
 
 
 # --- Matrix-SSL ------------------------------------------------------------------------------------------------------------
@@ -313,7 +315,9 @@ def barlow_twins_loss(
     """
     z1, z2 = (F.batch_norm(z, None, None, training=True, eps=eps) for z in check_rows(2, z1=z1, z2=z2))
     rows, width = z1.shape
-    if 2 * rows < width:  # |Z1^T Z2|^2 = <Z1 Z1^T, Z2 Z2^T>; C has a rank far below d: the rest off the diagonal is no small difference
+    if (
+        2 * rows < width
+    ):  # |Z1^T Z2|^2 = <Z1 Z1^T, Z2 Z2^T>; C has a rank far below d: the rest off the diagonal is no small difference
         diagonal = (z1 * z2).sum(0) / rows
         off = (gram(z1) * gram(z2)).sum() / rows**2 - diagonal.square().sum()
     else:
@@ -399,7 +403,9 @@ def moco_loss(
     """
     check_positive(temperature=temperature)
     if queue.ndim != 2 or query.ndim != 2 or queue.shape[1] != query.shape[1]:
-        raise ValueError(f"queue is {tuple(queue.shape)}, but it holds one key a row, of the width of query {tuple(query.shape)}.")
+        raise ValueError(
+            f"queue is {tuple(queue.shape)}, but it holds one key a row, of the width of query {tuple(query.shape)}."
+        )
     q, k = (F.normalize(z, dim=1) for z in check_rows(1, query=query, key=key.detach()))
     (old,) = check_rows(0, queue=queue.detach())
     old = F.normalize(old, dim=1).to(q.dtype)

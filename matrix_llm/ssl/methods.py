@@ -99,7 +99,9 @@ class Method:
     loss: Callable[..., Tensor]
     settings: Callable[..., Tensor]  # the pinned loss, whose keyword arguments a recipe's `loss_settings` may give
     projector: tuple[int, ...]
-    projector_end: str = "linear"  # what follows the last layer: "linear" (nothing), "bn" (without affine) or "bn_affine"
+    projector_end: str = (
+        "linear"  # what follows the last layer: "linear" (nothing), "bn" (without affine) or "bn_affine"
+    )
     hidden_bn: bool = True  # batch normalisation after the hidden layers
     predictor: tuple[int, ...] | None = None
     target: bool = False  # a moving average of the online network
@@ -143,7 +145,7 @@ METHODS: dict[str, Method] = {
 
 def method_named(name: str) -> Method:
     if name not in METHODS:
-        from matrix_llm.values import nearest
+        from matrix_llm.base.values import nearest
 
         raise ValueError(f"method={name!r} is none of {', '.join(METHODS)}.{nearest(name, METHODS)}")
     return METHODS[name]

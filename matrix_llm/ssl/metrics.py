@@ -116,7 +116,9 @@ def intra_class_effective_rank(
     classes = [features[index == k] for k in range(int(index.max()) + 1)]
     ranks = [effective_rank(_second_moment(rows - rows.mean(0))) for rows in classes if len(rows) > 1]
     if not ranks:
-        raise ValueError(f"each of the {len(classes)} classes has a single row, so none varies. Give at least two rows of some class.")
+        raise ValueError(
+            f"each of the {len(classes)} classes has a single row, so none varies. Give at least two rows of some class."
+        )
     return float(torch.stack(ranks).mean())
 
 
@@ -139,7 +141,9 @@ def inter_class_effective_rank(
     index = _classes(features, labels)
     counts = torch.bincount(index)
     if len(counts) < 2:
-        raise ValueError("all rows are of one class, but the inter-class effective rank compares the means of at least two.")
+        raise ValueError(
+            "all rows are of one class, but the inter-class effective rank compares the means of at least two."
+        )
     means = features.new_zeros(len(counts), features.shape[1]).index_add_(0, index, features) / counts.unsqueeze(1)
     return float(effective_rank(_second_moment(means - means.mean(0))))
 

@@ -200,7 +200,9 @@ class SSLConfig(PreTrainedConfig):
         check_loss_settings(self.method, self.loss_settings)
         if method.predictor is None:
             if self.predictor_widths:
-                raise ValueError(f"predictor_widths={self.predictor_widths}, but {self.method} has no predictor. Remove it.")
+                raise ValueError(
+                    f"predictor_widths={self.predictor_widths}, but {self.method} has no predictor. Remove it."
+                )
         elif not self.predictor_widths:
             self.predictor_widths = [*method.predictor[:-1], self.projector_widths[-1]]
         elif self.predictor_widths[-1] != self.projector_widths[-1]:
@@ -213,7 +215,9 @@ class SSLConfig(PreTrainedConfig):
             if value is None:
                 setattr(self, name, wanted)
             elif bool(value) != bool(wanted):
-                raise ValueError(f"{name}={value}, but {self.method} {'needs one' if wanted else 'has none'}. Correct it, or leave it out.")
+                raise ValueError(
+                    f"{name}={value}, but {self.method} {'needs one' if wanted else 'has none'}. Correct it, or leave it out."
+                )
         super().__post_init__(**kwargs)
 
 
@@ -256,11 +260,15 @@ class SSLModel(PreTrainedModel):
         method, width = self.method, feature_dim(self.backbone)
         assert config.projector_widths is not None
         self.projector = mlp((width, *config.projector_widths), hidden_bn=method.hidden_bn, end=method.projector_end)
-        self.predictor = mlp((config.projector_widths[-1], *config.predictor_widths)) if config.predictor_widths else None
+        self.predictor = (
+            mlp((config.projector_widths[-1], *config.predictor_widths)) if config.predictor_widths else None
+        )
         if config.prototypes:
             self.prototypes = nn.Parameter(torch.randn(config.prototypes, config.projector_widths[-1]))
         if config.queue_size:
-            self.register_buffer("queue", F.normalize(torch.randn(config.queue_size, config.projector_widths[-1]), dim=1))
+            self.register_buffer(
+                "queue", F.normalize(torch.randn(config.queue_size, config.projector_widths[-1]), dim=1)
+            )
             self.register_buffer("queue_end", torch.zeros((), dtype=torch.long))
         self.probe = None
         if config.probe_classes:  # normalised features, so that one learning rate suits every method
@@ -348,7 +356,9 @@ class SSLModel(PreTrainedModel):
             assert branches.t2 is not None
             self._enqueue(branches.t2)
         probe_loss, correct = self._probe(features, labels)
-        return SSLOutput(loss=loss, probe_loss=probe_loss, probe_correct=correct, features=features, embedding=embedding)
+        return SSLOutput(
+            loss=loss, probe_loss=probe_loss, probe_correct=correct, features=features, embedding=embedding
+        )
 
     def _probe(self, features: Tensor, labels: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if self.probe is None or labels is None:
@@ -361,7 +371,9 @@ class SSLModel(PreTrainedModel):
         """The oldest keys make room; the queue need not be a multiple of the batch."""
         size = len(self.queue)
         if len(keys) > size:
-            raise ValueError(f"queue_size={size} is smaller than a batch of {len(keys)} keys. Set queue_size to at least that.")
+            raise ValueError(
+                f"queue_size={size} is smaller than a batch of {len(keys)} keys. Set queue_size to at least that."
+            )
         places = (self.queue_end + torch.arange(len(keys), device=keys.device)) % size
         self.queue[places] = F.normalize(keys.to(self.queue.dtype), dim=1)
         self.queue_end.copy_((self.queue_end + len(keys)) % size)

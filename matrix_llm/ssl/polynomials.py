@@ -25,7 +25,9 @@ def log_series(order: int, shift: float = 0.0) -> list[float]:
     if order < 1:
         raise ValueError(f"order={order}, but the Taylor series of the logarithm starts at order 1.")
     terms = range(1, order + 1)
-    return [sum((-1) ** (j + 1) / j * math.comb(j, k) * shift ** (j - k) for j in terms if j >= k) for k in range(order + 1)]
+    return [
+        sum((-1) ** (j + 1) / j * math.comb(j, k) * shift ** (j - k) for j in terms if j >= k) for k in range(order + 1)
+    ]
 
 
 def _powers(c: Tensor, highest: int) -> list[Tensor]:
@@ -64,7 +66,9 @@ class _TraceOfPowers(torch.autograd.Function):
         powers = _powers(c, half)
         ctx.save_for_backward(*powers)
         ctx.a = a
-        value = sum((weight * power.trace() for weight, power in zip(a[1:], powers, strict=False)), start=c.new_zeros(()))
+        value = sum(
+            (weight * power.trace() for weight, power in zip(a[1:], powers, strict=False)), start=c.new_zeros(())
+        )
         if len(a) > half + 1:
             value = value + (powers[-1] * _weighted(0.0, a[half + 1 :], powers).T).sum()
         return value

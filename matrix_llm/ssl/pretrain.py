@@ -24,16 +24,25 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from matrix_llm.files import write_text
-from matrix_llm.hub import destination_of, push
-from matrix_llm.output import PARTIAL, begin, check_output_dir, leave, move_into_place, one_line, resume_path, say, say_stopped
-from matrix_llm.pushable import scrub
+from matrix_llm.base.errors import ImageDataError, RecipeError, scrub
+from matrix_llm.base.files import write_text
+from matrix_llm.publish.push import destination_of, push
+from matrix_llm.run.run_folder import (
+    PARTIAL,
+    begin,
+    check_output_dir,
+    leave,
+    move_into_place,
+    one_line,
+    resume_path,
+    say,
+    say_stopped,
+)
 from matrix_llm.ssl.config import RESNET_50, SSLRecipe, load_ssl_recipe
-from matrix_llm.ssl.data import ImageDataError, Images, load_images
-from matrix_llm.values import RecipeError
+from matrix_llm.ssl.data import Images, load_images
 
 if TYPE_CHECKING:
-    from matrix_llm.preemption import StopOnSignal
+    from matrix_llm.run.preemption import StopOnSignal
     from matrix_llm.ssl.modeling import SSLModel
 
 USAGE = "usage: accelerate launch matrix_llm/ssl/pretrain.py RECIPE.yaml [--key value ...] [--dry_run]"
@@ -43,16 +52,23 @@ PRETRAINING = "pretraining"
 def load_data(recipe: SSLRecipe) -> tuple[Images, Images | None]:
     """The training images, and the labelled held-out ones of the online probe."""
     data = recipe.data
-    columns: dict[str, Any] = {"config": data.dataset_config, "image_column": data.image_column, "label_column": data.label_column}
+    columns: dict[str, Any] = {
+        "config": data.dataset_config,
+        "image_column": data.image_column,
+        "label_column": data.label_column,
+    }
     images = load_images(str(data.dataset), split=data.dataset_split, max_rows=data.max_train_rows, **columns)
     held_out = None if data.eval_dataset is None else load_images(data.eval_dataset, split=data.eval_split, **columns)
-    if str(recipe.training.eval_strategy) not in ("no", "IntervalStrategy.NO") and (held_out is None or images.labels is None):
+    if str(recipe.training.eval_strategy) not in ("no", "IntervalStrategy.NO") and (
+        held_out is None or images.labels is None
+    ):
         raise RecipeError(
             f"eval_strategy={recipe.training.eval_strategy!r} measures the online probe, which needs labelled images and eval_dataset. "
             "Give eval_dataset, or set eval_strategy to no."
         )
     if recipe.model.online_probe and held_out is not None and images.labels is not None:
-        from matrix_llm.ssl.subjects import ProbeError, aligned
+        from matrix_llm.base.errors import ProbeError
+        from matrix_llm.ssl.subjects import aligned
 
         try:
             images, held_out, _ = aligned(images, held_out)  # folders are counted where they are
@@ -104,7 +120,9 @@ def _check_backbone(model: "SSLModel", recipe: SSLRecipe) -> None:
         with torch.no_grad():
             found = pooled(model.backbone.eval(), torch.zeros(1, a.channels, a.image_size, a.image_size)).shape[1]
     except RuntimeError as error:
-        raise RecipeError(f"backbone_config cannot take images of image_size={a.image_size}: {error}. Correct one of them.") from None
+        raise RecipeError(
+            f"backbone_config cannot take images of image_size={a.image_size}: {error}. Correct one of them."
+        ) from None
     finally:
         model.backbone.train()
     if found != wanted:
@@ -130,11 +148,17 @@ def plan_lines(recipe: SSLRecipe, images: Images, model: "SSLModel") -> list[str
         f"batch            {training.per_device_train_batch_size} x {training.world_size} process(es) = {training.images_per_step} images",
         f"steps            {steps} an epoch, {total} in all; warm-up {training.get_warmup_steps(total)}",
         f"optimizer        {training.optimizer}, learning rate {training.learning_rate:g}"
-        + (f" = {training.base_learning_rate:g} x {training.images_per_step} / 256" if training.base_learning_rate else "")
+        + (
+            f" = {training.base_learning_rate:g} x {training.images_per_step} / 256"
+            if training.base_learning_rate
+            else ""
+        )
         + f", weight decay {training.weight_decay:g}",
     ]
     if steps == 0:
-        raise RecipeError(f"{images.name} has {len(images)} images, but one step takes {training.images_per_step}. Set a smaller batch.")
+        raise RecipeError(
+            f"{images.name} has {len(images)} images, but one step takes {training.images_per_step}. Set a smaller batch."
+        )
     return lines
 
 
@@ -142,8 +166,8 @@ def card(recipe: SSLRecipe, model: "SSLModel", entries: list[dict[str, Any]], re
     """README.md: how the backbone was made, and what this run measured."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    from matrix_llm.card import recipe_and_versions
-    from matrix_llm.report import last_values
+    from matrix_llm.publish.card import recipe_and_versions
+    from matrix_llm.run.metrics import last_values
 
     title = Path(str(recipe.training.output_dir)).name
     small = type(model.backbone).__name__.startswith("SmallResNet")
@@ -187,10 +211,10 @@ def pretrain(recipe: SSLRecipe, stop: "StopOnSignal", arguments: list[str]) -> N
     """Steps 2 to 4 of the module's list. A run that `stop` ends early leaves a checkpoint and prints how to go on."""
     from accelerate.utils import gather_object
 
-    from matrix_llm.card import versions
-    from matrix_llm.files import read_jsonl
-    from matrix_llm.preemption import resume_command
-    from matrix_llm.report import METRICS, MetricsFileCallback
+    from matrix_llm.base.files import read_jsonl
+    from matrix_llm.publish.card import versions
+    from matrix_llm.run.metrics import METRICS, MetricsFileCallback
+    from matrix_llm.run.preemption import resume_command
     from matrix_llm.ssl.trainer import SSLTrainer
 
     training, output = recipe.training, Path(str(recipe.training.output_dir))
@@ -209,10 +233,16 @@ def pretrain(recipe: SSLRecipe, stop: "StopOnSignal", arguments: list[str]) -> N
     clock = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume)
     if stop.stopped:
-        say_stopped(trainer.state, output, resume_command(arguments, stop.launcher, script="matrix_llm/ssl/pretrain.py"))
+        say_stopped(
+            trainer.state, output, resume_command(arguments, stop.launcher, script="matrix_llm/ssl/pretrain.py")
+        )
         trainer.accelerator.wait_for_everyone()
         return
-    results: dict[str, Any] = {"images": len(images), "steps": trainer.state.global_step, "processes": training.world_size}
+    results: dict[str, Any] = {
+        "images": len(images),
+        "steps": trainer.state.global_step,
+        "processes": training.world_size,
+    }
     results["train_seconds"] = round(time.perf_counter() - clock, 1)
     if trainer.eval_dataset is not None:
         results["evaluation"] = trainer.evaluate()
@@ -244,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
-    from matrix_llm.preemption import stop_on_signals
+    from matrix_llm.run.preemption import stop_on_signals
 
     try:
         recipe = load_ssl_recipe(arguments[0], arguments[1:], dry_run=dry_run)

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from matrix_llm.base.errors import ProbeError
 from matrix_llm.ssl.lars import LARS
 from matrix_llm.ssl.metrics import batch_effective_rank, inter_class_effective_rank, intra_class_effective_rank
 
@@ -34,10 +35,6 @@ SIMILARITIES = 2**26  # numbers held at a time by knn_votes: 256 MiB
 CS = tuple(10.0**power for power in range(-4, 3))  # what choose_c tries
 
 
-class ProbeError(ValueError):
-    """An evaluation that cannot be made, or would mean nothing. The message says why and names the way out."""
-
-
 @dataclass(frozen=True)
 class Features:
     """Of the images of one split, in their order, without those that could not be read."""
@@ -48,9 +45,13 @@ class Features:
 
     def __post_init__(self) -> None:
         if self.x.ndim != 2 or self.y.shape != self.x.shape[:1] or not len(self.y):
-            raise ProbeError(f"features {tuple(self.x.shape)}, labels {tuple(self.y.shape)}, but it takes (N, F) rows and a label each.")
+            raise ProbeError(
+                f"features {tuple(self.x.shape)}, labels {tuple(self.y.shape)}, but it takes (N, F) rows and a label each."
+            )
         if not torch.isfinite(self.x).all():  # every comparison with NaN is false, which would count as some answer
-            raise ProbeError(f"the features of shape {tuple(self.x.shape)} hold NaN or infinity: the network has diverged.")
+            raise ProbeError(
+                f"the features of shape {tuple(self.x.shape)} hold NaN or infinity: the network has diverged."
+            )
 
 
 def check_classes(
@@ -64,14 +65,18 @@ def check_classes(
         ProbeError: a negative label, a single class, or a class of the test part without a training image.
     """
     if min(int(train.min()), int(test.min())) < 0:
-        raise ProbeError("some labels are negative, which says that they are unknown. Leave these images out, or take a labelled split.")
+        raise ProbeError(
+            "some labels are negative, which says that they are unknown. Leave these images out, or take a labelled split."
+        )
     if (missing := sorted(set(test.tolist()) - set(train.tolist()))) != []:
         shown = ", ".join(names[k] if names else str(k) for k in missing[:5])
         raise ProbeError(
             f"{len(missing)} class(es) of the test images have no training image: {shown}. Add some, or take these classes out of the test."
         )
     if len(set(train.tolist())) < 2:
-        raise ProbeError("all training images are of one class, so any classifier is right. Give images of at least two.")
+        raise ProbeError(
+            "all training images are of one class, so any classifier is right. Give images of at least two."
+        )
     return int(train.max()) + 1
 
 
@@ -103,7 +108,9 @@ def knn_votes(train: Features, test: Features, *, k: int = 20, temperature: floa
     Wu et al. 2018 (arXiv 1805.01978), section 3.4. A k that is not between 1 and N, or no temperature, is a ProbeError.
     """
     if not 1 <= k <= len(train.y):
-        raise ProbeError(f"k={k} neighbours, but there are {len(train.y)} training images. Give a k between 1 and that.")
+        raise ProbeError(
+            f"k={k} neighbours, but there are {len(train.y)} training images. Give a k between 1 and that."
+        )
     if not temperature > 0:
         raise ProbeError(f"temperature={temperature}, but cosines are divided by it. Give a positive number.")
     bank = F.normalize(train.x, dim=1)
@@ -142,7 +149,9 @@ def _logistic_scores(x: np.ndarray, y: np.ndarray, test: np.ndarray, *, C: float
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError:
-        raise ProbeError("this probe needs scikit-learn, which is not installed: pip install 'matrix-llm[ssl]'.") from None
+        raise ProbeError(
+            "this probe needs scikit-learn, which is not installed: pip install 'matrix-llm[ssl]'."
+        ) from None
     found = LogisticRegression(C=C, max_iter=2000).fit(x, y)
     scores = found.decision_function(test)
     if scores.ndim == 1:  # two classes: one score, for the second
@@ -180,9 +189,13 @@ def choose_c(train: Features, *, seed: int = 0) -> float:
     held_out = class_balanced_split(train.y, 20, seed, equal=False)
     is_held = torch.zeros(len(train.y), dtype=torch.bool)
     is_held[held_out] = True
-    parts = [Features(train.x[mask.to(train.x.device)], train.y[mask.to(train.y.device)]) for mask in (~is_held, is_held)]
+    parts = [
+        Features(train.x[mask.to(train.x.device)], train.y[mask.to(train.y.device)]) for mask in (~is_held, is_held)
+    ]
     if set(parts[1].y.tolist()) - set(parts[0].y.tolist()):
-        raise ProbeError("a class has one training image, which cannot be both trained on and held out. Give C a number.")
+        raise ProbeError(
+            "a class has one training image, which cannot be both trained on and held out. Give C a number."
+        )
     return max(CS, key=lambda C: (linear_accuracy(*parts, C=C), -C))
 
 
@@ -392,6 +405,8 @@ def effective_ranks(
     return {
         "effective_rank": batch_effective_rank(features),
         "intra_class_effective_rank": intra_class_effective_rank(features, labels) if int(counts.max()) > 1 else None,
-        "inter_class_effective_rank": inter_class_effective_rank(features, labels) if int((counts > 0).sum()) > 1 else None,
+        "inter_class_effective_rank": inter_class_effective_rank(features, labels)
+        if int((counts > 0).sum()) > 1
+        else None,
         "effective_rank_batch_size": len(features),
     }

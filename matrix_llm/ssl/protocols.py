@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from matrix_llm.accuracy import wilson_interval
+from matrix_llm.base.errors import ProbeError
+from matrix_llm.base.statistics import wilson_interval
 from matrix_llm.ssl.data import Images
 from matrix_llm.ssl.loops import augmented_batches, extract_features, fine_tune, pooled_features
 from matrix_llm.ssl.modeling import feature_dim
 from matrix_llm.ssl.probes import (
     Features,
-    ProbeError,
     choose_c,
     correct_at,
     effective_ranks,
@@ -32,7 +32,7 @@ from matrix_llm.ssl.probes import (
     knn_votes,
     lars_reach,
     linear_scores,
-)  # fmt: skip
+)
 from matrix_llm.ssl.subjects import Subject
 
 __all__ = ["Job", "run_few", "run_knn", "run_linear", "run_semi", "score", "split_file"]
@@ -58,7 +58,13 @@ class Job:
     device: torch.device
 
     def workers(self, images: Images) -> int:
-        return self.args.workers if self.args.workers is not None else 0 if len(images) < 5000 else min(8, os.cpu_count() or 1)
+        return (
+            self.args.workers
+            if self.args.workers is not None
+            else 0
+            if len(images) < 5000
+            else min(8, os.cpu_count() or 1)
+        )
 
     def features(self, backbone: PreTrainedModel | None, images: Images) -> Features:
         return extract_features(
@@ -75,10 +81,14 @@ class Job:
             backbone = self.subject.load(self.args.seed)
         except Exception as error:  # OSError, SafetensorError, RuntimeError of sizes that differ, ...
             first = (str(error).splitlines() or [""])[0]
-            raise ProbeError(f"the weights in {self.subject.folder} cannot be loaded ({type(error).__name__}: {first}).") from error
+            raise ProbeError(
+                f"the weights in {self.subject.folder} cannot be loaded ({type(error).__name__}: {first})."
+            ) from error
         return backbone if backbone is None else backbone.to(self.device)  # type: ignore[arg-type]
 
-    def augmented(self, images: Images, batch_size: int, skipped: dict[str, None]) -> Callable[[int], Iterable[tuple[Tensor, Tensor]]]:
+    def augmented(
+        self, images: Images, batch_size: int, skipped: dict[str, None]
+    ) -> Callable[[int], Iterable[tuple[Tensor, Tensor]]]:
         """Batches of crops; a sign of life on stderr every half minute."""
         args, told = self.args, [time.monotonic()]
         batches = augmented_batches(
@@ -112,10 +122,16 @@ def run_linear(job: Job) -> Result:
     if args.protocol == "lbfgs":
         train, test = job.frozen()
         C = choose_c(train, seed=args.seed) if args.C == "auto" else float(args.C)
-        settings = {"C": C, "C_chosen": "on a fifth of the training part" if args.C == "auto" else "fixed", "features": "standardised"}
+        settings = {
+            "C": C,
+            "C_chosen": "on a fifth of the training part" if args.C == "auto" else "fixed",
+            "features": "standardised",
+        }
         scores = linear_scores(train, test, C=C)
         ranks = effective_ranks(test.x, test.y)
-        return _result("lbfgs", score(scores, test.y, job.classes), len(train.y), settings, train.skipped, test.skipped, **ranks)
+        return _result(
+            "lbfgs", score(scores, test.y, job.classes), len(train.y), settings, train.skipped, test.skipped, **ranks
+        )
     batch_size = min(args.batch_size, len(job.train))
     steps, rate = len(job.train) // batch_size, args.base_learning_rate * batch_size / 256
     reach = lars_reach(rate, args.momentum, steps * args.epochs)
@@ -151,7 +167,9 @@ def run_linear(job: Job) -> Result:
     }  # fmt: skip
     ranks = effective_ranks(test.x, test.y)
     found = score(scores, test.y, job.classes)
-    return _result(f"linear-{optimizer}", found, len(job.train) - len(skipped), settings, skipped, test.skipped, **ranks)
+    return _result(
+        f"linear-{optimizer}", found, len(job.train) - len(skipped), settings, skipped, test.skipped, **ranks
+    )
 
 
 def run_knn(job: Job) -> Result:
@@ -170,7 +188,9 @@ def run_knn(job: Job) -> Result:
 def run_few(job: Job) -> Result:
     args = job.args
     train, test = job.frozen()
-    each = few_label_accuracy(train, test, labels_per_class=args.labels_per_class, draws=args.draws, seed=args.seed, C=args.C)
+    each = few_label_accuracy(
+        train, test, labels_per_class=args.labels_per_class, draws=args.draws, seed=args.seed, C=args.C
+    )
     mean = float(np.mean(each))
     found = {
         "n_test": len(test.y), "classes": job.classes, "top1": mean,
@@ -207,9 +227,13 @@ def run_semi(job: Job, places: Tensor) -> Result:
         "weight_decay": args.weight_decay, "flip_prob": args.flip_prob, "crop_scale_min": args.crop_scale_min, "bf16": args.bf16,
         "split": args.split or str(split_file(args.out)),
     }  # fmt: skip
-    return _result("semi", score(scores, test.y, job.classes), len(chosen) - len(skipped), settings, skipped, test.skipped)
+    return _result(
+        "semi", score(scores, test.y, job.classes), len(chosen) - len(skipped), settings, skipped, test.skipped
+    )
 
 
-def _result(protocol: str, found: Result, n_train: int, settings: Result, train: Iterable[str], test: Iterable[str], **more: Any) -> Result:
+def _result(
+    protocol: str, found: Result, n_train: int, settings: Result, train: Iterable[str], test: Iterable[str], **more: Any
+) -> Result:
     skipped = {"train": list(train), "test": list(test)}
     return {"protocol": protocol, "n_train": n_train, **found, **more, "settings": settings, "skipped": skipped}

@@ -22,16 +22,22 @@ def check_rows(minimum: int, **views: Tensor) -> tuple[Tensor, ...]:
             raise ValueError(f"{name} must be (B, d) floating-point rows, not {tuple(view.shape)} {view.dtype}.")
     for name, view in others:
         if view.shape != z.shape:
-            raise ValueError(f"{first} is {tuple(z.shape)} and {name} is {tuple(view.shape)}, but row i of each must be a view of image i.")
+            raise ValueError(
+                f"{first} is {tuple(z.shape)} and {name} is {tuple(view.shape)}, but row i of each must be a view of image i."
+            )
     if len(z) < minimum:
         raise ValueError(
             f"{first} is a batch of {len(z)}, but this loss compares the rows of a batch with each other and needs at least {minimum}. "
             "Set `drop_last=True` in the loader, or a larger batch size."
         )
     for name, view in views.items():
-        if not torch.isfinite(view.sum()) and not (finite := torch.isfinite(view)).all():  # the sum alone is cheap, and may overflow
+        if (
+            not torch.isfinite(view.sum()) and not (finite := torch.isfinite(view)).all()
+        ):  # the sum alone is cheap, and may overflow
             bad = int((~finite.all(1)).sum())
-            raise NonFiniteRowsError(f"{name} holds NaN or infinity in {bad} of {len(view)} rows, so the loss has no value.")
+            raise NonFiniteRowsError(
+                f"{name} holds NaN or infinity in {bad} of {len(view)} rows, so the loss has no value."
+            )
     dtype = torch.float32
     for view in views.values():
         dtype = torch.promote_types(dtype, view.dtype)
@@ -41,4 +47,6 @@ def check_rows(minimum: int, **views: Tensor) -> tuple[Tensor, ...]:
 def check_positive(**values: float) -> None:
     for name, value in values.items():
         if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name}={value}, but the loss divides by it or takes its logarithm. Give a positive number.")
+            raise ValueError(
+                f"{name}={value}, but the loss divides by it or takes its logarithm. Give a positive number."
+            )

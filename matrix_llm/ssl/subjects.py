@@ -16,11 +16,12 @@ import yaml
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
+from matrix_llm.base.errors import ImageDataError, ProbeError
 from matrix_llm.ssl.augment import PROCESSOR_FILE, EvalTransform
-from matrix_llm.ssl.data import ImageDataError, Images
+from matrix_llm.ssl.data import Images
 from matrix_llm.ssl.loops import labels_of
 from matrix_llm.ssl.modeling import SSLConfig, load_backbone
-from matrix_llm.ssl.probes import ProbeError, check_classes, class_balanced_split
+from matrix_llm.ssl.probes import check_classes, class_balanced_split
 
 __all__ = ["Subject", "aligned", "choose_split", "find_subject", "pixels_of", "read_split", "recipe_flip"]
 
@@ -53,7 +54,9 @@ def pixels_of(images: Images, image_size: int | None) -> Subject:
             image = images.read(i)
         except ImageDataError:
             continue
-        return Subject("pixels", None, None, EvalTransform(image_size or min(image.size), 1 if image.mode == "L" else 3, 1.0))
+        return Subject(
+            "pixels", None, None, EvalTransform(image_size or min(image.size), 1 if image.mode == "L" else 3, 1.0)
+        )
     raise ProbeError(f"none of the {len(images)} images of {images.name} can be read.")
 
 
@@ -68,7 +71,9 @@ def find_subject(model: str) -> Subject:
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "is no folder"
-        raise ProbeError(f"{folder} {what}, so it holds no model. Give a run's folder, a checkpoint in it, random:FOLDER, or pixels.")
+        raise ProbeError(
+            f"{folder} {what}, so it holds no model. Give a run's folder, a checkpoint in it, random:FOLDER, or pixels."
+        )
     beside = next((place for place in (folder, folder.parent) if (place / PROCESSOR_FILE).is_file()), folder)
     try:
         transform = EvalTransform.load(beside)
@@ -77,14 +82,24 @@ def find_subject(model: str) -> Subject:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ProbeError(f"{folder / 'config.json'} names no model that transformers builds: {str(error).splitlines()[0]}") from None
+        raise ProbeError(
+            f"{folder / 'config.json'} names no model that transformers builds: {str(error).splitlines()[0]}"
+        ) from None
     if isinstance(config, SSLConfig):
         config = config.backbone_config  # type: ignore[assignment]
     channels = getattr(config, "num_channels", transform.channels)
     if channels != transform.channels:
-        raise ProbeError(f"{folder} takes {channels} channel(s), but {beside / PROCESSOR_FILE} prepares {transform.channels}.")
-    if kind == "trained" and not (folder / "model.safetensors").is_file() and not (folder / "model.safetensors.index.json").is_file():
-        raise ProbeError(f"{folder} has no model.safetensors, the one kind of weights that is read. Save it with safetensors.")
+        raise ProbeError(
+            f"{folder} takes {channels} channel(s), but {beside / PROCESSOR_FILE} prepares {transform.channels}."
+        )
+    if (
+        kind == "trained"
+        and not (folder / "model.safetensors").is_file()
+        and not (folder / "model.safetensors.index.json").is_file()
+    ):
+        raise ProbeError(
+            f"{folder} has no model.safetensors, the one kind of weights that is read. Save it with safetensors."
+        )
     return Subject(kind, folder, config, transform)
 
 
@@ -97,14 +112,20 @@ def aligned(train: Images, test: Images) -> tuple[Images, Images, int]:
     labels_of(train)
     test_labels = labels_of(test)
     if train.class_names and test.class_names and train.class_names != test.class_names:
-        unknown = [test.class_names[k] for k in test_labels.unique().tolist() if test.class_names[k] not in train.class_names]
+        unknown = [
+            test.class_names[k] for k in test_labels.unique().tolist() if test.class_names[k] not in train.class_names
+        ]
         if unknown:
-            raise ProbeError(f"the test images have classes that {train.name} lacks: {', '.join(unknown[:5])}. Use one naming in both.")
+            raise ProbeError(
+                f"the test images have classes that {train.name} lacks: {', '.join(unknown[:5])}. Use one naming in both."
+            )
         number = torch.tensor([train.class_names.index(n) if n in train.class_names else -1 for n in test.class_names])
         test = copy.copy(test)  # folders are counted where they are: the same class may be 2 here and 3 there
         test.labels, test.class_names = number[test_labels], train.class_names
     classes = check_classes(labels_of(train), labels_of(test), train.class_names)
-    if train.ids == test.ids and all(_same(train, test, i) for i in np.linspace(0, len(train) - 1, 8).astype(int).tolist()):
+    if train.ids == test.ids and all(
+        _same(train, test, i) for i in np.linspace(0, len(train) - 1, 8).astype(int).tolist()
+    ):
         raise ProbeError(
             f"the training and the test images ({train.name}) are the same. Give --test_data, or a folder with train/ and test/ inside."
         )
@@ -142,7 +163,9 @@ def read_split(path: Path, images: Images) -> Tensor:
             if names
             else "empty"
         )
-        raise ProbeError(f"--split {path}: {listed}. Each line is an image's path below the split's folder, or its file name.")
+        raise ProbeError(
+            f"--split {path}: {listed}. Each line is an image's path below the split's folder, or its file name."
+        )
     places = sorted(by_name[name] for name in names)
     if twice := [images.ids[a] for a, b in itertools.pairwise(places) if a == b]:
         raise ProbeError(f"--split {path} names {twice[0]} twice. Remove one.")
@@ -154,7 +177,9 @@ def recipe_flip(folder: Path | None) -> float:
     for place in (folder, folder.parent) if folder else ():
         if (place / "recipe.yaml").is_file():
             try:
-                value = (yaml.safe_load((place / "recipe.yaml").read_text(encoding="utf-8")) or {}).get("flip_prob", 0.5)
+                value = (yaml.safe_load((place / "recipe.yaml").read_text(encoding="utf-8")) or {}).get(
+                    "flip_prob", 0.5
+                )
                 return value if isinstance(value, (int, float)) and 0 <= value <= 1 else 0.5
             except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
                 return 0.5
@@ -174,5 +199,7 @@ def choose_split(train: Images, test: Images, *, percent: float | None, file: st
     check_classes(labels_of(train)[places], labels_of(test), train.class_names)
     share = 100 * len(places) / len(train)
     if percent is not None and abs(share - percent) > percent / 2:
-        raise ProbeError(f"--percent {percent:g}, but {file} names {share:.3g} % of the training images. Leave --percent out.")
+        raise ProbeError(
+            f"--percent {percent:g}, but {file} names {share:.3g} % of the training images. Leave --percent out."
+        )
     return places

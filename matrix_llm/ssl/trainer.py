@@ -23,10 +23,11 @@ from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
-from matrix_llm.saving import NonFiniteLossError, WholeCheckpoints
+from matrix_llm.base.errors import ImageDataError, NonFiniteLossError
+from matrix_llm.run.saving import WholeCheckpoints
 from matrix_llm.ssl.augment import Augment, AugmentConfig, EvalTransform, TwoViewCollator
 from matrix_llm.ssl.config import SSLTrainingConfig
-from matrix_llm.ssl.data import EpochSampler, ImageDataError, Images, TrainImages
+from matrix_llm.ssl.data import EpochSampler, Images, TrainImages
 from matrix_llm.ssl.gather import gather_rows
 from matrix_llm.ssl.lars import LARS
 from matrix_llm.ssl.metrics import batch_effective_rank, class_effective_ranks
@@ -130,7 +131,9 @@ class SSLTrainer(WholeCheckpoints):
         for part in (images, eval_images):
             if model.probe is not None and part is not None:
                 if part.labels is None:
-                    raise ValueError(f"{part.name} has no labels, which the online probe needs. Set online_probe: false.")
+                    raise ValueError(
+                        f"{part.name} has no labels, which the online probe needs. Set online_probe: false."
+                    )
                 low, high = int(part.labels.min()), int(part.labels.max())
                 if low < 0 or high >= model.config.probe_classes:
                     raise ValueError(
@@ -141,10 +144,15 @@ class SSLTrainer(WholeCheckpoints):
             synchronise_batch_norm(model, args.device)
         self.ssl_model = model
         method = model.method
-        self.ema = (method.ema_momentum if args.ema_momentum is None else args.ema_momentum, args.ema_schedule or method.ema_schedule)
+        self.ema = (
+            method.ema_momentum if args.ema_momentum is None else args.ema_momentum,
+            args.ema_schedule or method.ema_schedule,
+        )
         self.momentum: float | None = None
         self.augment = Augment(augment)
-        self.transform = EvalTransform(augment.image_size, augment.channels, image_mean=augment.image_mean, image_std=augment.image_std)
+        self.transform = EvalTransform(
+            augment.image_size, augment.channels, image_mean=augment.image_mean, image_std=augment.image_std
+        )
         self.skipped: set[str] = set()
         self._probe_sums = [0.0, 0]
         self._last: tuple[Tensor, Tensor] | None = None
@@ -170,7 +178,9 @@ class SSLTrainer(WholeCheckpoints):
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         return EpochSampler(len(dataset), seed=self._seed)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None
+    ):
         for name in inputs["skipped"]:
             if name not in self.skipped:
                 self.skipped.add(name)
@@ -203,15 +213,30 @@ class SSLTrainer(WholeCheckpoints):
         if self.optimizer is not None:
             return self.optimizer
         args, net = self.args, self.ssl_model
-        apart = {id(p) for part in (net.probe, net.predictor if net.method.fixed_predictor_lr else None) if part for p in part.parameters()}
+        apart = {
+            id(p)
+            for part in (net.probe, net.predictor if net.method.fixed_predictor_lr else None)
+            if part
+            for p in part.parameters()
+        }
         trained = [p for p in net.parameters() if p.requires_grad and id(p) not in apart]
         groups: list[dict[str, Any]] = [{"params": trained}]
         if args.optimizer == "adamw":
-            groups = [{"params": [p for p in trained if p.ndim > 1]}, {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+            groups = [
+                {"params": [p for p in trained if p.ndim > 1]},
+                {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+            ]
         if net.predictor is not None and net.method.fixed_predictor_lr:
             groups.append({"params": [*net.predictor.parameters()], "fixed": True})
         if net.probe is not None:
-            groups.append({"params": [*net.probe.parameters()], "lr": args.probe_learning_rate, "weight_decay": 0.0, "adapt": False})
+            groups.append(
+                {
+                    "params": [*net.probe.parameters()],
+                    "lr": args.probe_learning_rate,
+                    "weight_decay": 0.0,
+                    "adapt": False,
+                }
+            )
         common: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
         if args.optimizer == "adamw":
             self.optimizer = AdamW(groups, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, **common)
@@ -285,10 +310,14 @@ class SSLTrainer(WholeCheckpoints):
         """
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None or self.ssl_model.probe is None:
-            raise ValueError("evaluation needs labelled eval_images and the online probe. Give eval_dataset, or set eval_strategy: no.")
+            raise ValueError(
+                "evaluation needs labelled eval_images and the online probe. Give eval_dataset, or set eval_strategy: no."
+            )
         started = time.perf_counter()
         loader = self.accelerator.prepare(
-            DataLoader(dataset, batch_size=self.args.per_device_eval_batch_size, num_workers=self.args.dataloader_num_workers)
+            DataLoader(
+                dataset, batch_size=self.args.per_device_eval_batch_size, num_workers=self.args.dataloader_num_workers
+            )
         )
         model, device = self.ssl_model, self.accelerator.device
         was_training = model.training
@@ -301,7 +330,9 @@ class SSLTrainer(WholeCheckpoints):
                 with self.accelerator.autocast():
                     features = model(pixel_values.to(device)).features
                     guess = model.probe(features).argmax(1)  # type: ignore[misc]
-                features, guess, labels = self.accelerator.gather_for_metrics((features.float(), guess, labels.to(device)))
+                features, guess, labels = self.accelerator.gather_for_metrics(
+                    (features.float(), guess, labels.to(device))
+                )
                 rows.append(features[labels >= 0])
                 classes.append(labels[labels >= 0])
                 hits.append((guess == labels)[labels >= 0])

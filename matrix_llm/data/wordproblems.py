@@ -1,0 +1,402 @@
+"""Seeded grade-school word problems with step-by-step solutions, in the form of MetaMathQA.
+
+They let a run start with no download: data, tokenizer and a small model can all be made from this file alone.
+Each problem comes in one of MetaMathQA's four styles; here `change` with n=3 pens, p=4 dollars, m=20 dollars:
+
+    GSM_AnsAug     Ana buys 3 pens at 4 dollars each and pays with 20 dollars. How many dollars are left?
+    GSM_Rephrased  Ana has 20 dollars and buys 3 pens. If each costs 4 dollars, how many dollars remain?
+    GSM_SV         Ana buys 3 pens at 4 dollars each and pays with x dollars. 8 dollars are left.
+                   What is the value of unknown variable x?
+    GSM_FOBAR      Ana buys 3 pens at 4 dollars each and pays with x dollars. How many dollars are left?
+                   If we know the answer to the above question is 8, what is the value of unknown variable x?
+
+    The pens cost 3 * 4 = 12 dollars. The change is 20 - 12 = 8 dollars. The answer is: 8      (the first two)
+    The pens cost 3 * 4 = 12 dollars. So x = 8 + 12 = 20. The answer is: 20                    (the last two)
+
+Train and test cannot meet: their people have different names, every query names somebody, and a stable hash of
+(family, operands) gives each combination of numbers to one split only. Standard library only.
+
+    python -m matrix_llm.data.wordproblems --count 20000 --seed 0 --split train --out train.jsonl
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import argparse
+import hashlib
+import json
+import os
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from matrix_llm.base.files import atomic_path
+
+STYLES = ("GSM_AnsAug", "GSM_Rephrased", "GSM_SV", "GSM_FOBAR")
+SPLITS = ("train", "test")
+COLUMNS = ("query", "response", "type", "original_question")  # MetaMathQA's, in its order
+
+# fmt: off
+NAMES = {
+    "train": (
+        "Ada", "Adam", "Agnes", "Albert", "Alma", "Amir", "Ana", "Andre", "Anton", "Aria", "Arthur", "Ava", "Basil", "Bella",
+        "Ben", "Boris", "Carla", "Carmen", "Carol", "Celia", "Chloe", "Colin", "Conrad", "Cora", "Cyrus", "Dan", "Daria",
+        "Delia", "Dennis", "Derek", "Diana", "Dora", "Eddie", "Edgar", "Edith", "Elena", "Elias", "Ella", "Eric", "Esther",
+        "Ethan", "Eva", "Felix", "Fiona", "Flora", "Fred", "Gabriel", "Gavin", "Gina", "Gita", "Gloria", "Grace", "Greta",
+        "Gustav", "Harold", "Hazel", "Helen", "Henry", "Hilda", "Hugo", "Ida", "Igor", "Ines", "Irene", "Iris", "Ivan", "Ivy",
+        "Jana", "Jasper", "Joan", "Joel", "Jonas", "Judith", "Julia", "Kara", "Kevin", "Kira", "Kurt", "Lena", "Leo", "Lewis",
+        "Lila", "Linda", "Louis", "Lucas", "Lydia", "Mabel", "Marco", "Maria", "Martin", "Maya", "Milan", "Mina", "Miriam",
+        "Nadia", "Neil", "Nina", "Noah", "Nora", "Olaf", "Olga", "Omar", "Oscar", "Otto", "Owen", "Paula", "Pedro", "Peter",
+        "Petra", "Quentin", "Ralph", "Ramona", "Robin", "Roman", "Rosa", "Ruben", "Ruth", "Sally", "Sam", "Sandra", "Selma",
+        "Silas", "Sofia", "Stella", "Sven", "Tara", "Theo", "Thomas", "Tom", "Uma", "Ursula", "Vera", "Vincent", "Viola",
+        "Walter", "Wanda", "Will", "Yara", "Yusuf", "Zoe",
+    ),
+    "test": (
+        "Alice", "Bruno", "Clara", "David", "Emma", "Frank", "Hanna", "Jack", "Karl", "Laura", "Marta", "Oliver", "Rita",
+        "Simon", "Tina", "Victor", "Anita", "Bernard", "Dalia", "Erik", "Fabian", "Georgia", "Harriet", "Isaac", "Jonah",
+        "Kamila", "Lorena", "Marcel", "Nelson", "Oriana", "Pamela", "Roland", "Serena", "Tobias", "Valeria", "Xavier",
+    ),
+}
+# fmt: on
+THINGS = ("pens", "books", "apples", "cards", "stamps", "cookies", "shells", "stickers")
+
+SMALLEST, LARGEST = 2, 60  # of every operand and result: 2 keeps the plurals right ("1 dollars")
+TEST_SHARE = 8  # one combination of numbers in this many belongs to the test split
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One row of MetaMathQA, and how it was made: `operands` in the order of the family's `ranges`, `unknown` is x."""
+
+    query: str
+    response: str
+    type: str
+    original_question: str
+    answer: str
+    family: str
+    operands: tuple[int, ...]
+    unknown: str | None
+
+
+Step = tuple[str, str, str, str]  # (result, left, operator, right); the names are operands or earlier results
+
+
+@dataclass(frozen=True)
+class Family:
+    """A story whose numbers vary. Texts are format strings over the operands, {result}, {a}, {b} (people), {things}."""
+
+    name: str
+    ranges: dict[str, tuple[int, int]]
+    """Inclusive bounds of each operand."""
+    story: str
+    question: str
+    """`story` + `question` is the original question."""
+    statement: str
+    """The question answered, for GSM_SV."""
+    rephrased: tuple[str, ...]
+    """Whole questions that say the same in other words."""
+    steps: tuple[Step, ...]
+    """From the operands to `result`."""
+    inverse: dict[str, tuple[Step, ...]]
+    """For each operand that may become x: from the others and `result` back to it."""
+    wording: dict[str, tuple[str, ...]]
+    """Sentences for each intermediate result; {} is its equation. They hold forwards and backwards."""
+
+
+FAMILIES = (
+    Family(
+        name="change",
+        ranges={"n": (2, 9), "p": (2, 9), "m": (10, 60)},
+        story="{a} buys {n} {things} at {p} dollars each and pays with {m} dollars.",
+        question="How many dollars are left?",
+        statement="{result} dollars are left.",
+        rephrased=("{a} has {m} dollars and buys {n} {things}. If each costs {p} dollars, how many dollars remain?",),
+        steps=(("cost", "n", "*", "p"), ("result", "m", "-", "cost")),
+        inverse={
+            "m": (("cost", "n", "*", "p"), ("m", "result", "+", "cost")),
+            "p": (("cost", "m", "-", "result"), ("p", "cost", "/", "n")),
+        },
+        wording={
+            "cost": ("The {things} cost {} dollars.", "The price of all {things} is {} dollars."),
+            "result": ("The change is {} dollars.", "This leaves {} dollars."),
+        },
+    ),
+    Family(
+        name="share",
+        ranges={"f": (2, 40), "g": (2, 40), "n": (2, 9)},
+        story="{a} has {f} {things}, gets {g} more and shares all equally among {n} friends.",
+        question="How many {things} does each friend get?",
+        statement="Each friend gets {result} {things}.",
+        rephrased=("With {f} {things} and {g} new ones, {a} makes {n} equal piles. How many {things} are in a pile?",),
+        steps=(("total", "f", "+", "g"), ("result", "total", "/", "n")),
+        inverse={
+            "f": (("total", "result", "*", "n"), ("f", "total", "-", "g")),
+            "n": (("total", "f", "+", "g"), ("n", "total", "/", "result")),
+        },
+        wording={
+            "total": ("There are {} {things}.", "The total is {} {things}."),
+            "result": ("Each share is {} {things}.", "One part is {} {things}."),
+        },
+    ),
+    Family(
+        name="more",
+        ranges={"f": (2, 28), "d": (2, 40)},
+        story="{a} has {f} {things} and {b} has {d} more than that.",
+        question="How many {things} do they have together?",
+        statement="Together they have {result} {things}.",
+        rephrased=("{b} owns {d} more {things} than {a}, who owns {f}. How many {things} do both own in total?",),
+        steps=(("second", "f", "+", "d"), ("result", "f", "+", "second")),
+        inverse={"d": (("second", "result", "-", "f"), ("d", "second", "-", "f"))},
+        wording={
+            "second": ("The second person has {} {things}.", "The other one has {} {things}."),
+            "result": ("Together they have {} {things}.", "In total this makes {} {things}."),
+        },
+    ),
+    Family(
+        name="fewer",
+        ranges={"f": (4, 50), "d": (2, 40)},
+        story="{a} has {f} {things} and {b} has {d} fewer than that.",
+        question="How many {things} do they have together?",
+        statement="Together they have {result} {things}.",
+        rephrased=("{b} owns {d} fewer {things} than {a}, who owns {f}. How many {things} do both own in total?",),
+        steps=(("second", "f", "-", "d"), ("result", "f", "+", "second")),
+        inverse={"d": (("second", "result", "-", "f"), ("d", "f", "-", "second"))},
+        wording={
+            "second": ("The second person has {} {things}.", "The other one has {} {things}."),
+            "result": ("Together they have {} {things}.", "In total this makes {} {things}."),
+        },
+    ),
+    Family(
+        name="travel",
+        ranges={"v": (2, 12), "t": (2, 9), "w": (2, 40)},
+        story="{a} cycles {v} miles per hour for {t} hours and then walks {w} miles.",
+        question="How many miles is that in all?",
+        statement="That is {result} miles in all.",
+        rephrased=(
+            "After {t} hours on a bicycle at {v} miles per hour, {a} walks {w} miles more. How long is the whole way in miles?",
+        ),
+        steps=(("ride", "v", "*", "t"), ("result", "ride", "+", "w")),
+        inverse={
+            "w": (("ride", "v", "*", "t"), ("w", "result", "-", "ride")),
+            "v": (("ride", "result", "-", "w"), ("v", "ride", "/", "t")),
+        },
+        wording={
+            "ride": ("The ride is {} miles.", "The bicycle covers {} miles."),
+            "result": ("The whole way is {} miles.", "All in all this is {} miles."),
+        },
+    ),
+    Family(
+        name="savings",
+        ranges={"s": (2, 12), "t": (2, 9), "g": (2, 40)},
+        story="{a} has {g} dollars and saves {s} dollars a week for {t} weeks.",
+        question="How many dollars are there then?",
+        statement="Then there are {result} dollars.",
+        rephrased=(
+            "For {t} weeks {a} puts {s} dollars a week into a box that held {g} dollars. How many dollars are in the box now?",
+        ),
+        steps=(("saved", "s", "*", "t"), ("result", "g", "+", "saved")),
+        inverse={
+            "g": (("saved", "s", "*", "t"), ("g", "result", "-", "saved")),
+            "t": (("saved", "result", "-", "g"), ("t", "saved", "/", "s")),
+        },
+        wording={
+            "saved": ("The savings are {} dollars.", "Saving brings {} dollars."),
+            "result": ("Now there are {} dollars.", "The sum is {} dollars."),
+        },
+    ),
+    Family(
+        name="boxes",
+        ranges={"n": (2, 9), "p": (2, 9), "k": (2, 9), "q": (2, 9)},
+        story="{a} packs {n} boxes of {p} {things} and {k} bags of {q} {things}.",
+        question="How many {things} is that?",
+        statement="That is {result} {things}.",
+        rephrased=(
+            "There are {p} {things} in a box and {q} in a bag. {a} buys {n} boxes and {k} bags. How many {things} is that?",
+        ),
+        steps=(("boxed", "n", "*", "p"), ("bagged", "k", "*", "q"), ("result", "boxed", "+", "bagged")),
+        inverse={"p": (("bagged", "k", "*", "q"), ("boxed", "result", "-", "bagged"), ("p", "boxed", "/", "n"))},
+        wording={
+            "boxed": ("The boxes hold {} {things}.", "In the boxes are {} {things}."),
+            "bagged": ("The bags hold {} {things}.", "In the bags are {} {things}."),
+            "result": ("Together they hold {} {things}.", "In total this makes {} {things}."),
+        },
+    ),
+    Family(
+        name="trade",
+        ranges={"f": (4, 60), "g": (2, 40), "h": (2, 40)},
+        story="{a} had {f} {things}, gave away {g} and then found {h}.",
+        question="How many {things} are there now?",
+        statement="Now there are {result} {things}.",
+        rephrased=(
+            "From a box of {f} {things}, {a} takes out {g} and later puts in {h}. How many {things} does it hold?",
+        ),
+        steps=(("kept", "f", "-", "g"), ("result", "kept", "+", "h")),
+        inverse={
+            "h": (("kept", "f", "-", "g"), ("h", "result", "-", "kept")),
+            "f": (("kept", "result", "-", "h"), ("f", "kept", "+", "g")),
+        },
+        wording={
+            "kept": ("Before the last change there were {} {things}.", "In between there were {} {things}."),
+            "result": ("Now there are {} {things}.", "In the end there are {} {things}."),
+        },
+    ),
+    Family(
+        name="times",
+        ranges={"f": (2, 12), "k": (2, 9), "g": (2, 40)},
+        story="{a} has {f} {things}. {b} had {k} times as many, but lost {g}.",
+        question="How many {things} are left?",
+        statement="{result} {things} are left.",
+        rephrased=("{b} had {k} times the {f} {things} of {a} before losing {g}. How many {things} does that leave?",),
+        steps=(("many", "f", "*", "k"), ("result", "many", "-", "g")),
+        inverse={
+            "g": (("many", "f", "*", "k"), ("g", "many", "-", "result")),
+            "k": (("many", "result", "+", "g"), ("k", "many", "/", "f")),
+        },
+        wording={
+            "many": ("At first there were {} {things}.", "The start was {} {things}."),
+            "result": ("What remains is {} {things}.", "After the loss it is {} {things}."),
+        },
+    ),
+    Family(
+        name="reading",
+        ranges={"p": (2, 12), "t": (2, 9), "m": (10, 60)},
+        story="{a} reads {p} pages a day for {t} days. The book has {m} pages.",
+        question="How many pages are left?",
+        statement="There are {result} pages left.",
+        rephrased=("A book has {m} pages. How many are left once {a} has read {p} pages a day for {t} days?",),
+        steps=(("read", "p", "*", "t"), ("result", "m", "-", "read")),
+        inverse={
+            "m": (("read", "p", "*", "t"), ("m", "result", "+", "read")),
+            "t": (("read", "m", "-", "result"), ("t", "read", "/", "p")),
+        },
+        wording={
+            "read": ("The pages read are {}.", "Reading covers {} pages."),
+            "result": ("The rest is {} pages.", "Still to read are {} pages."),
+        },
+    ),
+)
+
+
+def split_of(family: str, operands: tuple[int, ...]) -> str:
+    """The split that owns these numbers. A cryptographic hash, since Python's own changes with every process."""
+    digest = hashlib.sha256(f"{family}{operands}".encode()).digest()
+    return "test" if digest[0] % TEST_SHARE == 0 else "train"
+
+
+def _apply(left: int, operator: str, right: int) -> int | None:
+    """left operator right; None unless it is a whole number from SMALLEST to LARGEST."""
+    if operator == "/":
+        value, rest = divmod(left, right)
+    else:
+        value, rest = {"+": left + right, "-": left - right, "*": left * right}[operator], 0
+    return value if rest == 0 and SMALLEST <= value <= LARGEST else None
+
+
+def _draw(family: Family, split: str, rng: random.Random) -> dict[str, int]:
+    """Operands that belong to `split`, with every result they lead to. Draws until all results are fit to print."""
+    while True:
+        values: dict[str, int] = {name: rng.randint(*bounds) for name, bounds in family.ranges.items()}
+        if split_of(family.name, tuple(values.values())) != split:
+            continue
+        for result, left, operator, right in family.steps:
+            value = _apply(values[left], operator, values[right])
+            if value is None:
+                break
+            values[result] = value
+        else:
+            return values
+
+
+def _solution(family: Family, values: dict[str, int], unknown: str | None, things: str, rng: random.Random) -> str:
+    """One sentence per step, each with its equation, then MetaMath's closing line."""
+    sentences = []
+    for result, left, operator, right in family.inverse[unknown] if unknown else family.steps:
+        equation = f"{values[left]} {operator} {values[right]} = {values[result]}"
+        if result == unknown:
+            sentences.append(f"So x = {equation}.")
+        else:
+            sentences.append(rng.choice(family.wording[result]).format(equation, things=things))
+    return " ".join(sentences) + f"\nThe answer is: {values[unknown or 'result']}"
+
+
+def _problem(split: str, rng: random.Random) -> Problem:
+    family, style = rng.choice(FAMILIES), rng.choice(STYLES)
+    values = _draw(family, split, rng)
+    first, second = rng.sample(NAMES[split], 2)
+    words = {name: str(value) for name, value in values.items()}
+    words |= {"a": first, "b": second, "things": rng.choice(THINGS)}
+    original = f"{family.story} {family.question}".format(**words)
+
+    unknown = None
+    if style == "GSM_AnsAug":
+        query = original
+    elif style == "GSM_Rephrased":
+        query = rng.choice(family.rephrased).format(**words)
+    else:
+        unknown = rng.choice(list(family.inverse))
+        hidden = {**words, unknown: "x"}
+        if style == "GSM_SV":
+            query = f"{family.story} {family.statement} What is the value of unknown variable x?".format(**hidden)
+        else:
+            query = (
+                f"{family.story} {family.question} If we know the answer to the above question is {{result}}, "
+                "what is the value of unknown variable x?"
+            ).format(**hidden)
+    return Problem(
+        query=query,
+        response=_solution(family, values, unknown, words["things"], rng),
+        type=style,
+        original_question=original,
+        answer=words[unknown or "result"],
+        family=family.name,
+        operands=tuple(values[name] for name in family.ranges),
+        unknown=unknown,
+    )
+
+
+def generate(count: int, *, seed: int, split: str = "train") -> list[Problem]:
+    """`count` problems, the same for the same arguments on every machine; generate(10) is generate(20)[:10].
+
+    >>> problem = generate(1, seed=0)[0]
+    >>> problem.response.endswith(f"The answer is: {problem.answer}")
+    True
+    """
+    if count < 0:
+        raise ValueError(f"count={count} is negative: ask for 0 problems or more.")
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is unknown: choose one of {', '.join(SPLITS)}.")
+    # One generator per problem, seeded by text (hashed, so neighbouring seeds are unrelated): hence the prefix property.
+    return [_problem(split, random.Random(f"{split}/{seed}/{index}")) for index in range(count)]
+
+
+def write_jsonl(path: str | os.PathLike, problems: Iterable[Problem]) -> None:
+    """One JSON object per line with MetaMathQA's columns. `path` holds the old file or the whole new one, never a part."""
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for problem in problems:
+            row = {column: getattr(problem, column) for column in COLUMNS}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m matrix_llm.data.wordproblems",
+        description="Write generated word problems as MetaMathQA-style JSONL.",
+    )
+    parser.add_argument("--count", type=int, required=True, help="number of problems")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", default="train", help=" or ".join(SPLITS))
+    parser.add_argument("--out", type=Path, required=True, help="the .jsonl file to write")
+    options = parser.parse_args(arguments)
+    try:
+        problems = generate(options.count, seed=options.seed, split=options.split)
+    except ValueError as error:
+        parser.error(str(error))
+    write_jsonl(options.out, problems)
+    print(f"{options.out}: {len(problems)} problems, split {options.split}, seed {options.seed}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,419 @@
+"""The loss's element-wise work and its small problems as Triton kernels, for a GPU (fused.py says when).
+
+    row_statistics    one read of the logits: log-sum-exp, entropy, the largest logit, the target's, and maxima of groups
+    probabilities     one read of the logits, one write of q in the products' dtype
+    logit_gradient    one read of the logits, one write of the gradient over q
+    solve_head_tail   one read of the head's rows: their Gram matrices; then a warp a position for Lanczos, the tridiagonal
+                      eigenproblem and its logarithm, all in registers
+
+What they compute is what head_tail.py, krylov.py and information.py compute, and the tests hold them to it. Nothing here waits for
+the device: no value is read on the host, the eigenproblem takes a fixed number of sweeps (torch.linalg.eigh asks the device how
+it went). Statistics are float32 and the small problem float64, whatever the inputs.
+
+Legend: C positions, V vocabulary, D embedding width, S head tokens, P directions, K Lanczos steps; n = S + P padded to N, K to KP,
+both powers of two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from matrix_llm.loss.head_tail import GROUPS, HeadTail, VocabularySummary
+from matrix_llm.loss.krylov import EIGENVALUE_FLOOR
+
+MOST_HEAD, MOST_STEPS = 64, 16  # beyond them the tiles no longer fit the registers
+LEVELS = 4  # rows of GROUPS logits that one program holds at a time, and as many on their way
+BLOCK = 4096  # logits of one element-wise program
+
+# ------------------------------------------------------------------------------------------------------ wide rows
+
+
+@triton.jit(do_not_specialize_on_alignment=["labels"])
+def _statistics(
+    z,  # (C, V)
+    labels,  # (C,)
+    largest,  # (C,)
+    log_z,  # (C,)
+    entropy,  # (C,)
+    of_label,  # (C,)
+    group_max,  # (C, GROUPS)
+    stride,
+    vocabulary,
+    GROUPS: tl.constexpr,
+    LEVELS: tl.constexpr,
+):
+    """Online softmax: the sums are kept an element a slot of the tile, and rescaled where a larger logit turns up."""
+    row = tl.program_id(0).to(tl.int64)
+    z += row * stride
+    group = tl.arange(0, GROUPS)[None, :]
+    level = tl.arange(0, LEVELS)[:, None]
+    depth = vocabulary // GROUPS  # of whole levels: the groups leave the rest out
+    best = tl.full((LEVELS, GROUPS), float("-inf"), tl.float32)
+    total = tl.zeros((LEVELS, GROUPS), tl.float32)  # sum of e^(x - top)
+    moment = tl.zeros((LEVELS, GROUPS), tl.float32)  # sum of (x - top) e^(x - top)
+    top = tl.max(tl.max(best, 1), 0)
+    at = level * GROUPS + group
+    coming = tl.load(z + at, mask=at < vocabulary, other=float("-inf"))
+    for start in range(0, tl.cdiv(vocabulary, GROUPS), LEVELS):
+        x = coming.to(tl.float32)
+        at = (start + LEVELS + level) * GROUPS + group
+        coming = tl.load(z + at, mask=at < vocabulary, other=float("-inf"))  # while this tile is summed
+        best = tl.where(start + level < depth, tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL), best)
+        new = tl.maximum(top, tl.max(tl.max(x, 1), 0))
+        base = tl.where(new == float("-inf"), 0.0, new)  # -inf - -inf is NaN
+        shift = tl.where(top == float("-inf"), 0.0, top - base)
+        ratio = tl.exp(shift)
+        e = tl.exp(x - base)
+        moment = (moment + shift * total) * ratio + tl.where(x == float("-inf"), 0.0, (x - base) * e)
+        total = total * ratio + e
+        top = new
+    total_all = tl.sum(tl.sum(total, 1), 0)
+    moment_all = tl.sum(tl.sum(moment, 1), 0)
+    log_total = tl.log(total_all)
+    defined = top > float("-inf")  # there is no distribution where all logits are -inf
+    tl.store(largest + row, tl.where(total_all == total_all, top, float("nan")))
+    tl.store(log_z + row, tl.where(defined, top + log_total, float("nan")))
+    tl.store(entropy + row, tl.where(defined, log_total - moment_all / total_all, float("nan")))
+    tl.store(of_label + row, tl.load(z + tl.load(labels + row)).to(tl.float32))
+    broken = tl.max((best != best).to(tl.int32), 0) > 0  # tl.max passes over NaN
+    tl.store(group_max + row * GROUPS + tl.arange(0, GROUPS), tl.where(broken, float("nan"), tl.max(best, 0)))
+
+
+@triton.jit
+def _probabilities(z, log_z, out, stride, out_stride, vocabulary, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < vocabulary
+    x = tl.load(z + row * stride + at, mask=inside, other=0.0).to(tl.float32)
+    q = tl.exp(x - tl.load(log_z + row))
+    tl.store(out + row * out_stride + at, q.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize_on_alignment=["factor"])
+def _gradient(
+    z, log_z, factor, out, stride, out_stride, vocabulary, cap, scale, CAPPED: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < vocabulary
+    x = tl.load(z + row * stride + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.exp(x - tl.load(log_z + row)) * (tl.load(factor + row) * scale)
+    if CAPPED:
+        g = g * (1.0 - (x / cap) * (x / cap))
+    tl.store(out + row * out_stride + at, g.to(out.dtype.element_ty), mask=inside)
+
+
+# -------------------------------------------------------------------------------------------------- small problems
+
+
+@triton.jit(do_not_specialize_on_alignment=["ids"])
+def _gram(
+    source,  # (V, D)
+    inverse_norm,  # (V,)
+    ids,  # (C, S)
+    out,  # (C, S, S) float32
+    stride,
+    width,
+    S: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gram matrices of unit rows. Rows are brought near norm 1 by a power of two, which rounds nothing in any dtype, and by the
+    rest of 1 / |row| after the product: no square overflows or vanishes."""
+    position = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, TILE)
+    of_head = slot < S
+    id = tl.load(ids + position * S + slot, mask=of_head, other=0)
+    inverse = tl.load(inverse_norm + id, mask=of_head, other=0.0)
+    power = (inverse.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # its exponent alone
+    rest = tl.where(inverse == 0.0, 0.0, inverse / tl.where(power == 0.0, 1.0, power))
+    rows = source + id[:, None] * stride
+    total = tl.zeros((TILE, TILE), tl.float32)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(rows + column[None, :], mask=of_head[:, None] & (column < width)[None, :], other=0.0)
+        x = (x.to(tl.float32) * power[:, None]).to(source.dtype.element_ty)
+        total = tl.dot(x, tl.trans(x), total, input_precision="ieee")
+    total = total * (rest[:, None] * rest[None, :])
+    at = out + position * S * S + slot[:, None] * S + slot[None, :]
+    tl.store(at, total, mask=of_head[:, None] & of_head[None, :])
+
+
+@triton.jit
+def _apply(matrix, vector):
+    """matrix @ vector in float64."""
+    return tl.sum(matrix.to(tl.float64) * vector[None, :], 1)
+
+
+@triton.jit
+def _multiply(a, b, KP: tl.constexpr):
+    """(KP, KP) @ (KP, any) in float64, which tl.dot has no small tile for."""
+    index = tl.arange(0, KP)
+    total = tl.zeros_like(b)
+    for k in range(KP):
+        column = tl.sum(tl.where(index[None, :] == k, a, 0.0), 1)
+        line = tl.sum(tl.where(index[:, None] == k, b, 0.0), 0)
+        total += column[:, None] * line[None, :]
+    return total
+
+
+@triton.jit
+def _eigen(t, KP: tl.constexpr, SWEEPS: tl.constexpr):
+    """(T in its eigenbasis, the eigenvectors in columns) of a symmetric T (KP, KP), by Jacobi's rotations.
+
+    A round turns the KP / 2 disjoint pairs (i, i ^ m) at once, and KP - 1 rounds, m = 1 .. KP - 1, are a sweep over all pairs.
+    """
+    index = tl.arange(0, KP)
+    row, column = index[:, None], index[None, :]
+    diagonal = row == column
+    z = tl.where(diagonal, 1.0, 0.0).to(tl.float64)
+    for turn in range(SWEEPS * (KP - 1)):
+        m = 1 + turn % (KP - 1)
+        mate_row = tl.broadcast_to(row ^ m, (KP, KP))
+        mate_column = tl.broadcast_to(column ^ m, (KP, KP))
+        above = tl.gather(t, mate_row, 0)  # T_{i ^ m, j}
+        beside = tl.gather(t, mate_column, 1)  # T_{i, j ^ m}
+        across = tl.gather(above, mate_column, 1)
+        off = tl.sum(tl.where(diagonal, above + beside, 0.0), 1)  # 2 T_{i, i ^ m}, equal for both of a pair
+        gap = tl.sum(tl.where(diagonal, across - t, 0.0), 1)  # opposite for both of a pair
+        sign = tl.where(gap == 0.0, tl.where(index < (index ^ m), 1.0, -1.0), tl.where(gap > 0.0, 1.0, -1.0))
+        size = tl.abs(gap) + tl.sqrt(gap * gap + off * off)
+        tangent = tl.where(size == 0.0, 0.0, sign * off / tl.where(size == 0.0, 1.0, size))
+        c = 1.0 / tl.sqrt(1.0 + tangent * tangent)
+        s = -tangent * c
+        c_row, c_column, s_row, s_column = c[:, None], c[None, :], s[:, None], s[None, :]
+        t = (
+            t * (c_row * c_column)
+            + across * (s_row * s_column)
+            + (beside * (c_row * s_column) + above * (s_row * c_column))
+        )
+        z = z * c_column + tl.gather(z, mate_column, 1) * s_column
+    return t, z
+
+
+@triton.jit
+def _divided_differences(w_row, w_column):
+    """information.log_divided_differences; the series of atanh(x) / x in place of atanh, and only where |x| < 1 / 8."""
+    difference, total = w_row - w_column, w_row + w_column
+    y = (difference / total) * (difference / total)
+    near = y < 0.015625
+    series = tl.zeros_like(y) + 1.0 / 19.0
+    for odd in tl.static_range(17, 0, -2):
+        series = series * y + 1.0 / odd
+    return tl.where(near, 2.0 / total * series, (tl.log(w_row) - tl.log(w_column)) / tl.where(near, 1.0, difference))
+
+
+@triton.jit(do_not_specialize_on_alignment=["q", "ids", "labels", "moments"])
+def _solve(
+    gram,  # (C, S, S) of the head's unit rows
+    q,  # (C, S)
+    ids,  # (C, S)
+    labels,  # (C,)
+    moments,  # (C, P (P + 1) / 2 + 1), rows `stride` apart
+    coordinates,  # (V, P)
+    value,  # (C,)
+    at_ids,  # (C, S)
+    tail,  # (C,)
+    stride,
+    width,
+    S: tl.constexpr,
+    P: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    KP: tl.constexpr,
+    SWEEPS: tl.constexpr,
+    NOISE: tl.constexpr,
+    FLOOR: tl.constexpr,
+):
+    """head_tail._solve_block for one position; names as there."""
+    position = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, N)
+    of_head, of_tail = slot < S, (slot >= S) & (slot < S + P)
+    r, c = slot[:, None], slot[None, :]
+    id = tl.load(ids + position * S + slot, mask=of_head, other=-1)
+    p_r = tl.load(q + position * S + slot, mask=of_head, other=0.0).to(tl.float64)
+    head_r, head_c, tail_r, tail_c = of_head[:, None], of_head[None, :], of_tail[:, None], of_tail[None, :]
+    # Symmetric to the last bit: rounding that differs above and below the diagonal disturbs Lanczos a thousand times more.
+    low, high = tl.minimum(r, c), tl.maximum(r, c)
+    g = tl.load(gram + position * S * S + high * S + low, mask=head_r & head_c, other=0.0)
+    g += tl.load(coordinates + id[:, None] * P + (c - S), mask=head_r & tail_c, other=0.0)
+    g += tl.load(coordinates + id[None, :] * P + (r - S), mask=tail_r & head_c, other=0.0)
+    g += tl.where((r == c) & tail_r, 1.0, 0.0)
+    moments += position * stride
+    b = tl.load(moments + (low - S) * (2 * P - (low - S) + 1) // 2 + high - low, mask=tail_r & tail_c, other=0.0)
+    mass = tl.load(moments + P * (P + 1) // 2).to(tl.float64)
+    trace = tl.sum(tl.sum(tl.where(r == c, b, 0.0).to(tl.float64), 1), 0)
+    even = (mass - trace) / tl.maximum(width - P, 1).to(tl.float64)  # c; with P = D nothing is left to spread
+    even = tl.where((width == P) | (even < 0.0), 0.0, even)
+
+    k_index = tl.arange(0, KP)
+    coefficients = tl.zeros((KP, N), tl.float64)
+    products = tl.zeros((KP, N), tl.float64)  # G a
+    spread = tl.zeros((KP, N), tl.float64)  # Q_tail v in coefficients
+    alphas = tl.full((KP,), 1.0, tl.float64)
+    betas = tl.zeros((KP,), tl.float64)
+    a = tl.where(of_head & (id == tl.load(labels + position)), 1.0, 0.0).to(tl.float64)
+    u = _apply(g, a)
+    alive = tl.where(tl.sum(a * u, 0) < 0.5, 0, 1)  # NaN lives on and must stay NaN
+    for k in range(K):
+        here = k_index == k
+        shared = _apply(b, u) + even * (a - tl.where(of_tail, u, 0.0))
+        coefficients = tl.where(here[:, None], a[None, :], coefficients)
+        products = tl.where(here[:, None], u[None, :], products)
+        spread = tl.where(here[:, None], shared[None, :], spread)
+        residual = p_r * u + shared
+        alphas = tl.where(here & (alive > 0), tl.sum(u * residual, 0), alphas)
+        for _ in range(2):  # against every earlier vector, twice: rounding would let them creep back in
+            overlap = tl.sum(products * residual[None, :], 1)
+            residual = residual - tl.sum(coefficients * overlap[:, None], 0)
+        u = _apply(g, residual)
+        square = tl.sum(residual * u, 0)
+        alive = tl.where(square > NOISE * tl.sum(residual * residual, 0), alive, 0)
+        beta = tl.sqrt(tl.where(alive > 0, square, 0.0))
+        betas = tl.where(here & (k < K - 1), beta, betas)
+        inverse = tl.where(alive > 0, 1.0 / tl.where(alive > 0, beta, 1.0), 0.0)
+        a, u = residual * inverse, u * inverse
+
+    row, column = k_index[:, None], k_index[None, :]
+    t = tl.where(row == column, alphas[:, None], 0.0)
+    t += tl.where(column == row + 1, betas[:, None], 0.0) + tl.where(row == column + 1, betas[None, :], 0.0)
+    broken = tl.max(tl.max(tl.where(tl.abs(t) < float("inf"), 0, 1), 1), 0) > 0
+    t = tl.where(broken, tl.where(row == column, 1.0, 0.0).to(tl.float64), t)
+    t, z = _eigen(t, KP, SWEEPS)
+    w_row = tl.maximum(tl.sum(tl.where(row == column, t, 0.0), 1), FLOOR)[:, None]
+    w_column = tl.maximum(tl.sum(tl.where(row == column, t, 0.0), 0), FLOOR)[None, :]
+    first = tl.sum(tl.where(row == 0, z, 0.0), 0)  # e_1 in the eigenbasis
+    minus_log = -tl.sum(tl.sum(tl.where(row == 0, z * z * tl.log(w_column), 0.0), 1), 0)
+    tl.store(value + position, tl.where(broken, float("nan"), minus_log).to(tl.float32))
+    kernel = _divided_differences(w_row, w_column) * first[:, None] * first[None, :]
+    derivative = _multiply(_multiply(z, kernel, KP), tl.trans(z), KP)  # M
+    moved = _multiply(derivative, products, KP)
+    tl.store(at_ids + position * S + slot, -tl.sum(moved * products, 0).to(tl.float32), mask=of_head)
+    tl.store(tail + position, -tl.sum(tl.sum(moved * spread, 1), 0).to(tl.float32))
+
+
+# -------------------------------------------------------------------------------------------------------- wrappers
+
+
+class RowStatistics(NamedTuple):
+    """Of each row of logits; float32. NaN where the row holds NaN or +inf, or nothing but -inf."""
+
+    largest: Tensor  # (C,)
+    log_z: Tensor  # (C,) log sum exp
+    entropy: Tensor  # (C,) nats
+    of_label: Tensor  # (C,) the label's logit
+    group_max: Tensor  # (C, GROUPS) for head_tail.likeliest
+
+
+def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _power_of_two(n: int, least: int = 1) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def row_statistics(
+    z: Tensor,  # (C, V) rows contiguous
+    labels: Tensor,  # (C,)
+) -> RowStatistics:
+    """One read of the logits."""
+    positions, vocabulary = z.shape
+    largest, log_z, entropy, of_label = (torch.empty(positions, dtype=torch.float32, device=z.device) for _ in range(4))
+    group_max = torch.empty(positions, GROUPS, dtype=torch.float32, device=z.device)
+    with _on(z):
+        _statistics[(positions,)](
+            z, labels.contiguous(), largest, log_z, entropy, of_label, group_max, z.stride(0), vocabulary,
+            GROUPS=GROUPS, LEVELS=LEVELS, num_warps=8, enable_fp_fusion=True,
+        )  # fmt: skip
+    return RowStatistics(largest, log_z, entropy, of_label, group_max)
+
+
+def probabilities(
+    z: Tensor,  # (C, V) rows contiguous
+    log_z: Tensor,  # (C,)
+    out: Tensor,  # (C, V) of any float dtype
+) -> None:
+    """out = exp(z - log_z), rounded once."""
+    positions, vocabulary = z.shape
+    with _on(z):
+        _probabilities[(positions, triton.cdiv(vocabulary, BLOCK))](
+            z, log_z, out, z.stride(0), out.stride(0), vocabulary, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=True
+        )
+
+
+def logit_gradient(
+    z: Tensor,  # (C, V) rows contiguous; after scale and cap
+    log_z: Tensor,  # (C,)
+    factor: Tensor,  # (C,)
+    out: Tensor,  # (C, V) of any float dtype
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> None:
+    """out = factor exp(z - log_z), through cap and scale, rounded once."""
+    positions, vocabulary = z.shape
+    with _on(z):
+        _gradient[(positions, triton.cdiv(vocabulary, BLOCK))](
+            z, log_z, factor, out, z.stride(0), out.stride(0), vocabulary, float(softcap or 1.0), float(logit_scale),
+            CAPPED=softcap is not None, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def can_solve(head: int, steps: int, dtype: torch.dtype) -> bool:
+    """Whether `solve_head_tail` takes a head and steps of this size; the torch path takes all."""
+    return dtype == torch.float32 and head <= MOST_HEAD and steps <= MOST_STEPS
+
+
+def gram_tiles(head: int, width: int) -> dict[str, int]:
+    tile = _power_of_two(head, 16)
+    return {"S": head, "TILE": tile, "BLOCK": min(2048 // tile, _power_of_two(width, 16)), "num_warps": 4}
+
+
+def solve_tiles(head: int, p: int, steps: int) -> dict[str, Any]:
+    """Sizes of `_solve`'s tiles, and at least one Jacobi sweep more than tridiagonal matrices of any spectrum were seen to need."""
+    n, kp = _power_of_two(head + p, 16), _power_of_two(steps, 2)
+    return {
+        "S": head, "P": p, "K": steps, "N": n, "KP": kp, "SWEEPS": 2 * kp.bit_length() - 1, "NOISE": 16 * torch.finfo(torch.float32).eps,
+        "FLOOR": EIGENVALUE_FLOOR[torch.float32], "num_warps": min(8, max(n * n // 1024, kp * n // 256, 1)),
+    }  # fmt: skip
+
+
+def solve_head_tail(
+    q: Tensor,  # (C, S) float32
+    ids: Tensor,  # (C, S)
+    labels: Tensor,  # (C,)
+    moments: Tensor,  # (C, p (p + 1) / 2 + 1) float32
+    source: Tensor,  # (V, D) rows of any norm
+    summary: VocabularySummary,
+    steps: int,
+) -> HeadTail:
+    """head_tail.solve_head_tail, without the rows' updates."""
+    (positions, head), (width, p) = ids.shape, summary.directions.shape
+    ids, q, labels, source = (x.contiguous() for x in (ids, q, labels, source))
+    gram = torch.empty(positions, head, head, dtype=torch.float32, device=q.device)
+    value, tail = (torch.empty(positions, dtype=torch.float32, device=q.device) for _ in range(2))
+    at_ids = torch.empty_like(q)
+    with _on(q):
+        _gram[(positions,)](
+            source,
+            summary.inverse_norm,
+            ids,
+            gram,
+            source.stride(0),
+            width,
+            **gram_tiles(head, width),
+            enable_fp_fusion=True,
+        )
+        _solve[(positions,)](
+            gram, q, ids, labels, moments, summary.coordinates, value, at_ids, tail, moments.stride(0), width,
+            **solve_tiles(head, p, min(steps, head + p)), enable_fp_fusion=True,
+        )  # fmt: skip
+    return HeadTail(value, at_ids, tail, None)

@@ -1,0 +1,80 @@
+"""What a run leaves behind beside its weights: metrics.jsonl while it runs, loss.png and the figures for the card after."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from matrix_llm.base.files import atomic_path, read_jsonl, write_text
+
+METRICS = "metrics.jsonl"
+PLOT = "loss.png"
+TRAIN_COLOURS = {"ce": "#1f77b4", "mce": "#d62728"}
+
+
+class MetricsFileCallback(TrainerCallback):
+    """Appends every log entry to metrics.jsonl in the output directory, one JSON object a line, flushed as it comes.
+
+    A resumed run first drops the lines of the steps it is going to repeat.
+    """
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if not state.is_world_process_zero:
+            return
+        path = Path(str(args.output_dir)) / METRICS
+        kept = []
+        for entry in read_jsonl(path) if state.global_step else []:
+            if (
+                entry["step"] > state.global_step or "train_runtime" in entry
+            ):  # the summary, and what followed it, will come again
+                break
+            kept.append(entry)
+        write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs,
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            with (Path(str(args.output_dir)) / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def plot_losses(entries: list[dict[str, Any]], path: Path, *, title: str) -> None:
+    """CE and MCE against optimizer steps; solid for training, dotted with markers for held-out rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, colour in TRAIN_COLOURS.items():
+        for prefix, style, label in (("", "-", "training"), ("eval_", "o:", "held out")):
+            points = [(e["step"], e[prefix + name]) for e in entries if prefix + name in e]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True), style, color=colour, markersize=4, label=f"{name.upper()}, {label}"
+                )
+    axes.set(xlabel="optimizer step", ylabel="nats per trained token", title=title)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+    plt.close(figure)
+
+
+def last_values(entries: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, float]:
+    """The last logged value of each name that was ever logged."""
+    found = {}
+    for entry in entries:
+        found.update({name: entry[name] for name in names if name in entry})
+    return found

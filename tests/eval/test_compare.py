@@ -1,0 +1,284 @@
+"""Two runs compared: pairing, statistics, other conventions, what is said when they cannot be compared."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from eval.compare import compare, describe, main
+from eval.files import write_text
+from eval.report import summarise
+from eval.statistics import bootstrap_difference, mcnemar_exact, minimum_detectable_difference, two_proportion
+from matrix_llm.base.errors import EvalError
+from tests.support.paths import ROOT
+
+SETTINGS = {"model": "a", "revision": "1", "prompt": "metamath", "temperature": 0.0, "n": 1}
+
+
+def make_run(
+    folder,
+    answers,
+    *,
+    benchmark="gsm8k",
+    generations=True,
+    wording="The answer is: {}",
+    samples=1,
+    golds=None,
+    **settings,
+):
+    """A run whose problem i is answered answers[i], with gold i: generations and summary as eval/run.py writes them."""
+    rows = [
+        {
+            "id": f"test/{i}",
+            "sample": sample,
+            "problem": f"What is {i}?\nThink.",
+            "gold": str((golds or {}).get(i, i)),
+            "subject": None,
+            "level": None,
+            "response": wording.format(answer),
+            "finish_reason": "stop",
+            "stop_reason": None,
+            "prompt_tokens": 5,
+            "tokens": 4,
+        }
+        for i, answer in answers.items()
+        for sample in range(samples)
+    ]
+    summary = summarise(
+        rows,
+        benchmark=benchmark,
+        settings={**SETTINGS, **settings},
+        wall_seconds=1,
+        versions={"torch": "2"},
+        name="gsm8k",
+        generations="gsm8k.jsonl",
+    )
+    path = folder / "gsm8k.json"
+    write_text(path, json.dumps(summary))
+    if generations:
+        write_text(folder / "gsm8k.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def pair(tmp_path, **settings):
+    """101 problems: A alone is right on 0..2, B alone on 3..14, neither on 15..19, both on the rest."""
+    a = {i: i if i < 3 or i >= 20 else -1 for i in range(101)}
+    b = {i: i if 3 <= i < 15 or i >= 20 else -2 for i in range(101)}
+    return make_run(tmp_path / "a", a), make_run(tmp_path / "b", b, model="b", **settings)
+
+
+def test_the_numbers_are_those_of_the_pairs(tmp_path):
+    result = compare(*pair(tmp_path))
+    assert [result[key] for key in ("problems", "both", "only_a", "only_b", "neither")] == [101, 81, 3, 12, 5]
+    assert (result["a"]["correct"], result["b"]["correct"]) == (84, 93)
+    assert result["difference"] == 9 / 101
+    assert result["mcnemar_p"] == mcnemar_exact(3, 12)
+    assert result["unpaired_p"] == two_proportion(84, 101, 93, 101)
+    assert result["minimum_detectable_difference"] == minimum_detectable_difference(101, 15 / 101)
+    a = [i < 3 or i >= 20 for i in range(101)]
+    b = [3 <= i < 15 or i >= 20 for i in range(101)]
+    assert (result["difference_low"], result["difference_high"]) == bootstrap_difference(a, b)
+    assert result["mcnemar_p"] < 0.05 < result["unpaired_p"]  # what pairing is for
+
+
+def test_swapping_the_runs_turns_the_signs(tmp_path):
+    a, b = pair(tmp_path)
+    there, back = compare(a, b), compare(b, a)
+    assert back["difference"] == -there["difference"]
+    assert back["mcnemar_p"] == there["mcnemar_p"]
+    assert back["difference_low"] == pytest.approx(-there["difference_high"], abs=0.011)
+    assert "=> B is better than A beyond chance" in describe(there, show=0)
+    assert "=> A is better than B beyond chance" in describe(back, show=0)
+
+
+def test_a_run_against_itself_has_no_difference(tmp_path):
+    a, _ = pair(tmp_path)
+    result = compare(a, a)
+    assert (result["difference"], result["mcnemar_p"], result["flipped"]) == (0.0, 1.0, [])
+    assert result["minimum_detectable_difference"] is None
+    text = describe(result, show=5)
+    assert "no difference beyond chance" in text
+    assert "too few problems flip" in text
+    assert "warning" not in text
+
+
+def test_flipped_problems_are_listed_with_both_answers(tmp_path):
+    result = compare(*pair(tmp_path))
+    assert [(flip["id"], flip["right"]) for flip in result["flipped"]] == [
+        (f"test/{i}", "A" if i < 3 else "B") for i in range(15)
+    ]
+    assert result["flipped"][3] == {
+        "id": "test/3",
+        "right": "B",
+        "problem": "What is 3?\nThink.",
+        "gold": "3",
+        "answer_a": "-1",
+        "answer_b": "3",
+        "generations": True,
+    }
+    text = describe(result, show=4)
+    assert "flipped problems, 4 of 15" in text
+    assert "  test/3: B alone is right; What is 3?\n      gold 3; A answers -1; B answers 3" in text
+    assert "test/4" not in text
+    assert "flipped problems" not in describe(result, show=0)
+
+
+def test_without_generations_the_flips_still_have_their_ids(tmp_path):
+    a = make_run(tmp_path / "a", {0: 0, 1: 5}, generations=False)
+    b = make_run(tmp_path / "b", {0: 0, 1: 1}, generations=False)
+    text = describe(compare(a, b), show=5)
+    assert "  test/1: B alone is right" in text
+    assert "answers" not in text
+
+
+def test_another_convention_is_graded_from_the_generations(tmp_path):
+    a = make_run(
+        tmp_path / "a", {i: i for i in range(9)}, wording="So it is {}."
+    )  # verified finds it, metamath does not
+    b = make_run(tmp_path / "b", {i: i for i in range(9)})
+    assert compare(a, b)["difference"] == 0
+    result = compare(a, b, convention="metamath")
+    assert (result["convention"], result["a"]["correct"], result["b"]["correct"]) == ("metamath", 0, 9)
+    assert result["flipped"][0]["answer_a"] is None
+    assert "A answers nothing; B answers 0" in describe(result, show=1)
+
+
+def test_another_convention_without_generations_says_what_is_missing(tmp_path):
+    a = make_run(tmp_path / "a", {0: 0, 1: 1})
+    b = make_run(tmp_path / "b", {0: 0, 1: 1}, generations=False)
+    with pytest.raises(
+        EvalError, match=r"--convention strict grades anew, but .* lack 2 of its problems, such as test/0"
+    ):
+        compare(a, b, convention="strict")
+
+
+def test_only_common_problems_are_compared_and_it_is_said(tmp_path):
+    a = make_run(tmp_path / "a", {i: i for i in range(10)})
+    b = make_run(tmp_path / "b", dict.fromkeys(range(6, 30), 0))
+    result = compare(a, b)
+    assert (result["problems"], result["only_a"]) == (4, 4)
+    assert "note: compared on the 4 problems in both runs; A has 10, B has 24" in describe(result, show=0)
+
+
+def test_runs_on_other_problems_or_another_benchmark_are_refused(tmp_path):
+    a = make_run(tmp_path / "a", {0: 0})
+    b = make_run(tmp_path / "b", {1: 1})
+    with pytest.raises(EvalError, match="share no problem id"):
+        compare(a, b)
+    c = make_run(tmp_path / "c", {0: 0}, benchmark="math")
+    with pytest.raises(EvalError, match=r"of gsm8k, .* of math: only runs on the same problems"):
+        compare(a, c)
+
+
+def test_the_same_ids_with_other_texts_are_noted(tmp_path):
+    a = make_run(tmp_path / "a", {0: 0, 1: 1})
+    b = make_run(tmp_path / "b", {0: 0, 1: 1})
+    file = b.with_suffix(".jsonl")
+    file.write_text(file.read_text().replace("What is 1?", "What is 1.0?"))
+    assert "note: 1 problems have the same id and another text or gold" in describe(compare(a, b), show=0)
+
+
+def test_settings_that_differ_are_named_and_the_model_is_not_one(tmp_path):
+    a, b = pair(tmp_path, temperature=0.7, prompt="chat\x1b[31m", revision="2")
+    result = compare(a, b)
+    assert result["settings_that_differ"] == {"prompt": ["metamath", "chat\x1b[31m"], "temperature": [0.0, 0.7]}
+    text = describe(result, show=0)
+    assert (
+        "warning: settings differ, so the difference is not of the model alone: prompt: metamath and chat␛[31m; temperature: 0.0 and 0.7"
+        in text
+    )
+    assert "\x1b" not in text
+
+
+def test_versions_that_differ_are_named(tmp_path):
+    a, b = pair(tmp_path)
+    summary = json.loads(b.read_text())
+    b.write_text(json.dumps({**summary, "versions": {"torch": "3", "vllm": "1"}}))
+    assert "warning: versions differ, which may move single answers: torch: 2 and 3; vllm: nothing and 1" in describe(
+        compare(a, b), show=0
+    )
+
+
+def test_of_several_samples_the_first_is_compared_and_it_is_said(tmp_path):
+    a = make_run(tmp_path / "a", {0: 0, 1: 1}, samples=3, n=3)
+    file = a.with_suffix(".jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text(
+        "".join(
+            json.dumps(row if row["sample"] == 0 else {**row, "response": "The answer is: -9"}) + "\n" for row in rows
+        )
+    )
+    b = make_run(tmp_path / "b", {0: 0, 1: 0})
+    result = compare(a, b)
+    assert (result["only_a"], result["problems"]) == (1, 2)
+    assert result["flipped"][0]["answer_a"] == "1"
+    assert "note: A has 3 samples a problem; sample 0 of each is compared" in describe(result, show=0)
+    assert compare(a, b, convention="metamath")["only_a"] == 1
+
+
+def test_ungraded_counts_as_wrong_and_is_shown(tmp_path):
+    a, b = pair(tmp_path)
+    summary = json.loads(a.read_text())
+    summary["verdicts"]["test/50"] = None
+    a.write_text(json.dumps(summary))
+    result = compare(a, b)
+    assert (result["a"]["ungraded"], result["a"]["correct"], result["only_b"]) == (1, 83, 13)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.json", None, r"cannot be read \(No such file"),
+        ("x.json", "{", "it is no JSON"),
+        ("x.jsonl", '{"id": 1}\n{"id": 2}\n', r"graded by eval/regrade.py; their summary is x\.json"),
+        ("x.json", "[1]", "lacks benchmark or verdicts"),
+        ("x.settings.json", '{"model": "m"}', "lacks benchmark or verdicts"),
+        ("", None, r"is a folder\. Name a summary in it: gsm8k\.json\."),
+    ],
+)
+def test_files_that_are_no_summary_are_refused_with_the_way_out(tmp_path, capsys, name, content, message):
+    good, _ = pair(tmp_path)
+    (tmp_path / "a" / "gsm8k.settings.json").write_text("{}")
+    if content is not None:
+        (tmp_path / "a" / name).write_text(content)
+    assert main([str(good), str(tmp_path / "a" / name)]) == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_the_command_prints_a_table_or_json(tmp_path, capsys):
+    a, b = pair(tmp_path)
+    assert main([str(a), str(b), "--show", "2"]) == 0
+    printed = capsys.readouterr().out
+    for text in (
+        "gsm8k, convention verified, 101 problems",
+        "83.17 %",
+        "92.08 %",
+        "B - A           +8.91 points",
+        "p = 0.035",
+        "flipped problems, 2 of 15",
+    ):
+        assert text in printed
+    assert main([str(a), str(b), "--json", "--convention", "metamath"]) == 0
+    assert json.loads(capsys.readouterr().out) == compare(a, b, convention="metamath")
+
+
+def test_the_script_runs_from_another_folder_without_torch(tmp_path):
+    a, b = pair(tmp_path)
+    done = subprocess.run(
+        [sys.executable, ROOT / "eval/compare.py", a, b], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "exact McNemar   p = 0.035: 15 problems flip" in done.stdout
+    code = (
+        f"import sys; sys.modules['torch'] = None; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from eval.compare import main; sys.exit(main(sys.argv[1:]))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code, a, b], cwd=tmp_path, capture_output=True, check=False).returncode
+        == 0
+    )
