@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel, Trainer, TrainerCallback
 
+from matrix_llm.base.decoding import NEUTRAL_DECODING
 from matrix_llm.base.modes import evaluation_mode
 from matrix_llm.base.statistics import wilson_interval
 from matrix_llm.data.prompts import PROMPT_TEMPLATES
@@ -26,20 +27,6 @@ from matrix_llm.data.prompts import PROMPT_TEMPLATES
 ANSWER_MARKER = "The answer is: "
 ANSWER_WINDOW = 200  # characters read after the marker: a model that babbles digits cannot make scoring slow
 NUMBER = re.compile(r"([-+]?)([0-9][0-9,]*)?(?:\.([0-9]+))?(?:/([0-9]+))?")
-
-# Settings that a model's generation_config.json may hold and that would turn greedy decoding into something else
-# (or warn on every batch). `generate` fills only what is left None, so each is named with its neutral value.
-NEUTRAL: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
-}
 
 
 class Question(Protocol):
@@ -125,7 +112,7 @@ def generate_greedy(
             raise ValueError(f"prompt {index} ({prompts[index]!r}) has no tokens, so there is nothing to continue.")
     pad = next(token for token in (tokenizer.pad_token_id, *stops, 0) if token is not None)  # masked: any token will do
     settings = GenerationConfig(
-        **NEUTRAL, max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=pad, eos_token_id=stops or None
+        **NEUTRAL_DECODING, max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=pad, eos_token_id=stops or None
     )
     device = next(model.parameters()).device
     longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompt_ids[index]))
