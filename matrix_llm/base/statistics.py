@@ -6,10 +6,10 @@ import math
 def _check_count(correct: int, total: int) -> None:
     for value in (correct, total):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{correct!r} of {total!r}: both must be integers.")
+            raise ValueError(f"{correct!r} of {total!r} is no count of successes: both must be integers.")
     if not 0 <= correct <= total or total == 0:
         raise ValueError(
-            f"{correct!r} of {total!r}: successes must lie between 0 and total, and total must be at least 1."
+            f"{correct!r} of {total!r} is no count of successes: they must lie in [0, total], and total must be at least 1."
         )
 
 

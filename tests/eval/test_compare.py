@@ -12,6 +12,7 @@ from eval.files import write_text
 from eval.report import summarise
 from eval.statistics import bootstrap_difference, mcnemar_exact, minimum_detectable_difference, two_proportion
 from matrix_llm.base.errors import EvalError
+from tests.support.blocked import without
 from tests.support.paths import ROOT
 
 SETTINGS = {"model": "a", "revision": "1", "prompt": "metamath", "temperature": 0.0, "n": 1}
@@ -275,7 +276,7 @@ def test_the_script_runs_from_another_folder_without_torch(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "exact McNemar   p = 0.035: 15 problems flip" in done.stdout
     code = (
-        f"import sys; sys.modules['torch'] = None; sys.path.insert(0, {str(ROOT)!r})\n"
+        without("torch") + f"sys.path.insert(0, {str(ROOT)!r})\n"
         "from eval.compare import main; sys.exit(main(sys.argv[1:]))"
     )
     assert (

@@ -13,6 +13,7 @@ from eval.regrade import describe, main, read_generations, regrade
 from eval.report import summarise
 from eval.statistics import wilson_interval
 from matrix_llm.base.errors import EvalError
+from tests.support.blocked import without
 from tests.support.paths import ROOT
 
 
@@ -246,9 +247,7 @@ def test_an_out_that_cannot_be_written_is_one_line(tmp_path, capsys):
 
 def test_the_script_runs_from_another_folder_without_torch(tmp_path):
     path = write(tmp_path / "a.jsonl", [ours(0, r"\boxed{\frac{1}{2}}", "0.5")])
-    blocked = (
-        "import sys, runpy; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'vllm', 'numpy', 'pandas')))\n"
-    )
+    blocked = without("torch", "transformers", "vllm", "pandas") + "import runpy\n"
     script = str(ROOT / "eval/regrade.py")
     code = (
         blocked
