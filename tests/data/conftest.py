@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from matrix_llm.config import load_recipe
-from matrix_llm.run import prepare
+from matrix_llm.data import rowset
 from tests.support.tiny import TINY
 
 
@@ -55,6 +55,6 @@ def recipe(tmp_path, tiny_tokenizer, rows):
 def tokenised(monkeypatch):
     """The names of the sets that were tokenised, rather than found."""
     names = []
-    original = prepare.tokenise
-    monkeypatch.setattr(prepare, "tokenise", lambda *a, name, **k: names.append(name) or original(*a, name=name, **k))
+    original = rowset.tokenise
+    monkeypatch.setattr(rowset, "tokenise", lambda *a, name, **k: names.append(name) or original(*a, name=name, **k))
     return names

@@ -41,7 +41,7 @@ PLANTED = {
 def test_leaked_rows_are_reported_and_kept(recipe, rows, test_set, tmp_path):
     said = []
     loaded = recipe(dataset=rows(40, PLANTED), leakage_check=[test_set])
-    _, (_, report), _ = prepare_data(loaded, say=said.append)
+    report = prepare_data(loaded, say=said.append).report
     written = json.loads((tmp_path / "run/leakage.json").read_text())
     assert written["leaked"] == [
         1,
@@ -62,8 +62,9 @@ def test_leaked_rows_are_reported_and_kept(recipe, rows, test_set, tmp_path):
 def test_leaked_rows_are_dropped_with_a_count(recipe, rows, test_set, streaming):
     more = {"streaming": True, "max_steps": 4} if streaming else {}
     loaded = recipe(dataset=rows(40, PLANTED), leakage_check=[test_set], leakage="drop", **more)
-    _, (dataset, report), _ = prepare_data(loaded, say=quiet)
-    ids = [row["row_id"] for row in itertools.islice(dataset, 36)]
+    prepared = prepare_data(loaded, say=quiet)
+    report = prepared.report
+    ids = [row["row_id"] for row in itertools.islice(prepared.train, 36)]
     assert sorted(ids) == sorted(set(range(40)) - {1, 5, 9, 20})
     assert (report.dropped_leaked, report.rows_kept) == (4, 36)
     assert any("4 rows dropped, found among the questions of leakage_check" in line for line in report.lines())
@@ -100,7 +101,7 @@ def test_the_check_is_cached_by_the_content_of_both_sides(recipe, rows, test_set
 
     def found(**changes):
         loaded = recipe(dataset=rows(40, PLANTED), leakage_check=[test_set], leakage="drop", **changes)
-        return prepare_data(loaded, say=quiet)[1][1].dropped_leaked
+        return prepare_data(loaded, say=quiet).report.dropped_leaked
 
     assert (found(), found(), len(calls)) == (4, 4, 1)
     assert (found(leakage_share=0.1), len(calls)) == (5, 2)
