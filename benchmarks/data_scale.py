@@ -103,7 +103,8 @@ def run_phase(phase: str, folder: Path, rows: str, tests: list[str], num_proc: i
     (folder / "recipe.yaml").write_text(json.dumps(settings))
     started = time.perf_counter()
     recipe = load_recipe(folder / "recipe.yaml", dry_run=True)
-    _, (dataset, report), _ = prepare_data(recipe, say=lambda text: print(text, file=sys.stderr))
+    prepared = prepare_data(recipe, say=lambda text: print(text, file=sys.stderr))
+    dataset, report = prepared.train, prepared.report
     found: dict[str, Any] = {"rows_kept": report.rows_kept, "dropped_leaked": report.dropped_leaked}
     if phase == "streaming":
         stream = iter(dataset)

@@ -143,14 +143,15 @@ def child(recipe_path: Path) -> None:
 
     torch.set_num_threads(1)
     recipe = load_recipe(recipe_path)
-    tokenizer, (dataset, _), _ = prepare_data(recipe)
+    prepared = prepare_data(recipe)
+    recipe.training.dataset_kwargs = prepared.dataset_kwargs
     torch.nn.Linear(8, 8)(torch.zeros(8, 8)).sum().backward()  # autograd's threads are there before
     before = _anonymous()
     peak = Peak()
-    model = load_model(recipe.model, tokenizer, seed=0)
+    model = load_model(recipe.model, prepared.tokenizer, seed=0)
     trainer = MatrixTrainer(
-        model, recipe.training, train_dataset=dataset, processing_class=tokenizer, peft_config=lora_config(recipe.model),
-        callbacks=[FromStepTwo()],
+        model, recipe.training, train_dataset=prepared.train, processing_class=prepared.tokenizer,
+        peft_config=lora_config(recipe.model), callbacks=[FromStepTwo()],
     )  # fmt: skip
     peak.start()
     trainer.train()

@@ -16,7 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from matrix_llm.base.files import write_text
-from matrix_llm.data.tokens import build_dataset, load_rows
+from matrix_llm.data.readers import Source
+from matrix_llm.data.rowset import RowSet
+from matrix_llm.data.selection import drop_unusable
+from matrix_llm.data.tokens import Encoder
 from matrix_llm.mce import token_mce
 
 BINS = {"CE <= 0.5": (0.0, 0.5), "0.5 to 2": (0.5, 2.0), "CE <= 2": (0.0, 2.0), "CE > 2": (2.0, float("inf"))}
@@ -37,8 +40,10 @@ def predictions(
         AutoTokenizer.from_pretrained(folder),
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
     )
-    raw = load_rows(rows, max_rows=200, builtin_rows=200, split="test")
-    data, _ = build_dataset(raw, tokenizer, prompt_template=template, max_length=model.config.max_position_embeddings)
+    unseen = RowSet(Source(rows, split="test", max_rows=200), root=None)
+    longest = model.config.max_position_embeddings
+    encoder = Encoder(tokenizer, unseen.layout, prompt_template=template, max_length=longest)
+    data, _ = drop_unusable(unseen.tokens(encoder, rows), encoder, rows)
     hidden, labels = [], []
     with torch.no_grad():
         for row in data:

@@ -198,17 +198,18 @@ def folder_of(output: Path, arm: str, seed: int) -> Path:
 
 def make_text(output: Path, sources: Sequence[Path], builtin: int) -> int:
     """{"text": ...} rows of question/answer (GSM8K), problem/solution (MATH) and query/response files and of the generator, shuffled."""
+    from matrix_llm.data.forms import Row, parse_row
     from matrix_llm.data.readers import Source
     from matrix_llm.data.tokens import row_texts
     from matrix_llm.data.wordproblems import generate
 
     texts = []
     for path in sources:
-        for _, row in Source(str(path)).read():
+        for where, row in Source(str(path)).read():
             row = {"query": row["problem"], "response": row["solution"]} if "problem" in row else row
-            texts.append("".join(row_texts(row, "plain")))
+            texts.append("".join(row_texts(parse_row(row, where), "plain")))
     for problem in generate(builtin, seed=TEXT_SEED, split="train"):
-        texts.append("".join(row_texts({"query": problem.query, "response": problem.response}, "plain")))
+        texts.append("".join(row_texts(Row(question=problem.query, answer=problem.response), "plain")))
     random.Random(0).shuffle(texts)
     write_text(output, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
     return len(texts)

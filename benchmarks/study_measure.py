@@ -37,6 +37,7 @@ from eval.statistics import pass_at_k
 from matrix_llm.base.files import write_text
 from matrix_llm.base.modes import evaluation_mode
 from matrix_llm.config import DataArguments
+from matrix_llm.data.forms import Row
 from matrix_llm.data.prompts import format_prompt
 from matrix_llm.data.readers import Source
 from matrix_llm.data.tokens import Continuation, row_texts
@@ -277,11 +278,9 @@ def measure(
     if heldout is None:
         problems = generate(sizes.problems, seed=problem_seed, split="test")
         row, verdicts, shown = measure_answers(model, tokenizer, problems, layout[0], sizes)
-        rows = [
-            row_texts({"query": p.query, "response": p.response}, *layout) for p in problems[: sizes.likelihood_rows]
-        ]
+        rows = [row_texts(Row(question=p.query, answer=p.response), *layout) for p in problems[: sizes.likelihood_rows]]
     else:
-        rows = [row_texts(each, *layout) for each in heldout.checked()]
+        rows = [row_texts(each, *layout) for each in heldout.rows()]
 
     held_out = likelihood(model, tokenizer, rows)
     row |= {"ce_heldout": held_out["ce"], "ece_token": held_out["ece"]}
@@ -290,9 +289,7 @@ def measure(
         "rank_hidden": hidden_effective_rank(model, tokenizer, rows[:RANK_ROWS]),
     }
     for path in texts:
-        whole = [
-            ("", "".join(row_texts(each, *layout))) for each in Source(str(path), max_rows=sizes.text_rows).checked()
-        ]
+        whole = [("", "".join(row_texts(each, *layout))) for each in Source(str(path), max_rows=sizes.text_rows).rows()]
         row[f"ce_{path.parent.name or 'text'}_{path.stem}"] = likelihood(
             model, tokenizer, whole, limit=sizes.text_tokens
         )["ce"]

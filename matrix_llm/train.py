@@ -23,7 +23,7 @@ import json
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -31,7 +31,6 @@ import yaml
 from matrix_llm.base.errors import DataError, RecipeError, scrub
 from matrix_llm.base.files import NON_FINITE, write_text
 from matrix_llm.config import Recipe, load_recipe
-from matrix_llm.data.tokens import load_rows, row_texts
 from matrix_llm.publish.push import destination_of, push
 from matrix_llm.run.run_folder import (
     PARTIAL,
@@ -51,43 +50,7 @@ if TYPE_CHECKING:
 USAGE = "usage: accelerate launch matrix_llm/train.py RECIPE.yaml [--key value ...] [--dry_run]"
 
 
-@dataclass(frozen=True)
-class HeldOutProblem:
-    """A question with a final answer to compare with."""
-
-    query: str
-    answer: str
-
-
 GATHER = "stage3_gather_16bit_weights_on_model_save"
-
-
-def held_out_problems(recipe: Recipe) -> list[HeldOutProblem]:
-    """The problems that greedy accuracy is measured on: the first accuracy_rows held-out rows with a final answer."""
-    from matrix_llm.run.decode import final_answer
-
-    data, wanted = recipe.data, recipe.data.accuracy_rows
-    source = str(data.eval_dataset or data.dataset)
-    rows = load_rows(
-        source,
-        config=data.dataset_config,
-        split=data.eval_split,
-        max_rows=wanted,
-        builtin_rows=wanted,
-        seed=recipe.training.seed,
-    )
-    problems = []
-    for row in rows:
-        query = row.get("query", row.get("question"))
-        answer = final_answer(row_texts(row, data.prompt_template)[1]) if query else None
-        if answer is not None:
-            problems.append(HeldOutProblem(query, answer))
-    if not problems:
-        raise RecipeError(
-            f"accuracy_rows={wanted}, but no row of {source!r} has a question and a final answer ('The answer is: 7' or '#### 7'). "
-            "Set accuracy_rows: 0."
-        )
-    return problems
 
 
 def print_plan(recipe: Recipe, tokenizer, dataset, report) -> None:
@@ -127,8 +90,9 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
 
     training = recipe.training
     started = time.perf_counter()
-    tokenizer, (dataset, report), held_out = prepare_data(recipe, say=say)
-    problems = held_out_problems(recipe) if recipe.data.accuracy_rows else []
+    prepared = prepare_data(recipe, say=say)
+    tokenizer, report, problems = prepared.tokenizer, prepared.report, prepared.problems
+    training.dataset_kwargs = prepared.dataset_kwargs
     if problems and (
         is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or training.fsdp
     ):
@@ -142,7 +106,7 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
             f"the DeepSpeed config shards weights (stage 3) without {GATHER}: the run could not save them. Set it to true."
         )
     output = Path(str(training.output_dir))
-    for part in (report, held_out[1] if held_out else None):
+    for part in (report, prepared.held_out_report):
         say("\n".join(f"=> {line}" for line in part.lines()) if part else "=> no held-out rows")
     say("\n".join(f"=> {line}" for line in plan_steps(recipe, report, training.world_size).lines()))
 
@@ -155,8 +119,8 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     trainer = MatrixTrainer(
         model,
         training,
-        train_dataset=dataset,
-        eval_dataset=held_out[0] if held_out else None,
+        train_dataset=prepared.train,
+        eval_dataset=prepared.held_out,
         processing_class=tokenizer,
         peft_config=lora_config(recipe.model),
         callbacks=[MetricsFileCallback()],
@@ -203,7 +167,7 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
         return
     results["train_seconds"] = round(time.perf_counter() - clock, 1)
     results["steps"] = trainer.state.global_step
-    if held_out:
+    if prepared.held_out:
         results["evaluation"] = trainer.evaluate()
     measure("after")
 
@@ -242,11 +206,11 @@ def main(arguments: list[str] | None = None) -> int:
         if dry_run:
             from matrix_llm.run.prepare import prepare_data
 
-            tokenizer, (dataset, report), held_out = prepare_data(recipe, say=say, dry_run=True)
-            for part in (report, held_out[1] if held_out else None):
+            prepared = prepare_data(recipe, say=say, dry_run=True)
+            for part in (prepared.report, prepared.held_out_report):
                 say("\n".join(part.lines()) if part else "no held-out rows")
             say("")
-            print_plan(recipe, tokenizer, dataset, report)
+            print_plan(recipe, prepared.tokenizer, prepared.train, prepared.report)
             return 0
         check_output_dir(recipe.training, recipe.resolved)
         from transformers import set_seed

@@ -1,14 +1,14 @@
-"""What has been read and tokenised once is kept, under a key made of everything it depends on.
+"""What has been read or tokenised once is kept on disk, under a key made of everything it depends on.
 
-    <HF_DATASETS_CACHE>/matrix_llm/rows-<key>/rows.arrow         checked rows of one source
+    <HF_DATASETS_CACHE>/matrix_llm/rows-<key>/rows.arrow         the checked rows of one source
                                    tokenizer-<key>/              a tokenizer trained on them
                                    tokens-<key>/tokens*.arrow    their token ids and labels
                                    leakage-<key>/report.json     what leakage_check found
 
-The key holds the bytes of the rows' files, the tokenizer, the settings, the versions of the libraries and the code of this package
-that reads rows, so a changed setting, file or library is another key. A folder appears under its name in one rename, when it is whole:
-a run that is killed leaves nothing that a later one would take for data, and two runs that build the same one don't disturb each other.
-Folders are safe to delete at any time between runs.
+The key covers the bytes of the rows' files, the tokenizer, the settings, the versions of the libraries, and the code of this
+package that decides what rows and tokens are. Change any of them and the key is another. A folder is built under a temporary
+name and renamed when it is complete: a run that is killed leaves nothing that a later one would take for data, and two runs
+that build the same folder do not disturb each other. Folders are safe to delete at any time between runs.
 """
 
 import contextlib
@@ -20,25 +20,27 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import datasets
-import tokenizers
-import transformers
-import trl
 
 from matrix_llm.base.errors import DataError
 
+LIBRARIES = ("datasets", "tokenizers", "transformers", "trl")  # their versions are read without importing them
+CODE = ("data/*.py", "model/load.py")  # this room, and what trains and loads tokenizers
 BUILDING = ".building-"
-ABANDONED = 24 * 3600  # seconds after which an unfinished folder belongs to a run that was killed
-CODE = (
-    "data/readers.py", "data/jsonarray.py", "data/tokens.py", "data/prompts.py", "data/wordproblems.py", "data/leakage.py", "model/load.py"
-)  # fmt: skip
+ABANDONED = 24 * 3600  # seconds after which an unfinished folder is taken to be that of a killed run
+# Names and paths, and what the last call set: none of these decides what the tokens of a row are
+IRRELEVANT = {
+    "tokenizer_config.json": ("name_or_path", "tokenizer_file"),
+    "tokenizer.json": ("padding", "truncation"),
+}
 
 
 def cache_root() -> Path | None:
-    """The folder of all that is cached, or None where it cannot be written. HF_DATASETS_CACHE moves it."""
+    """The folder of everything that is cached, or None where it cannot be written. HF_DATASETS_CACHE moves it."""
     root = Path(datasets.config.HF_DATASETS_CACHE) / "matrix_llm"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -48,46 +50,48 @@ def cache_root() -> Path | None:
         return None
 
 
+# --- keys --------------------------------------------------------------------------------------------------------------
+
+
 @cache
-def _code() -> str:
-    digest = hashlib.sha256(repr([each.__version__ for each in (datasets, tokenizers, transformers, trl)]).encode())
-    for name in CODE:
-        digest.update((Path(__file__).parents[1] / name).read_bytes())
+def code_digest(package: Path = Path(__file__).parents[1]) -> str:
+    """A digest of the libraries' versions and of the files of `package` that decide what rows and tokens are."""
+    digest = hashlib.sha256(repr([version(name) for name in LIBRARIES]).encode())
+    for path in sorted(path for pattern in CODE for path in package.glob(pattern)):
+        digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 
 def key_of(*parts: Any) -> str:
-    """A key for what depends on `parts` and on the code.
+    """A key for something that depends on `parts` and on the code.
 
     >>> key_of("a", 1) == key_of("a", 1), key_of("a", 1) == key_of("a", 2), len(key_of())
     (True, False, 32)
     """
-    return hashlib.sha256(repr((_code(), *parts)).encode()).hexdigest()[:32]
+    return hashlib.sha256(repr((code_digest(), *parts)).encode()).hexdigest()[:32]
 
 
 def tokenizer_key(tokenizer: Any) -> str:
-    """A digest of all that save_pretrained writes of a tokenizer but its name and folder: vocabulary, rules, special tokens, templates."""
+    """A digest of the vocabulary, rules, special tokens and templates: everything that save_pretrained writes of them."""
     digest = hashlib.sha256(type(tokenizer).__name__.encode())
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        for path in sorted(Path(folder).rglob("*")):
-            if not path.is_file():
-                continue
+        for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
             content = path.read_bytes()
-            if path.name == "tokenizer_config.json":
-                named = json.loads(content)
-                content = json.dumps(
-                    {k: v for k, v in named.items() if k not in ("name_or_path", "tokenizer_file")}
-                ).encode()
-            if path.name == "tokenizer.json":  # padding and truncation are set by the last call, not by the tokenizer
-                rules = json.loads(content)
-                content = json.dumps({k: v for k, v in rules.items() if k not in ("padding", "truncation")}).encode()
+            if path.name in IRRELEVANT:
+                settings = json.loads(content)
+                for name in IRRELEVANT[path.name]:
+                    settings.pop(name, None)
+                content = json.dumps(settings).encode()
             digest.update(path.name.encode() + content)
     return digest.hexdigest()
 
 
+# --- folders -----------------------------------------------------------------------------------------------------------
+
+
 def cached_folder(root: Path, name: str, build: Callable[[Path], None]) -> Path:
-    """root/name, made by build(folder) if it is not there yet.
+    """The folder root/name. If it does not exist yet, build(folder) fills it first.
 
     Raises:
         DataError: the folder cannot be written, e.g. because the disk is full.
@@ -95,10 +99,7 @@ def cached_folder(root: Path, name: str, build: Callable[[Path], None]) -> Path:
     final = root / name
     if final.is_dir():
         return final
-    for path in root.glob(f"{BUILDING}*"):
-        with contextlib.suppress(FileNotFoundError):  # its builder has just finished, and renamed it
-            if time.time() - path.stat().st_mtime > ABANDONED:
-                shutil.rmtree(path, ignore_errors=True)
+    _remove_abandoned(root)
     building: str | None = None
     try:
         building = tempfile.mkdtemp(prefix=BUILDING, dir=root)
@@ -107,11 +108,12 @@ def cached_folder(root: Path, name: str, build: Callable[[Path], None]) -> Path:
         try:
             os.rename(building, final)
         except OSError:
-            if not final.is_dir():  # another process was first
+            if not final.is_dir():  # if it is, another process was first, and its folder is as good
                 raise
     except OSError as error:
         raise DataError(
-            f"the cache {root} cannot be written: {error.strerror or error}. Make room, or set HF_DATASETS_CACHE to another folder."
+            f"the cache {root} cannot be written: {error.strerror or error}. "
+            "Make room, or set HF_DATASETS_CACHE to another folder."
         ) from None
     finally:
         if building is not None:
@@ -119,11 +121,17 @@ def cached_folder(root: Path, name: str, build: Callable[[Path], None]) -> Path:
     return final
 
 
+def _remove_abandoned(root: Path) -> None:
+    for path in root.glob(f"{BUILDING}*"):
+        with contextlib.suppress(FileNotFoundError):  # its builder has just finished and renamed it
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                shutil.rmtree(path, ignore_errors=True)
+
+
 def open_arrow(folder: Path, name: str) -> datasets.Dataset:
-    """The memory-mapped rows of name.arrow, or of the parts name_00000_of_0000N.arrow that N processes have written."""
+    """The memory-mapped table of name.arrow, or of the parts name_00000_of_0000N.arrow that N processes have written."""
     files = sorted(folder.glob(f"{name}*.arrow"))
     dataset = datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
-    dataset._fingerprint = hashlib.sha256(folder.name.encode()).hexdigest()[
-        :16
-    ]  # the same in every process: packing is cached by it
+    # TRL caches packed rows under this; a random one, the default, would differ between processes and runs
+    dataset._fingerprint = hashlib.sha256(folder.name.encode()).hexdigest()[:16]
     return dataset

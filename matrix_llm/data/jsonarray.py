@@ -1,4 +1,4 @@
-"""The values of one JSON array, decoded one by one: memory holds a chunk of the file and one value. Standard library only."""
+"""Decode a JSON array one value at a time, with one chunk of the file in memory. Standard library only."""
 
 import json
 from collections.abc import Iterator
@@ -6,15 +6,21 @@ from typing import Any, TextIO
 
 
 class ArrayError(ValueError):
-    """The text is no whole JSON array. `count` is the value at fault, from 1, and `line` where in the file it is."""
+    """The text is not a complete JSON array."""
 
     def __init__(self, message: str, count: int, line: int) -> None:
         super().__init__(message)
-        self.count, self.line = count, line
+        self.count = count
+        """The value at fault, counted from 1."""
+        self.line = line
+        """Its line in the file."""
 
 
 def iterate_array(file: TextIO, chunk: int) -> Iterator[Any]:
-    """The values of the array that `file` holds, read `chunk` characters at a time.
+    """Yields the values of the array that `file` holds, reading `chunk` characters at a time.
+
+    Raises:
+        ArrayError: the array is malformed or cut off.
 
     >>> import io
     >>> list(iterate_array(io.StringIO('[{"a": 1}, [2], "x"]'), 3))
@@ -23,7 +29,8 @@ def iterate_array(file: TextIO, chunk: int) -> Iterator[Any]:
     decoder, buffer = json.JSONDecoder(), file.read(chunk)
     while buffer.isspace() and (more := file.read(chunk)):
         buffer += more
-    place, ended, count, lines = buffer.index("[") + 1, False, 1, 1  # lines: of what has been taken off the buffer
+    place = buffer.index("[") + 1  # where in the buffer the next value is looked for
+    count, lines, at_end = 1, 1, False  # lines: those already taken off the buffer
     while True:
         while place < len(buffer) and buffer[place] in " \t\r\n,":
             place += 1
@@ -31,15 +38,16 @@ def iterate_array(file: TextIO, chunk: int) -> Iterator[Any]:
             return
         try:
             value, end = decoder.raw_decode(buffer, place)
-            whole = end < len(buffer) or ended  # a number at the very end may go on in the next chunk
+            complete = end < len(buffer) or at_end  # a number at the very end may continue in the next chunk
         except json.JSONDecodeError as error:
-            if ended:
+            if at_end:
                 raise ArrayError(f"{error.msg} in value {count}", count, lines - 1 + error.lineno) from None
-            whole = False
-        if whole:
+            complete = False
+        if complete:
             yield value
             place, count = end, count + 1
         else:
-            more = file.read(max(chunk, len(buffer) - place))  # doubling: a value longer than a chunk stays linear
+            # Read at least as much as is left, so that a value much longer than a chunk is not decoded once per chunk
+            more = file.read(max(chunk, len(buffer) - place))
             lines += buffer.count("\n", 0, place)
-            buffer, place, ended = buffer[place:] + more, 0, not more
+            buffer, place, at_end = buffer[place:] + more, 0, not more

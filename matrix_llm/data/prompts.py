@@ -1,10 +1,13 @@
-"""Instruction templates, as constants. Standard library only, so that evaluation scripts can compare against them cheaply."""
+"""Prompt templates, as constants. Standard library only, so that evaluation scripts can import them at no cost."""
 
 import difflib
 
+from matrix_llm.base.errors import RecipeError
+
 PLACEHOLDER = "{instruction}"
 
-# "metamath" is byte for byte the Alpaca prompt that the MetaMath authors trained with (no input field, no space after the last colon).
+# "metamath" is byte for byte the prompt that the MetaMath authors train with: Alpaca's, without the input field and
+# without a space after the last colon.
 PROMPT_TEMPLATES: dict[str, str] = {
     "metamath": (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -18,7 +21,13 @@ METAMATH_EVAL_SUFFIX = " Let's think step by step."
 
 
 def resolve_template(template: str) -> str:
-    """The template's text: `template` is a key of PROMPT_TEMPLATES, or already a text that holds {instruction} once.
+    """The text of a template.
+
+    Args:
+        template: a key of PROMPT_TEMPLATES, or a text of its own that contains {instruction} once.
+
+    Raises:
+        RecipeError: it is neither.
 
     >>> resolve_template("plain")
     'Question: {instruction}\\nAnswer:'
@@ -29,20 +38,20 @@ def resolve_template(template: str) -> str:
     if count == 1:
         return template
     if count > 1:
-        raise ValueError(
-            f"prompt_template={template!r} holds {PLACEHOLDER} {count} times, but a row has one instruction to put in. "
+        raise RecipeError(
+            f"prompt_template={template!r} contains {PLACEHOLDER} {count} times, but a row has one instruction to insert. "
             f"Keep exactly one {PLACEHOLDER}."
         )
     nearest = difflib.get_close_matches(template, PROMPT_TEMPLATES, n=1)
     meant = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    raise ValueError(
-        f"prompt_template={template!r} is neither a known template nor a text that holds {PLACEHOLDER}, so the instruction has no place "
-        f"to go.{meant} Known templates: {', '.join(PROMPT_TEMPLATES)}."
+    raise RecipeError(
+        f"prompt_template={template!r} is neither a known template nor a text that contains {PLACEHOLDER}, so there is no "
+        f"place for the instruction.{meant} Known templates: {', '.join(PROMPT_TEMPLATES)}."
     )
 
 
 def format_prompt(template: str, instruction: str) -> str:
-    """Puts `instruction` into `template`. Replaces instead of formatting, so that the braces of LaTeX survive.
+    """`template` with `instruction` in its place. The text is replaced, not formatted, so the braces of LaTeX survive.
 
     >>> format_prompt("plain", "Is \\\\frac{1}{2} > 0?")
     'Question: Is \\\\frac{1}{2} > 0?\\nAnswer:'

@@ -1,15 +1,17 @@
-"""From a file, a folder, a Hub id or the built-in generator to checked rows. Bad rows stop with file and line.
+"""From the name of a data set to its rows: a file, a folder, a Hub id, or "builtin". A bad row stops with its file and line.
 
-    Source("data/train.jsonl", max_rows=1000).read()  ->  ("data/train.jsonl line 1", {"query": ..., "response": ...}), ...
+    Source("data/train.jsonl", max_rows=1000).read()   ->  ("data/train.jsonl line 1", {"query": ..., "type": ...}), ...
+    Source("data/train.jsonl", max_rows=1000).rows()   ->  Row(question=...), ...
 
-Rows are read one at a time, and kept as Arrow chunks, in memory or in a memory-mapped file: no reader holds the whole file.
+Rows are read one at a time, so memory does not grow with the file. The readers of `datasets` are not used for local files,
+because their errors do not name the line.
 """
 
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,63 +19,24 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets.exceptions import DatasetsError
 
 from matrix_llm.base.errors import DataError
+from matrix_llm.data import wordproblems
+from matrix_llm.data.forms import Row, detect_form, parse_row
 from matrix_llm.data.jsonarray import ArrayError, iterate_array
 
-ARRAY_CHUNK = 1 << 20  # characters of a JSON array decoded at a time
-SUFFIXES = (".jsonl", ".json", ".parquet")
-CHUNK = 10_000  # rows held as Python objects at a time
+ARRAY_CHUNK = 1 << 20  # characters of a JSON array that are decoded at a time
+PARQUET_BATCH = 10_000  # rows of a Parquet file that are held as Python objects at a time
 SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
 
-# Row forms in order of precedence: the first whose fields the first row has is required of every row.
-FORMS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "prompt/completion": ("prompt", "completion"),
-    "query/response": ("query", "response"),  # MetaMathQA
-    "question/answer": ("question", "answer"),  # GSM8K
-    "text": ("text",),
-}
+Found = tuple[str, Any]  # where an object stands, for error messages, and the object
 
 
-# ---------------------------------------------------------------------------------------------------------------- where rows are
+# --- one function for each type of file --------------------------------------------------------------------------------
 
 
-def looks_local(source: str) -> bool:
-    """True for what can only be meant as a path: data/x.jsonl, ./folder, /folder, ~/folder. "org/name" is a Hub id."""
-    return source.endswith(SUFFIXES) or source.startswith(("./", "../", "/", "~"))
-
-
-def local_path(source: str) -> Path | None:
-    """The existing file or folder that `source` names, or None ("builtin" and Hub ids)."""
-    path = Path(source).expanduser()
-    return path if source != "builtin" and path.exists() else None
-
-
-def _files_in(folder: Path, split: str) -> list[Path]:
-    """The folder's files of one split: those named after it (train.jsonl, train-00000-of-00002.parquet), or all where none is named so."""
-    files = sorted(
-        p for p in folder.rglob("*") if p.suffix in SUFFIXES and "/." not in f"/{p.relative_to(folder).as_posix()}"
-    )
-    if not files:
-        raise DataError(
-            f"{folder.absolute()} holds no {', '.join(SUFFIXES)} file, so there are no rows to read. Give another path."
-        )
-    names = {path: re.split(r"[-_.]", path.stem)[0] for path in files}
-    chosen = [path for path in files if names[path] == split]
-    others = sorted({name for name in names.values() if name in SPLITS})
-    if not chosen and others:
-        raise DataError(
-            f"{folder.absolute()} has files for {', '.join(others)}, but none for the split {split!r}. Name one of them, or give a file."
-        )
-    return chosen or files
-
-
-# ------------------------------------------------------------------------------------------------------------------ reading rows
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    """("file line 3", object) for each line; a line at a time, so that memory does not grow with the file."""
+def _read_jsonl(path: Path) -> Iterator[Found]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             where = f"{path} line {number}"
@@ -92,16 +55,14 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 ) from None
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    """A JSON array of objects, one at a time (MetaMathQA is one array of 400 MB); what does not start with [ is read as JSON lines."""
+def _read_json(path: Path) -> Iterator[Found]:
+    """The objects of a JSON array, one at a time (MetaMathQA is one array of 400 MB), or of a file of JSON lines."""
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
             if file.read(1024).lstrip().startswith("["):
                 file.seek(0)
-                yield from (
-                    (f"{path} row {number}", row)
-                    for number, row in enumerate(iterate_array(file, ARRAY_CHUNK), start=1)
-                )
+                for number, found in enumerate(iterate_array(file, ARRAY_CHUNK), start=1):
+                    yield f"{path} row {number}", found
                 return
     except ArrayError as error:
         raise DataError(f"{path} line {error.line}: not JSON ({error}). Correct the file.") from None
@@ -112,117 +73,90 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     yield from _read_jsonl(path)
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_parquet(path: Path) -> Iterator[Found]:
     try:
         number = 0
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=CHUNK):
-            for row in batch.to_pylist():
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=PARQUET_BATCH):
+            for found in batch.to_pylist():
                 number += 1
-                yield f"{path} row {number}", row
+                yield f"{path} row {number}", found
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error}).") from None
+        raise DataError(f"{path}: not a readable Parquet file ({error}). Correct or replace the file.") from None
 
 
-_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+READERS: dict[str, Callable[[Path], Iterator[Found]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}
+SUFFIXES = tuple(READERS)
 
 
-def _open_hub(source: str, config: str | None, split: str, streaming: bool = False) -> Any:
-    try:
-        return datasets.load_dataset(source, config, split=split, streaming=streaming)
-    except (
-        Exception
-    ) as error:  # offline, gated, no such split, no such configuration: the Hub client has a class for each
-        named = f"{source!r}" + (f" (configuration {config!r})" if config else "")
+# --- where the rows of a name are --------------------------------------------------------------------------------------
+
+
+def looks_local(name: str) -> bool:
+    """True for what can only be meant as a path: data/x.jsonl, ./folder, /folder, ~/folder. "org/name" is a Hub id."""
+    return name.endswith(SUFFIXES) or name.startswith(("./", "../", "/", "~"))
+
+
+def local_path(name: str) -> Path | None:
+    """The existing file or folder of this name, or None ("builtin" and Hub ids)."""
+    path = Path(name).expanduser()
+    return path if name != "builtin" and path.exists() else None
+
+
+def _files_in(folder: Path, split: str) -> list[Path]:
+    """The folder's files of one split, named after it (train.jsonl, train-00000-of-00002.parquet), or else all files."""
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix in SUFFIXES and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not files:
         raise DataError(
-            f"the dataset {named}, split {split!r}, is neither a local path nor readable from the Hub: {type(error).__name__}: {error} "
+            f"{folder.absolute()} holds no {', '.join(SUFFIXES)} file, so there are no rows to read. Give another path."
+        )
+    split_of = {path: re.split(r"[-_.]", path.stem)[0] for path in files}
+    chosen = [path for path in files if split_of[path] == split]
+    others = sorted(set(split_of.values()) & set(SPLITS))
+    if not chosen and others:  # files of other splits must not be taken for this one
+        raise DataError(
+            f"{folder.absolute()} has files for {', '.join(others)}, but none for the split {split!r}. "
+            "Name one of these splits, or give a file."
+        )
+    return chosen or files
+
+
+def _open_hub(name: str, config: str | None, split: str, streaming: bool = False) -> Any:
+    try:
+        return datasets.load_dataset(name, config, split=split, streaming=streaming)
+    # Offline, gated, no such data set, split or configuration: `datasets` raises one of these
+    except (OSError, ValueError, DatasetsError) as error:
+        named = f"{name!r}" + (f" (configuration {config!r})" if config else "")
+        raise DataError(
+            f"the dataset {named}, split {split!r}, is neither a local path nor readable from the Hub: "
+            f"{type(error).__name__}: {' '.join(str(error).split())} "
             "Check the name and the connection, or give a local file."
         ) from None
 
 
-# --------------------------------------------------------------------------------------------------------------- checking rows
-
-
-def _describe(value: Any) -> str:
-    return "null" if value is None else f"{type(value).__name__} {str(value)[:60]!r}"
-
-
-def detect_form(columns: Iterable[str], where: str = "the rows") -> str:
-    """The row form of these columns.
-
-    >>> detect_form(["query", "response", "type", "original_question"])
-    'query/response'
-    """
-    columns = list(columns)
-    for form, fields in FORMS.items():
-        if all(name in columns for name in fields):
-            return form
-    half = [
-        f"`{has}` but no `{lacks}`"
-        for f in FORMS.values()
-        if len(f) == 2
-        for has, lacks in (f, f[::-1])
-        if has in columns
-    ]
-    found = f"has {half[0]}" if half else f"has the fields {', '.join(map(str, columns)) or '(none)'}"
-    raise DataError(
-        f"{where} {found}. A row needs one of: {'; '.join(' and '.join(fields) for fields in FORMS.values())}."
-    )
-
-
-def _check_message(message: Any, where: str) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise DataError(f"{where} is {_describe(message)}, but a message is an object with `role` and `content`.")
-    for name in ("role", "content"):
-        if not isinstance(message.get(name), str):
-            raise DataError(f"{where} has `{name}` = {_describe(message.get(name))}, but it must be a text.")
-    return {"role": message["role"], "content": message["content"]}
-
-
-def _check_row(row: Any, form: str, where: str) -> dict[str, Any]:
-    """The row's fields of this form, or DataError."""
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object with {' and '.join(FORMS[form])}, found {_describe(row)}.")
-    for name in FORMS[form]:
-        if name not in row:
-            has = ", ".join(map(str, row)) or "nothing"
-            raise DataError(f"{where}: no `{name}`; the row has {has}. Every row needs {' and '.join(FORMS[form])}.")
-    if form == "messages":
-        messages = row["messages"]
-        if not isinstance(messages, list) or not messages:
-            raise DataError(f"{where}: `messages` is {_describe(messages)}, but it must be a list of role and content.")
-        checked = [_check_message(message, f"{where}: message {i}") for i, message in enumerate(messages, start=1)]
-        if all(message["role"] != "assistant" for message in checked):
-            raise DataError(f"{where}: no message has the role assistant, so there is nothing to train on.")
-        return {"messages": checked}
-    for name in FORMS[form]:
-        if not isinstance(row[name], str):
-            raise DataError(f"{where}: `{name}` is {_describe(row[name])}, but it must be a text.")
-        try:
-            row[name].encode()
-        except UnicodeEncodeError:
-            raise DataError(
-                f"{where}: `{name}` holds half of a surrogate pair, which is no text. Correct its escape sequences."
-            ) from None
-        if not row[name].strip():
-            raise DataError(f"{where}: `{name}` is empty. Fill it in, or remove the row.")
-    return {name: row[name] for name in FORMS[form]}
-
-
-# ------------------------------------------------------------------------------------------------------------------- sources
-
-BUILTIN_COLUMNS = ("query", "response", "type", "original_question", "answer")
-
-
 @dataclass(frozen=True)
 class Source:
-    """Which rows: a name as in `dataset`, and what narrows it. Nothing is read before read(), load() or identity()."""
+    """Which rows to read. Nothing is read before read(), rows() or identity()."""
 
-    name: str  # "builtin", a file, a folder, or a Hub id
+    name: str
+    """"builtin", a file, a folder, or a Hub id."""
     config: str | None = None
+    """The configuration of a Hub data set, such as "main" of openai/gsm8k."""
     split: str = "train"
+    """Chooses among a folder's files, a Hub data set's splits, and the generator's two sets of problems."""
     max_rows: int | None = None
+    """Only this many rows from the start, at least 1; None reads all."""
     builtin_rows: int = 20_000
-    seed: int = 42  # of "builtin"
+    """How many problems "builtin" generates, at least 1."""
+    seed: int = 42
+    """Of "builtin"; the first n problems of a seed do not depend on how many are generated."""
 
     def __str__(self) -> str:
         return f"{self.name} (split {self.split})" if local_path(self.name) is None else self.name
@@ -236,53 +170,53 @@ class Source:
             return None
         files = _files_in(path, self.split) if path.is_dir() else [path]
         for file in files:
-            if file.suffix not in SUFFIXES:
+            if file.suffix not in READERS:
                 raise DataError(
                     f"{file.absolute()}: rows are read from {', '.join(SUFFIXES)} files. Convert or rename it."
                 )
         return files
 
-    def read(self, *, streaming: bool = False) -> Iterator[tuple[str, Any]]:
-        """("file line 3", row) for each row, unchecked and with all its fields; streaming reads a Hub dataset as it arrives."""
+    def read(self, *, streaming: bool = False) -> Iterator[Found]:
+        """("file line 3", object) for each row, unchecked, with all its fields.
+
+        Args:
+            streaming: read a Hub data set as it arrives instead of downloading it first.
+        """
         files = self.files()
-        rows: Iterator[tuple[str, Any]]
+        found: Iterator[Found]
         if files is not None:
-            rows = itertools.chain.from_iterable(_READERS[file.suffix](file) for file in files)
+            found = itertools.chain.from_iterable(READERS[file.suffix](file) for file in files)
         elif self.name == "builtin":
-            rows = self._builtin()
+            found = self._generate()
         else:
-            found = _open_hub(self.name, self.config, self.split, streaming)
-            rows = ((f"{self.name} row {number}", row) for number, row in enumerate(found, start=1))
-        return itertools.islice(rows, self.max_rows)
+            hub = _open_hub(self.name, self.config, self.split, streaming)
+            found = ((f"{self.name} row {number}", each) for number, each in enumerate(hub, start=1))
+        return itertools.islice(found, self.max_rows)
 
-    def _builtin(self) -> Iterator[tuple[str, Any]]:
-        from matrix_llm.data import wordproblems
-
+    def _generate(self) -> Iterator[Found]:
         count = self.builtin_rows if self.max_rows is None else min(self.builtin_rows, self.max_rows)
         problems = wordproblems.generate(count, seed=self.seed, split="train" if self.split == "train" else "test")
         for number, problem in enumerate(problems, start=1):
-            yield f"builtin row {number}", {name: getattr(problem, name) for name in BUILTIN_COLUMNS}
+            yield f"builtin row {number}", {name: getattr(problem, name) for name in wordproblems.COLUMNS}
 
-    def checked(self, *, streaming: bool = False) -> Iterator[dict[str, Any]]:
-        """The fields of each row's form (see FORMS). The first row decides the form, and every row must have it.
+    def rows(self, *, streaming: bool = False) -> Iterator[Row]:
+        """The rows, checked. The first one decides the form, and every other must have the same.
 
         Raises:
-            DataError: at the first row that does not, with its file and line; or there is no row at all.
+            DataError: a row is not usable (the message gives its file and line), or there are no rows at all.
         """
         form = None
-        for where, row in self.read(streaming=streaming):
+        for where, found in self.read(streaming=streaming):
             if form is None:
-                if not isinstance(row, dict):
-                    raise DataError(f"{where}: expected an object, found {_describe(row)}.")
-                form = detect_form(row, f"{where}: the row")
-            yield _check_row(row, form, where)
+                form = detect_form(found, where)
+            yield parse_row(found, where, form)
         if form is None:
             raise DataError(
-                f"{self} holds no rows, so there is nothing to read. Give a file with one JSON object a line."
+                f"{self} holds no rows, so there is nothing to read. Give a file with one JSON object per line."
             )
 
     def identity(self) -> str:
-        """A digest that changes with the rows: of the files' bytes, of the Hub's revision, or of the generator's settings."""
+        """A digest that changes with the rows: of the files' bytes, the Hub's revision, or the generator's settings."""
         digest = hashlib.sha256(repr((self.split, self.max_rows, self.seed)).encode())
         files = self.files()
         if files is not None:
@@ -294,36 +228,3 @@ class Source:
         else:
             digest.update(str(_open_hub(self.name, self.config, self.split)._fingerprint).encode())
         return digest.hexdigest()
-
-    def load(self, file: Path | None = None) -> datasets.Dataset:
-        """The checked rows, in memory or written to `file` and memory-mapped from there."""
-        rows = (row for _, row in self.read()) if self.name == "builtin" else self.checked()
-        writer, tables = None, []
-        while chunk := list(itertools.islice(rows, CHUNK)):
-            table = pa.Table.from_pylist(chunk)
-            if file is None:
-                tables.append(table)
-                continue
-            writer = writer or pa.ipc.new_stream(str(file), table.schema)
-            writer.write_table(table)
-        if file is None:
-            return datasets.Dataset(pa.concat_tables(tables))
-        assert writer is not None  # checked() raises where there is no row
-        writer.close()
-        return datasets.Dataset.from_file(str(file))
-
-
-def load_rows(
-    source: str,
-    *,
-    config: str | None = None,
-    split: str = "train",
-    max_rows: int | None = None,
-    builtin_rows: int = 20_000,
-    seed: int = 42,
-) -> datasets.Dataset:
-    """Raw rows, each checked: "builtin" (builtin_rows of them, of `split` "train" or "test"), a file, a folder, or a Hub id.
-
-    The columns are those of the rows' form (see FORMS); "builtin" also has type, original_question and answer.
-    """
-    return Source(source, config, split, max_rows, builtin_rows, seed).load()

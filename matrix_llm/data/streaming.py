@@ -1,10 +1,11 @@
-"""Rows tokenised while they are trained on: nothing is kept on disk, and training starts after one buffer of rows.
+"""Rows that are tokenised while they are trained on: nothing is kept on disk, and training starts after one buffer of rows.
 
-    pass 1: rows 0 .. n-1, read in order, shuffled through a buffer -> tokens -> rows that can be trained on
-    pass 2: the same rows, shuffled anew; and so on without end, which is why a run that streams needs max_steps
+    pass 1: rows 0 .. n-1, read in order, shuffled through a buffer -> tokens -> those that can be trained on
+    pass 2: the same rows, shuffled in another order; and so on without end, so a run that streams needs max_steps
 
-The order depends on the seed alone. Every rank reads the same stream and takes its own batches from it (accelerate's
-IterableDatasetShard), so ranks never differ in their number of batches; resuming reads and skips the batches already trained on.
+The order depends on the seed alone. Every rank reads the whole stream and takes its own batches from it (accelerate's
+IterableDatasetShard), so all ranks have the same number of batches. A resumed run reads the stream again and skips the
+batches it has already trained on.
 """
 
 import itertools
@@ -18,77 +19,89 @@ import datasets
 import numpy as np
 
 from matrix_llm.base.errors import DataError
-from matrix_llm.data.readers import FORMS, Source
-from matrix_llm.data.tokens import FEATURES, DataReport, Encoder, keep
+from matrix_llm.data.readers import Source
+from matrix_llm.data.selection import DataReport, drop_unusable, judge
+from matrix_llm.data.tokens import FEATURES, Encoder
 
 SAMPLE = 1000  # first rows, measured before training starts
 BATCH = 100  # rows tokenised at a time
 
-Row = TypeVar("Row")
+Item = TypeVar("Item")
 
 
-def shuffled(rows: Iterable[Row], buffer: int, rng: random.Random) -> Iterator[Row]:
-    """`rows` in an order drawn through a buffer: each leaves from a random place, which the next one takes.
+def shuffle_through_buffer(items: Iterable[Item], size: int, rng: random.Random) -> Iterator[Item]:
+    """Yields the items in a random order, holding `size` of them: each new one replaces a randomly chosen one.
 
-    >>> list(shuffled(range(5), 1, random.Random(0))), sorted(shuffled(range(5), 3, random.Random(0)))
-    ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
+    The shuffle of datasets.IterableDataset is not used, because a resumed one loses what its buffer held: here a resumed
+    run repeats every draw, and goes on exactly where the unbroken one would.
+
+    >>> list(shuffle_through_buffer(range(5), 1, random.Random(0)))
+    [0, 1, 2, 3, 4]
+    >>> sorted(shuffle_through_buffer(range(5), 3, random.Random(0)))
+    [0, 1, 2, 3, 4]
     """
-    held: list[Row] = []
-    for row in rows:
-        if len(held) < buffer:
-            held.append(row)
+    buffer: list[Item] = []
+    for item in items:
+        if len(buffer) < size:
+            buffer.append(item)
         else:
-            place = rng.randrange(buffer)
-            yield held[place]
-            held[place] = row
-    if buffer > 1:
-        rng.shuffle(held)
-    yield from held
+            place = rng.randrange(size)
+            yield buffer[place]
+            buffer[place] = item
+    if size > 1:
+        rng.shuffle(buffer)
+    yield from buffer
 
 
 @dataclass
 class TokenStream:
-    """An endless iterable of {"input_ids", "labels", "row_id"}: pass after pass over the source, without the rows to leave out."""
+    """An endless iterable of {"input_ids", "labels", "row_id"}: one pass over the source after another."""
 
     source: Source
+    """The rows; `row_id` is their index in reading order."""
     encoder: Encoder
+    """Turns them into tokens."""
     seed: int
-    buffer: int  # rows held for shuffling; 1 keeps the order of the file
+    """Decides the order, together with the number of the pass."""
+    buffer: int
+    """Rows held for shuffling, at least 1; 1 keeps the order of the file."""
     leaked: frozenset[int] = frozenset()
+    """Ids of rows to leave out."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for number in itertools.count(1):
             yield from self._pass(number)
 
     def _pass(self, number: int) -> Iterator[dict[str, Any]]:
-        rows = ((i, row) for i, row in enumerate(self.source.checked(streaming=True)) if i not in self.leaked)
-        mixed = shuffled(rows, self.buffer, random.Random(f"{self.seed}/{number}"))
-        read = too_long = masked = 0
+        numbered = enumerate(self.source.rows(streaming=True))
+        wanted = ((row_id, row) for row_id, row in numbered if row_id not in self.leaked)
+        mixed = shuffle_through_buffer(wanted, self.buffer, random.Random(f"{self.seed}/{number}"))
+        read = dropped = masked = 0
         while chunk := list(itertools.islice(mixed, BATCH)):
-            indices = [i for i, _ in chunk]
-            encoded = self.encoder(
-                {name: [row[name] for _, row in chunk] for name in FORMS[self.encoder.form]}, indices
-            )
-            for at, row_id in enumerate(indices):
-                length, read = encoded["length"][at], read + 1
-                if self.encoder.over(length) and self.encoder.too_long == "error":
-                    raise DataError(
-                        f"row {row_id + 1} of {self.source} is {length} tokens long, over max_length={self.encoder.max_length}. "
-                        "Raise max_length, or set too_long to drop or truncate."
-                    )
-                if encoded["trained"][at]:
-                    yield {name: encoded[name][at] for name in FEATURES}
-                elif self.encoder.over(length) and self.encoder.too_long == "drop":
-                    too_long += 1
-                else:
-                    masked += 1
-        if too_long + masked == read:
+            # 1. Tokenise a chunk and decide which rows of it can be trained on
+            row_ids = [row_id for row_id, _ in chunk]
+            encoded = self.encoder.encode([row for _, row in chunk], row_ids)
+            verdicts = judge(np.asarray(encoded["length"]), np.asarray(encoded["trained"]), self.encoder)
+            if verdicts.is_over.any() and self.encoder.too_long == "error":
+                first = int(verdicts.is_over.argmax())
+                raise DataError(
+                    f"row {row_ids[first] + 1} of {self.source} is {encoded['length'][first]} tokens long, "
+                    f"over max_length={self.encoder.max_length}. Raise max_length, or set too_long to drop or truncate."
+                )
+            # 2. Hand them out
+            for place in np.flatnonzero(~(verdicts.is_dropped | verdicts.is_masked)):
+                yield {name: encoded[name][place] for name in FEATURES}
+            read += len(chunk)
+            dropped += int(verdicts.is_dropped.sum())
+            masked += int(verdicts.is_masked.sum())
+        if dropped + masked == read:  # otherwise the next pass, and all after it, would find nothing either
             raise DataError(
-                f"all {read} rows of {self.source} are too long or without a trained token: nothing to train on. Raise max_length."
+                f"all {read} rows of {self.source} are too long or without a trained token, so there is nothing to train on. "
+                "Raise max_length."
             )
         if number == 1 and int(os.environ.get("RANK", "0")) == 0:
             print(
-                f"=> stream, first pass: {read:,} rows, {too_long:,} dropped as too long, {masked:,} without a trained token",
+                f"=> stream, first pass: {read:,} rows, {dropped:,} dropped as too long, {masked:,} without a trained token",
                 flush=True,
             )
 
@@ -98,21 +111,19 @@ class TokenStream:
         Raises:
             DataError: none of them can be trained on.
         """
-        rows = list(itertools.islice(self.source.checked(streaming=True), SAMPLE))
-        columns = {column: [row[column] for row in rows] for column in FORMS[self.encoder.form]}
-        tokens = datasets.Dataset.from_dict(self.encoder(columns, list(range(len(rows)))))
-        leaked = [i for i in self.leaked if i < len(rows)]
-        dataset, report = keep(tokens, self.encoder, name, leaked)
+        rows = list(itertools.islice(self.source.rows(streaming=True), SAMPLE))
+        tokens = datasets.Dataset.from_dict(self.encoder.encode(rows, range(len(rows))))
+        leaked = [row_id for row_id in self.leaked if row_id < len(rows)]
+        dataset, report = drop_unusable(tokens, self.encoder, name, leaked)
         report.sampled = True
         return dataset, report
 
     def dataset(self) -> datasets.IterableDataset:
-        """For SFTTrainer. The stream is one object, not a list of shards, so that every rank walks through the whole of it."""
-        return datasets.IterableDataset.from_generator(_rows, datasets.Features(FEATURES), {"stream": self})
+        """For SFTTrainer. One object, not a list of shards: `datasets` would deal shards out to the ranks."""
+        return datasets.IterableDataset.from_generator(_as_arrays, datasets.Features(FEATURES), {"stream": self})
 
 
-def _rows(stream: TokenStream) -> Iterator[dict[str, Any]]:
+def _as_arrays(stream: TokenStream) -> Iterator[dict[str, Any]]:
+    """int32 arrays, which `datasets` takes over; a list of Python integers it would check one by one."""
     for row in stream:
-        yield {
-            name: np.asarray(value, dtype=np.int32) if isinstance(value, list) else value for name, value in row.items()
-        }
+        yield {name: np.asarray(value, np.int32) if isinstance(value, list) else value for name, value in row.items()}

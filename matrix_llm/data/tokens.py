@@ -1,268 +1,278 @@
-"""From checked rows to token ids and labels. Rows that are too long are counted.
+"""From checked rows to token ids and labels. Nothing is dropped here: see selection.py for that.
 
-    {"query": "1 + 1?", "response": "The answer is: 2"}
-        -> input_ids  [<s>, Question, :, ..., Answer, :, " The", " answer", " is", ":", " ", "2", </s>]
-           labels     [-100, ...................., -100, " The", " answer", " is", ":", " ", "2", </s>]
-           row_id     0
+    Row(question="1 + 1?", answer="The answer is: 2"), prompt_template "plain"
+        -> input_ids  [<s>, "Question", ":", " 1", " +", ..., "Answer", ":",  " The", " answer", " is", ":", " ", "2", </s>]
+           labels     [-100, -100, ............................., -100, -100,  " The", " answer", " is", ":", " ", "2", </s>]
 
-The prompt and the response are tokenised apart, so their boundary is a token boundary and inference sees the very prompt ids of training.
+    Row(layout="text", answer="Two is even.")
+        -> input_ids  [<s>, "Two", " is", " even", ".", </s>]
+           labels     [<s>, "Two", " is", " even", ".", </s>]
+
+    Row(layout="chat", messages=[{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}])
+        -> input_ids  [<s>, "user", ":", "1", " +", " 1", "?", "assistant", ":",  "2", </s>]    as the chat template has it
+           labels     [-100, -100, ....................., -100, -100,             "2", </s>]
+
+Labels are not shifted: labels[i] is input_ids[i], or -100 where nothing is trained, and position i - 1 predicts it. So the
+first label of a row is never predicted, and "trained" below counts labels[1:] only.
+
+The prompt and the answer are tokenised apart, so their boundary is a token boundary, and inference starts from exactly the
+prompt ids of training.
 """
 
-import re
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
-import numpy as np
+from jinja2 import TemplateError
 
 from matrix_llm.base.errors import DataError
-from matrix_llm.data.prompts import format_prompt
-from matrix_llm.data.readers import FORMS, Source, detect_form, load_rows, local_path, looks_local
-
-__all__ = [
-    "IGNORED", "DataError", "DataReport", "Encoder", "Source", "build_dataset", "gsm8k_response", "load_rows", "local_path",
-    "looks_local", "row_texts",
-]  # fmt: skip
+from matrix_llm.base.values import check_choice
+from matrix_llm.data.forms import Row, rows_from_columns
+from matrix_llm.data.prompts import format_prompt, resolve_template
 
 IGNORED = -100  # a label that no loss counts
-IDS = datasets.List(
-    datasets.Value("int32")
-)  # half the bytes of Python's integers; 395,000 rows are 160 million ids and labels
+IDS = datasets.List(datasets.Value("int32"))  # half of int64: MetaMathQA's 395,000 rows are 100 million ids, twice
 FEATURES = {"input_ids": IDS, "labels": IDS, "row_id": datasets.Value("int32")}
 MEASURES = {"length": datasets.Value("int32"), "trained": datasets.Value("int32")}
 
-
-@dataclass
-class DataReport:
-    """What became of the rows; printed before training so that nothing is cut in silence."""
-
-    name: str
-    rows_in: int
-    rows_kept: int
-    dropped_too_long: int
-    truncated: int
-    dropped_all_masked: int
-    tokens: int
-    trained_tokens: int
-    longest: int  # tokens of the longest row, before anything was cut
-    mean_length: float  # of the rows kept
-    mean_read: float = 0.0  # of all rows, before anything was cut, as are the percentiles
-    p50: int = 0
-    p90: int = 0
-    p99: int = 0
-    dropped_leaked: int = 0
-    sampled: bool = False  # streaming: these are the first rows only
-
-    def lines(self) -> list[str]:
-        of = f"of the first {self.rows_in:,} rows of the stream" if self.sampled else f"of {self.rows_in:,} rows kept"
-        kept = f"{self.name}: {self.rows_kept:,} {of}, {self.tokens:,} tokens, {self.trained_tokens:,} trained"
-        size = (
-            f"{self.name}: tokens a row, before any cut: mean {self.mean_read:.1f}, p50 {self.p50:,}, p90 {self.p90:,}, p99 {self.p99:,}, "
-            f"longest {self.longest:,}; mean of the rows kept {self.mean_length:.1f}"
-        )
-        lost = [
-            f"{self.name}: {count:,} rows {what} ({100 * count / max(self.rows_in, 1):.2f} %)"
-            for count, what in [
-                (self.dropped_too_long, "dropped, longer than max_length"),
-                (self.truncated, "cut to max_length"),
-                (self.dropped_all_masked, "dropped, no trained token left"),
-                (self.dropped_leaked, "dropped, found among the questions of leakage_check"),
-            ]
-            if count
-        ]
-        return [kept, size, *lost]
+TokenIds = list[int]
+Labelled = tuple[TokenIds, TokenIds]  # ids and labels of one row, of the same length
 
 
-# ------------------------------------------------------------------------------------------------------------- rows to tokens
+def row_texts(row: Row, prompt_template: str = "metamath", separator: str = " ") -> tuple[str, str]:
+    """(prompt, continuation): the two texts of a row that are tokenised; the prompt is what inference starts from.
 
+    Args:
+        separator: put between a template's prompt and the answer, unless there is white space already.
 
-def gsm8k_response(answer: str) -> str:
-    """GSM8K's answer as a response: calculator annotations go, and the last line reads as in MetaMathQA.
-
-    >>> gsm8k_response("48/2 = <<48/2=24>>24 clips.\\n#### 24")
-    '48/2 = 24 clips.\\nThe answer is: 24'
-    """
-    if not re.search(r"^#### ", answer, flags=re.MULTILINE):
-        return answer
-    return re.sub(r"^#### ", "The answer is: ", re.sub(r"<<[^<>]*>>", "", answer), flags=re.MULTILINE)
-
-
-def row_texts(row: dict[str, Any], prompt_template: str = "metamath", separator: str = " ") -> tuple[str, str]:
-    """(prompt, continuation): the two texts that are tokenised; the prompt is what inference starts from.
-
-    `separator` comes between a question's prompt and its response, unless white space stands there already.
-
-    >>> row_texts({"query": "1 + 1?", "response": "2"}, "plain")
+    >>> row_texts(Row(question="1 + 1?", answer="2"), "plain")
     ('Question: 1 + 1?\\nAnswer:', ' 2')
     """
-    form = detect_form(row, "the row")
-    if form == "text":
-        return "", row["text"]
-    if form == "messages":
-        raise DataError("rows in messages form are laid out by the tokenizer's chat template, not by prompt_template.")
-    question, answer = (row[name] for name in FORMS[form])
-    if form == "prompt/completion":
-        return question, answer
-    if form == "question/answer":
-        answer = gsm8k_response(answer)
-    prompt = format_prompt(prompt_template, question)
-    return prompt, answer if prompt[-1:].isspace() or answer[:1].isspace() else separator + answer
+    if row.layout == "text":
+        return "", row.answer
+    if row.layout == "verbatim":
+        return row.question, row.answer
+    if row.layout == "chat":
+        raise DataError(
+            "rows with `messages` are laid out by the tokenizer's chat template, so they cannot train a tokenizer "
+            "(tokenizer_vocab_size). Give tokenizer_name_or_path."
+        )
+    prompt = format_prompt(prompt_template, row.question)
+    is_spaced = prompt[-1:].isspace() or row.answer[:1].isspace()
+    return prompt, row.answer if is_spaced else separator + row.answer
+
+
+# --- a text that follows another ---------------------------------------------------------------------------------------
 
 
 class Continuation:
     """Tokenises a text that follows another, so that decoding the two together gives back exactly their concatenation.
 
-    Encoding " 2" alone is right for byte-level BPE. Llama-style tokenizers put a space of their own in front ("▁▁2", two spaces):
-    there " 2" is encoded as "2", and "2" behind a character that is then taken off: a line break, or a control character where the
-    line break merges with what follows. Which way applies is found by trying, once per tokenizer.
+    Encoding " 2" alone is right for byte-level BPE. Llama-style tokenizers put a space of their own in front of a text
+    ("▁▁2", two spaces): there " 2" is encoded as "2", and "2" is encoded behind an anchor that is then removed from the
+    ids, a line break, or a control character where the line break merges with what follows. Which way works is found by
+    trying, once per tokenizer.
     """
 
-    def __init__(self, tokenizer):
+    ANCHORS = ("\n", "\x01")
+
+    def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.anchors = {text: self._encode([text])[0] for text in ("\n", "\x01")}
-        self.after_space = self._choose(" b", [self._direct, self._without_space, self._anchored])
-        self.verbatim = self._choose("b", [self._direct, self._anchored])
+        self.anchors = {text: self._encode([text])[0] for text in self.ANCHORS}
+        self.encode_spaced = self._choose(" b", [self._encode, self._encode_without_space, self._encode_anchored])
+        self.encode_unspaced = self._choose("b", [self._encode, self._encode_anchored])
 
-    def __call__(self, texts: list[str]) -> list[list[int]]:
-        spaced = [text.startswith(" ") and not text.startswith("  ") for text in texts]
-        after_space = iter(self.after_space([text for text, yes in zip(texts, spaced, strict=True) if yes]))
-        verbatim = iter(self.verbatim([text for text, yes in zip(texts, spaced, strict=True) if not yes]))
-        return [next(after_space) if yes else next(verbatim) for yes in spaced]
+    def __call__(self, texts: Sequence[str]) -> list[TokenIds]:
+        is_spaced = [text.startswith(" ") and not text.startswith("  ") for text in texts]
+        spaced = iter(self.encode_spaced([text for text, yes in zip(texts, is_spaced, strict=True) if yes]))
+        unspaced = iter(self.encode_unspaced([text for text, yes in zip(texts, is_spaced, strict=True) if not yes]))
+        return [next(spaced) if yes else next(unspaced) for yes in is_spaced]
 
-    def _choose(self, text: str, ways):
-        head = self._encode(["A:"])[0]
+    def _choose(self, text: str, ways: list[Callable[[list[str]], list[TokenIds]]]) -> Callable:
+        before = self._encode(["A:"])[0]
         for way in ways:
-            if self.tokenizer.decode(head + way([text])[0], clean_up_tokenization_spaces=False).endswith("A:" + text):
+            decoded = self.tokenizer.decode(before + way([text])[0], clean_up_tokenization_spaces=False)
+            if decoded.endswith("A:" + text):
                 return way
-        return self._direct  # a tokenizer that loses spaces on its own (word level): nothing to preserve
+        return self._encode  # a word-level tokenizer, which loses spaces in any case
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
+    def _encode(self, texts: list[str]) -> list[TokenIds]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
-    def _direct(self, texts: list[str]) -> list[list[int]]:
-        return self._encode(texts)
-
-    def _without_space(self, texts: list[str]) -> list[list[int]]:
+    def _encode_without_space(self, texts: list[str]) -> list[TokenIds]:
         return self._encode([text[1:] for text in texts])
 
-    def _anchored(self, texts: list[str]) -> list[list[int]]:
-        result = self._encode(texts)
-        left = list(range(len(texts)))
-        for anchor, ids in self.anchors.items():
-            behind = dict(zip(left, self._encode([anchor + texts[i] for i in left]), strict=True))
-            clean = [i for i in left if behind[i][: len(ids)] == ids]
-            for i in clean:
-                result[i] = behind[i][len(ids) :]
-            left = [i for i in left if i not in set(clean)]
+    def _encode_anchored(self, texts: list[str]) -> list[TokenIds]:
+        result = self._encode(texts)  # for texts that merge with both anchors
+        remaining = list(range(len(texts)))
+        for anchor, anchor_ids in self.anchors.items():
+            encoded = self._encode([anchor + texts[i] for i in remaining])
+            merged = []
+            for i, ids in zip(remaining, encoded, strict=True):
+                if ids[: len(anchor_ids)] == anchor_ids:
+                    result[i] = ids[len(anchor_ids) :]
+                else:
+                    merged.append(i)
+            remaining = merged
         return result
 
 
-def _encode_pairs(
-    batch: dict[str, list], tokenizer, continuation: Continuation, prompt_template: str, separator: str, strip_eos: bool
-):
-    """Token ids and labels of prompt and response rows; the end-of-text token is trained, and added once."""
-    eos = tokenizer.eos_token_id
-    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    pairs = [row_texts(row, prompt_template, separator) for row in rows]
-    if "text" in batch:
-        prompts: list[list[int]] = [[] for _ in pairs]
-        answers = tokenizer([text for _, text in pairs])["input_ids"]
-    else:
-        prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
-        prompts = [ids[:-1] if strip_eos and ids[-1:] == [eos] else ids for ids in prompts]
-        answers = continuation([answer for _, answer in pairs])
-    answers = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in answers]
-    for prompt, answer in zip(prompts, answers, strict=True):
-        yield prompt + answer, [IGNORED] * len(prompt) + answer
+# --- one encoder for each layout ---------------------------------------------------------------------------------------
 
 
-def _encode_messages(batch: dict[str, list], tokenizer, chat_template: str | None):
-    """Token ids of whole conversations, labels on what the assistant says, as the chat template's {% generation %} blocks mark it."""
-    for messages, row_id in zip(batch["messages"], batch["row_id"], strict=True):
+class LayoutEncoder(Protocol):
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """Everything that decides the ids, apart from the rows and the tokenizer's own files."""
+
+    def encode(self, rows: Sequence[Row], row_ids: Sequence[int]) -> list[Labelled]:
+        """Ids and labels of each row; the row ids are for error messages."""
+
+
+class PairEncoder:
+    """A prompt, which is not trained, and an answer, which is, with one end-of-text token behind it."""
+
+    def __init__(self, tokenizer: Any, prompt_template: str, separator: str) -> None:
+        self.tokenizer, self.prompt_template, self.separator = tokenizer, prompt_template, separator
+        self.settings = ("pair", resolve_template(prompt_template), separator)
+        self.continuation = Continuation(tokenizer)
+        self.appends_eos = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
+
+    def encode(self, rows: Sequence[Row], row_ids: Sequence[int]) -> list[Labelled]:
+        texts = [row_texts(row, self.prompt_template, self.separator) for row in rows]
+        prompts = self.tokenizer([prompt for prompt, _ in texts])["input_ids"]
+        if self.appends_eos:  # in the middle of a row it would say that the text ends before the answer
+            prompts = [_without_end(ids, self.tokenizer.eos_token_id) for ids in prompts]
+        answers = self.continuation([answer for _, answer in texts])
+        answers = [_with_end(ids, self.tokenizer.eos_token_id) for ids in answers]
+        return [
+            (prompt + answer, [IGNORED] * len(prompt) + answer) for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+
+
+class TextEncoder:
+    """A whole text, trained from its first token to the end-of-text token."""
+
+    settings = ("text",)
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def encode(self, rows: Sequence[Row], row_ids: Sequence[int]) -> list[Labelled]:
+        texts = self.tokenizer([row.answer for row in rows])["input_ids"]
+        texts = [_with_end(ids, self.tokenizer.eos_token_id) for ids in texts]
+        return [(ids, list(ids)) for ids in texts]
+
+
+class ChatEncoder:
+    """A conversation; what the chat template marks with {% generation %} is trained, that is, what the assistant says."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.chat_template = _training_chat_template(tokenizer)
+        self.settings = ("chat", self.chat_template)
+
+    def encode(self, rows: Sequence[Row], row_ids: Sequence[int]) -> list[Labelled]:
+        return [self._encode_one(row, row_id) for row, row_id in zip(rows, row_ids, strict=True)]
+
+    def _encode_one(self, row: Row, row_id: int) -> Labelled:
         try:
-            out = tokenizer.apply_chat_template(
-                messages,
+            out = self.tokenizer.apply_chat_template(
+                row.messages,
                 tokenize=True,
                 return_dict=True,
                 return_assistant_tokens_mask=True,
-                chat_template=chat_template,
+                chat_template=self.chat_template,
             )
-        except Exception as error:  # jinja: "roles must alternate", raised by the template itself
-            raise DataError(f"row {row_id + 1}: the tokenizer's chat template refuses the messages: {error}") from None
+        except TemplateError as error:  # raised by the template itself: "roles must alternate"
+            raise DataError(
+                f"row {row_id + 1}: the tokenizer's chat template refuses the messages: {error} "
+                "Correct the row, or give chat_template_path."
+            ) from None
         ids, mask = out["input_ids"], out["assistant_masks"]
-        yield ids, [token if yes else IGNORED for token, yes in zip(ids, mask, strict=True)]
+        return ids, [token if is_trained else IGNORED for token, is_trained in zip(ids, mask, strict=True)]
 
 
-def _training_chat_template(tokenizer) -> str | None:
-    """A chat template that marks the assistant's tokens: the tokenizer's own where it does, else TRL's patched one."""
-    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-
+def _training_chat_template(tokenizer: Any) -> str | None:
+    """A chat template that marks the assistant's tokens: TRL's patched one, or None where the tokenizer's own does."""
     if not tokenizer.chat_template:
         raise DataError(
-            "the rows are in messages form, but the tokenizer has no chat template to lay them out. Give chat_template_path, or rows with "
-            "prompt and completion."
+            "the rows have `messages`, but the tokenizer has no chat template to lay them out. Give chat_template_path, "
+            "or rows with prompt and completion."
         )
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers  # loads torch
+
     if has_generation_markers(tokenizer.chat_template):
         return None
     try:
         return get_training_chat_template(tokenizer)
     except ValueError as error:
         raise DataError(
-            "the tokenizer's chat template does not mark what the assistant says, and TRL has no patched version of it. Put "
-            f"{{% generation %}} and {{% endgeneration %}} around the assistant's content (chat_template_path). TRL says: {error}"
+            "the tokenizer's chat template does not mark what the assistant says, and TRL has no patched version of it. "
+            "Put {% generation %} and {% endgeneration %} around the assistant's content (chat_template_path). "
+            f"TRL says: {error}"
         ) from None
 
 
-@dataclass
-class Encoder:
-    """How a row becomes token ids and labels: everything but the rows that decides what the tokens are.
+def _with_end(ids: TokenIds, eos: int) -> TokenIds:
+    return ids if ids[-1:] == [eos] else [*ids, eos]
 
-    too_long: "drop" leaves rows longer than max_length empty, "truncate" cuts their end, "error" stops (see keep).
+
+def _without_end(ids: TokenIds, eos: int) -> TokenIds:
+    return ids[:-1] if ids[-1:] == [eos] else ids
+
+
+# --- all rows of a source ----------------------------------------------------------------------------------------------
+
+
+class Encoder:
+    """Turns the rows of one source, which all have the same layout, into ids and labels of at most max_length.
+
+    Args:
+        layout: of the rows, as in Row.layout.
+        max_length: in tokens; None is no limit.
+        too_long: what becomes of longer rows: "drop" empties them and "error" leaves that to the caller, "truncate" cuts
+            their end. See selection.py.
+
+    Raises:
+        DataError: the tokenizer cannot lay out such rows.
     """
 
-    tokenizer: Any
-    form: str  # a key of FORMS
-    prompt_template: str = "metamath"
-    response_separator: str = " "
-    max_length: int | None = None
-    too_long: str = "drop"
-    _options: dict[str, Any] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.too_long not in ("drop", "truncate", "error"):
-            raise ValueError(f"too_long={self.too_long!r} is not one of drop, truncate, error.")
-        eos = self.tokenizer.eos_token_id
-        if eos is None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        layout: str = "template",
+        *,
+        prompt_template: str = "metamath",
+        response_separator: str = " ",
+        max_length: int | None = None,
+        too_long: str = "drop",
+    ) -> None:
+        check_choice("too_long", too_long, ["drop", "truncate", "error"])
+        if tokenizer.eos_token_id is None:
             raise DataError(
-                "the tokenizer has no end-of-text token, so a model could not learn where to stop. Set tokenizer.eos_token."
+                "the tokenizer has no end-of-text token, so a model could not learn where to stop. "
+                "Set eos_token in its tokenizer_config.json."
             )
-        self._options = {"tokenizer": self.tokenizer}
-        if self.form == "messages":
-            self._options["chat_template"] = _training_chat_template(self.tokenizer)
+        self.tokenizer, self.max_length, self.too_long = tokenizer, max_length, too_long
+        self.layout: LayoutEncoder
+        if layout == "chat":
+            self.layout = ChatEncoder(tokenizer)
+        elif layout == "text":
+            self.layout = TextEncoder(tokenizer)
         else:
-            self._options |= {
-                "continuation": Continuation(self.tokenizer),
-                "prompt_template": self.prompt_template,
-                "separator": self.response_separator,
-                "strip_eos": self.tokenizer("a")["input_ids"][-1:] == [eos],
-            }
+            self.layout = PairEncoder(tokenizer, prompt_template, response_separator)
 
+    @property
     def settings(self) -> tuple[Any, ...]:
-        """What the tokens depend on besides the tokenizer and the rows."""
-        template = (
-            self._options.get("chat_template")
-            if self.form == "messages"
-            else format_prompt(self.prompt_template, "{instruction}")
-        )
-        return self.form, template, self.response_separator, self.max_length, self.too_long
+        """Everything that decides the tokens, apart from the rows and the tokenizer's own files."""
+        return (*self.layout.settings, self.max_length, self.too_long)
 
-    def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        """Columns of FEATURES and MEASURES: `length` is in tokens before any cut, `trained` counts the labels that are predicted."""
-        out: dict[str, list] = {"input_ids": [], "labels": [], "row_id": list(indices), "length": [], "trained": []}
-        encode: Any = _encode_messages if self.form == "messages" else _encode_pairs
-        for ids, labels in encode({**batch, "row_id": indices}, **self._options):
+    def encode(self, rows: Sequence[Row], row_ids: Sequence[int]) -> dict[str, list]:
+        """The columns of FEATURES, and of MEASURES: `length` in tokens before any cut, `trained` labels after it."""
+        out: dict[str, list] = {"input_ids": [], "labels": [], "row_id": list(row_ids), "length": [], "trained": []}
+        for ids, labels in self.layout.encode(rows, row_ids):
             length = len(ids)
             if self.max_length is not None and length > self.max_length:
                 cut = self.max_length if self.too_long == "truncate" else 0
@@ -270,102 +280,39 @@ class Encoder:
             out["input_ids"].append(ids)
             out["labels"].append(labels)
             out["length"].append(length)
-            out["trained"].append(len(labels[1:]) - labels[1:].count(IGNORED))  # the first label is never predicted
+            out["trained"].append(len(labels[1:]) - labels[1:].count(IGNORED))
         return out
 
-    def over(self, length: int) -> bool:
-        return self.max_length is not None and length > self.max_length
-
-
-def build_dataset(
-    rows: datasets.Dataset,
-    tokenizer,
-    *,
-    prompt_template: str = "metamath",
-    response_separator: str = " ",
-    max_length: int | None = None,
-    too_long: str = "drop",
-    name: str = "train",
-    num_proc: int | None = None,
-) -> tuple[datasets.Dataset, DataReport]:
-    """Rows of load_rows as input_ids, labels and row_id (the row's index in `rows`), and what became of them."""
-    encoder = Encoder(
-        tokenizer, detect_form(rows.column_names), prompt_template, response_separator, max_length, too_long
-    )
-    return keep(tokenise(rows, encoder, name=name, num_proc=num_proc), encoder, name)
+    def encode_columns(self, columns: dict[str, list], row_ids: list[int]) -> dict[str, list]:
+        """`encode` for Dataset.map, which gives a batch of rows as columns named after the fields of `Row`."""
+        return self.encode(rows_from_columns(columns), row_ids)
 
 
 def tokenise(
-    rows: datasets.Dataset,
+    table: datasets.Dataset,
     encoder: Encoder,
     *,
     name: str = "train",
     num_proc: int | None = None,
     file: Path | None = None,
 ) -> datasets.Dataset:
-    """Every row's tokens, those to be dropped included; in memory, or in `file` (with num_proc: in files beside it)."""
-    columns = [*FORMS[encoder.form]]
-    return rows.select_columns(columns).map(
-        encoder,
+    """The tokens of every row, including those that will be dropped.
+
+    Args:
+        table: the columns are the fields of Row, in their order.
+        name: for the progress bar.
+        num_proc: processes to tokenise with.
+        file: the Arrow file to write and memory-map (with num_proc: one per process, named after it); None stays in memory.
+    """
+    return table.map(
+        encoder.encode_columns,
         batched=True,
         with_indices=True,
-        remove_columns=columns,
+        remove_columns=table.column_names,
         features=datasets.Features(FEATURES | MEASURES),
         num_proc=num_proc,
         cache_file_name=str(file) if file else None,
-        load_from_cache_file=False,  # matrix_llm.data.cache decides what is still valid, by a key of its own
-        new_fingerprint="0" * 16,  # datasets would hash the tokenizer, slowly, for a name that nothing reads
+        load_from_cache_file=False,  # cache.py decides what is still valid, by a key of its own
+        new_fingerprint="0" * 16,  # otherwise `datasets` hashes the tokenizer, slowly, for a name that nothing reads
         desc=f"Tokenising {name}",
     )
-
-
-def keep(
-    done: datasets.Dataset, encoder: Encoder, name: str, leaked: Collection[int] = ()
-) -> tuple[datasets.Dataset, DataReport]:
-    """Leaves out the rows that cannot be trained on and those in `leaked`, and counts them.
-
-    Raises:
-        DataError: no row is left, or one is too long and too_long is "error".
-    """
-    lengths, trained = (done.data.column(column).to_numpy() for column in MEASURES)
-    max_length, too_long = encoder.max_length, encoder.too_long
-    over = lengths > max_length if max_length is not None else np.zeros(len(lengths), dtype=bool)
-    if over.any() and too_long == "error":
-        first = int(over.argmax())
-        raise DataError(
-            f"{name}: row {first + 1} is {lengths[first]} tokens long, over max_length={max_length}, as are {over.sum()} rows in all. "
-            "Raise max_length, or set too_long to drop or truncate."
-        )
-    found = np.zeros(len(lengths), dtype=bool)
-    found[list(leaked)] = True
-    dropped = over & ~found if too_long == "drop" else np.zeros(len(lengths), dtype=bool)
-    masked = (trained == 0) & ~dropped & ~found
-    kept = np.flatnonzero(~(dropped | masked | found))
-    if not len(kept):
-        why = (
-            "longer than max_length"
-            if dropped.all()
-            else "longer than max_length, without a trained token, or dropped as leaked"
-        )
-        raise DataError(
-            f"{name}: all {len(lengths)} rows are {why}, so nothing is left to train on: the longest has {max(lengths, default=0)} tokens, "
-            f"max_length={max_length}. Raise max_length."
-        )
-    sizes = lengths[kept] if max_length is None else np.minimum(lengths[kept], max_length)
-    report = DataReport(
-        name=name,
-        rows_in=len(lengths),
-        rows_kept=len(kept),
-        dropped_too_long=int(dropped.sum()),
-        truncated=int((over & ~masked & ~found).sum()) if too_long == "truncate" else 0,
-        dropped_all_masked=int(masked.sum()),
-        tokens=int(sizes.sum(dtype=np.int64)),
-        trained_tokens=int(trained[kept].sum(dtype=np.int64)),
-        longest=int(lengths.max()),
-        mean_length=float(sizes.mean()),
-        mean_read=float(lengths.mean()),
-        **{f"p{q}": int(np.percentile(lengths, q, method="inverted_cdf")) for q in (50, 90, 99)},  # type: ignore[arg-type]
-        dropped_leaked=len(leaked),
-    )
-    done = done.remove_columns([*MEASURES])
-    return (done if len(kept) == len(lengths) else done.select(kept)), report

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from matrix_llm.config import MatrixConfig, Recipe
-from matrix_llm.data.tokens import IGNORED, DataReport
+from matrix_llm.data.selection import DataReport
+from matrix_llm.data.tokens import IGNORED
 from matrix_llm.loss.solvers import Solver
 from matrix_llm.plan.memory import count_parameters, memory_lines, plan_memory
 

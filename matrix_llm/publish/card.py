@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.files import read_jsonl, write_text
 from matrix_llm.config import DataArguments, MatrixConfig, ModelArguments, Recipe
-from matrix_llm.data.tokens import looks_local
+from matrix_llm.data.readers import looks_local
 from matrix_llm.run.metrics import METRICS, PLOT, last_values
 
 PROCESSOR = "preprocessor_config.json"  # in the folder of an image backbone (ssl/pretrain.py), where a language model has a tokenizer

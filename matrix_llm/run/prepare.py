@@ -1,134 +1,146 @@
-"""From a recipe to tokenizer, training set and held-out set: cached or streamed, checked for test questions, measured.
+"""From a recipe to everything that training needs of the data: tokenizer, training rows, held-out rows and problems.
 
-Under `accelerate launch` each machine's first process reads, tokenises and writes the cache while the others wait; they then open it.
+Rows come from the cache or from a stream, are checked for test questions, and are measured. Under `accelerate launch` each
+machine's first process reads, tokenises and writes the cache while the others wait; then these open what it has written.
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
-from functools import cached_property
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from matrix_llm.base.errors import DataError
+from matrix_llm.base.errors import DataError, RecipeError
 from matrix_llm.base.files import write_text
 from matrix_llm.config import DataArguments, Recipe
-from matrix_llm.data.cache import cache_root, cached_folder, key_of, open_arrow, tokenizer_key
+from matrix_llm.data.cache import cache_root, cached_folder, key_of
 from matrix_llm.data.leakage import FIELDS, LeakageReport, QuestionIndex, find_leaks, question_of
-from matrix_llm.data.readers import Source, detect_form
+from matrix_llm.data.readers import Source
+from matrix_llm.data.rowset import RowSet
+from matrix_llm.data.selection import DataReport, drop_unusable
 from matrix_llm.data.streaming import TokenStream
-from matrix_llm.data.tokens import DataReport, Encoder, keep, row_texts, tokenise
+from matrix_llm.data.tokens import Encoder
 from matrix_llm.model.load import load_tokenizer
+from matrix_llm.run.decode import final_answer
 
 LEAKAGE = "leakage.json"
 
-Rows = datasets.Dataset | datasets.IterableDataset
-Prepared = tuple[Any, tuple[Any, DataReport], tuple[datasets.Dataset, DataReport] | None]
+
+@dataclass(frozen=True)
+class HeldOutProblem:
+    """A question with a final answer to compare with."""
+
+    query: str
+    """The question, without the prompt template."""
+    answer: str
+    """As `final_answer` spells it."""
 
 
-class Part:
-    """The rows of one source, read when first needed and kept in the cache, if there is one."""
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare_data` made of a recipe."""
 
-    def __init__(self, source: Source, root: Path | None, streaming: bool = False) -> None:
-        self.source, self.root, self.streaming = source, root, streaming
-
-    @cached_property
-    def key(self) -> str:
-        return key_of("rows", self.source.identity())
-
-    @cached_property
-    def rows(self) -> datasets.Dataset:
-        if self.root is None:
-            return self.source.load()
-        folder = cached_folder(
-            self.root, f"rows-{self.key}", lambda folder: self.source.load(folder / "rows.arrow") and None
-        )
-        return open_arrow(folder, "rows")
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Each row, from the stream or from the cache, a thousand at a time: a memory-mapped row costs more to fetch alone."""
-        if self.streaming:
-            yield from self.source.checked(streaming=True)
-            return
-        for batch in self.rows.iter(batch_size=1000):
-            yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-
-    @cached_property
-    def form(self) -> str:
-        return detect_form(next(iter(self)))
-
-    def tokens(self, encoder: Encoder, name: str, num_proc: int | None) -> datasets.Dataset:
-        if self.root is None:
-            return tokenise(self.rows, encoder, name=name, num_proc=num_proc)
-        key = key_of("tokens", self.key, self.source.seed, tokenizer_key(encoder.tokenizer), encoder.settings())
-
-        def build(folder: Path) -> None:
-            tokenise(self.rows, encoder, name=name, num_proc=num_proc, file=folder / "tokens.arrow")
-
-        return open_arrow(cached_folder(self.root, f"tokens-{key}", build), "tokens")
+    tokenizer: Any
+    """Loaded, or trained on the training rows."""
+    train: datasets.Dataset | datasets.IterableDataset
+    """input_ids, labels and row_id of the rows to train on."""
+    report: DataReport
+    """What became of the training rows."""
+    held_out: datasets.Dataset | None
+    """The rows for the evaluation loss, as `train`; None without eval_dataset."""
+    held_out_report: DataReport | None
+    """What became of the held-out rows."""
+    problems: list[HeldOutProblem]
+    """What greedy accuracy is measured on; empty if accuracy_rows is 0."""
+    dataset_kwargs: dict[str, Any] | None
+    """What the trainer needs as its `dataset_kwargs`."""
 
 
-# -------------------------------------------------------------------------------------------------------------------- leakage
+def prepare_data(recipe: Recipe, *, say: Callable[[str], None] = print, dry_run: bool = False) -> Prepared:
+    """Reads and tokenises what the recipe names; the recipe itself is not changed.
+
+    Args:
+        say: prints a line for the log.
+        dry_run: write nothing to the output directory.
+
+    Raises:
+        DataError: a row cannot be read, nothing is left to train on, or `leakage: stop` found test questions.
+        RecipeError: accuracy_rows asks for problems, and there is none.
+    """
+    with recipe.training.main_process_first(desc="reading and tokenising"):
+        return _prepare(recipe, say, dry_run)
 
 
-def question_source(name: str) -> Source:
-    """The test side of one entry of leakage_check: a path, or a Hub id with its configuration ("openai/gsm8k:main")."""
-    source, colon, config = name.partition(":")
-    is_hub = colon and not Path(name).expanduser().exists()
-    return Source(source, config, split="test") if is_hub else Source(name, split="test")
+def _prepare(recipe: Recipe, say: Callable[[str], None], dry_run: bool) -> Prepared:
+    data, training = recipe.data, recipe.training
+
+    # 1. The training rows and a tokenizer, trained on them if the recipe says so
+    root = cache_root()
+    if root is None:
+        folder = datasets.config.HF_DATASETS_CACHE
+        say(f"=> nothing is cached: {folder} cannot be written. Set HF_DATASETS_CACHE to a folder that can.")
+    rows = RowSet(_training_source(recipe), root, streaming=data.streaming)
+    tokenizer = _load_tokenizer(recipe, rows)
+
+    # 2. Test questions among them
+    leaked = _check_leakage(recipe, rows, say, dry_run) if data.leakage_check else []
+
+    # 3. Their tokens
+    encoder = _make_encoder(recipe, tokenizer, rows)
+    train: datasets.Dataset | datasets.IterableDataset
+    if data.streaming:
+        seed = training.seed if training.data_seed is None else training.data_seed
+        stream = TokenStream(rows.source, encoder, seed, data.streaming_buffer, frozenset(leaked))
+        train, report = stream.dataset(), stream.sample("train")[1]
+    else:
+        tokens = rows.tokens(encoder, "train", num_proc=training.dataset_num_proc)
+        train, report = drop_unusable(tokens, encoder, "train", leaked)
+
+    # 4. The held-out rows, read once for two uses: the evaluation loss and greedy accuracy
+    held_out, held_out_report, problems = None, None, []
+    if data.eval_dataset is not None or data.accuracy_rows:
+        eval_rows = _count_eval_rows(data)
+        others = RowSet(_held_out_source(recipe, eval_rows), root)
+        if data.accuracy_rows:
+            problems = _find_problems(others, data.accuracy_rows)
+        if data.eval_dataset is not None:
+            encoder = _make_encoder(recipe, tokenizer, others)
+            tokens = others.tokens(encoder, "held out", count=eval_rows, num_proc=training.dataset_num_proc)
+            held_out, held_out_report = drop_unusable(tokens, encoder, "held out")
+
+    return Prepared(tokenizer, train, report, held_out, held_out_report, problems, _dataset_kwargs(recipe))
 
 
-def _test_questions(names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    for name in names:
-        count = 0
-        for count, (where, row) in enumerate(question_source(name).read(), start=1):
-            text = question_of(row) if isinstance(row, dict) else None
-            if text is None:
-                raise DataError(
-                    f"{where}: leakage_check finds no question. A row needs one of: {', '.join(FIELDS)}. Give another file."
-                )
-            yield str(row.get("id") or f"{name}:{count}"), text
-        if not count:
-            raise DataError(
-                f"leakage_check={name!r} holds no rows, so there is nothing to compare with. Give another file."
-            )
+def _dataset_kwargs(recipe: Recipe) -> dict[str, Any] | None:
+    """Without packing or shuffling, TRL would only cut each row once more, one by one, and write a second copy of all."""
+    training = recipe.training
+    given: dict[str, Any] | None = training.dataset_kwargs  # type: ignore[assignment]
+    if training.packing or training.eval_packing or training.shuffle_dataset:
+        return given
+    return {**(given or {}), "skip_prepare_dataset": True}
 
 
-def row_question(row: dict[str, Any]) -> str:
-    """What of a training row is compared with the test questions: the question where it has one, all of it otherwise."""
-    if "messages" in row:
-        return "\n".join(message["content"] for message in row["messages"] if message["role"] == "user")
-    return next(row[name] for name in ("query", "question", "prompt", "text") if name in row)
+# --- tokenizer and encoder ---------------------------------------------------------------------------------------------
 
 
-def check_leakage(part: Part, data: DataArguments) -> LeakageReport:
-    """leakage_check's test questions in the rows of `part`; cached, by the content of both sides, where the rows are."""
-    names = data.leakage_check or []
-
-    def compare() -> LeakageReport:
-        index = QuestionIndex(_test_questions(names), data.leakage_ngram)
-        return find_leaks(map(row_question, part), index, names, data.leakage_share)
-
-    if part.root is None or (
-        part.streaming and part.source.files() is None
-    ):  # a Hub stream has no content to name before it is read
-        return compare()
-    identities = [(name, question_source(name).identity()) for name in names]
-    key = key_of("leakage", part.key, identities, data.leakage_ngram, data.leakage_share)
-    folder = cached_folder(
-        part.root, f"leakage-{key}", lambda folder: write_text(folder / "report.json", json.dumps(asdict(compare())))
+def _training_source(recipe: Recipe) -> Source:
+    data = recipe.data
+    return Source(
+        name=str(data.dataset),
+        config=data.dataset_config,
+        split=data.dataset_split,
+        max_rows=data.max_train_rows,
+        builtin_rows=data.builtin_rows,
+        seed=recipe.training.seed,
     )
-    return LeakageReport(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
 
 
-# ------------------------------------------------------------------------------------------------------------------- all of it
-
-
-def _tokenizer(recipe: Recipe, part: Part) -> Any:
-    """load_tokenizer's, with one trained on the rows kept in the cache: training it takes as long as tokenising."""
+def _load_tokenizer(recipe: Recipe, rows: RowSet) -> Any:
+    """The recipe's tokenizer. One that is trained on the rows is cached: training it takes as long as tokenising."""
     data, model = recipe.data, recipe.model
     options: dict[str, Any] = {
         "trust_remote_code": recipe.training.trust_remote_code,
@@ -138,92 +150,134 @@ def _tokenizer(recipe: Recipe, part: Part) -> Any:
         return load_tokenizer(model, **options)
 
     def train() -> Any:
-        texts = ("".join(row_texts(row, data.prompt_template, data.response_separator)) for row in part)
-        return load_tokenizer(model, texts=texts, **options)
+        return load_tokenizer(model, texts=rows.texts(data.prompt_template, data.response_separator), **options)
 
-    if part.root is None or part.streaming:
+    def build(folder: Path) -> None:
+        train().save_pretrained(str(folder))
+
+    if rows.root is None or rows.streaming:
         return train()
-    key = key_of("tokenizer", part.key, data.prompt_template, data.response_separator, model.tokenizer_vocab_size)
-    folder = cached_folder(part.root, f"tokenizer-{key}", lambda folder: train().save_pretrained(str(folder)) and None)
-    return load_tokenizer(
-        dataclasses.replace(model, tokenizer_name_or_path=str(folder), tokenizer_vocab_size=None), **options
+    key = key_of("tokenizer", rows.key, data.prompt_template, data.response_separator, model.tokenizer_vocab_size)
+    folder = cached_folder(rows.root, f"tokenizer-{key}", build)
+    saved = dataclasses.replace(model, tokenizer_name_or_path=str(folder), tokenizer_vocab_size=None)
+    return load_tokenizer(saved, **options)
+
+
+def _make_encoder(recipe: Recipe, tokenizer: Any, rows: RowSet) -> Encoder:
+    return Encoder(
+        tokenizer,
+        rows.layout,
+        prompt_template=recipe.data.prompt_template,
+        response_separator=recipe.data.response_separator,
+        max_length=recipe.training.max_length,
+        too_long=recipe.data.too_long,
     )
 
 
-def prepare_data(recipe: Recipe, *, say: Callable[[str], None] = print, dry_run: bool = False) -> Prepared:
-    """Tokenizer, training set and held-out set (or None), each with its report.
-
-    Raises:
-        DataError: a row cannot be read, nothing is left to train on, or `leakage: stop` found test questions.
-    """
-    with recipe.training.main_process_first(desc="reading and tokenising"):
-        return _prepare(recipe, say, dry_run)
+# --- held-out rows -----------------------------------------------------------------------------------------------------
 
 
-def _prepare(recipe: Recipe, say: Callable[[str], None], dry_run: bool) -> Prepared:
-    data, training, root = recipe.data, recipe.training, cache_root()
-    if root is None:
-        say(
-            f"=> nothing is cached: {datasets.config.HF_DATASETS_CACHE} cannot be written. Set HF_DATASETS_CACHE to a folder that can."
-        )
-    source = Source(
-        str(data.dataset),
-        data.dataset_config,
-        data.dataset_split,
-        data.max_train_rows,
-        data.builtin_rows,
-        training.seed,
-    )
-    part = Part(source, root, data.streaming)
-    tokenizer = _tokenizer(recipe, part)
-    leaked = _leaked(recipe, part, say, dry_run) if data.leakage_check else []
+def _count_eval_rows(data: DataArguments) -> int | None:
+    """How many held-out rows the evaluation loss is computed on; None for all."""
+    if data.eval_dataset != "builtin":
+        return data.max_eval_rows
+    return min(data.builtin_eval_rows, data.max_eval_rows or data.builtin_eval_rows)
 
-    def encoder(rows: Part) -> Encoder:
-        return Encoder(
-            tokenizer, rows.form, data.prompt_template, data.response_separator, training.max_length, data.too_long
-        )
 
-    if data.streaming:
-        seed = training.seed if training.data_seed is None else training.data_seed
-        stream = TokenStream(source, encoder(part), seed, data.streaming_buffer, frozenset(leaked))
-        train: tuple[Any, DataReport] = (stream.dataset(), stream.sample("train")[1])
+def _held_out_source(recipe: Recipe, eval_rows: int | None) -> Source:
+    """As many rows as the hungrier of the two uses needs; each takes its own number of them from the start."""
+    data = recipe.data
+    if data.eval_dataset is None:  # "builtin", whose test problems need no name of their own
+        count: int | None = data.accuracy_rows
     else:
-        used = encoder(part)
-        train = keep(part.tokens(used, "train", training.dataset_num_proc), used, "train", leaked)
-    held_out = None
-    if data.eval_dataset is not None:
-        test = Part(
-            Source(
-                data.eval_dataset,
-                data.dataset_config,
-                data.eval_split,
-                data.max_eval_rows,
-                data.builtin_eval_rows,
-                training.seed,
-            ),
-            root,
+        count = None if eval_rows is None else max(eval_rows, data.accuracy_rows)
+    return Source(
+        name=str(data.eval_dataset or data.dataset),
+        config=data.dataset_config,
+        split=data.eval_split,
+        max_rows=count,
+        builtin_rows=count or data.builtin_eval_rows,
+        seed=recipe.training.seed,
+    )
+
+
+def _find_problems(rows: RowSet, count: int) -> list[HeldOutProblem]:
+    """Those of the first `count` rows that have a question and a final answer."""
+    problems = []
+    for row in itertools.islice(rows, count):
+        answer = final_answer(row.answer) if row.layout == "template" else None
+        if answer is not None:
+            problems.append(HeldOutProblem(row.question, answer))
+    if not problems:
+        raise RecipeError(
+            f"accuracy_rows={count}, but none of the first {count} rows of {rows.source} has a question and a final answer "
+            "('The answer is: 7' or '#### 7'). Set accuracy_rows: 0."
         )
-        used = encoder(test)
-        held_out = keep(test.tokens(used, "held out", training.dataset_num_proc), used, "held out")
-    if not (training.packing or training.eval_packing or training.shuffle_dataset):
-        # TRL would cut each row once more, one by one, and write a second copy of all of them
-        given: dict[str, Any] = dict(training.dataset_kwargs or {})  # type: ignore[arg-type]
-        training.dataset_kwargs = {**given, "skip_prepare_dataset": True}
-    return tokenizer, train, held_out
+    return problems
 
 
-def _leaked(recipe: Recipe, part: Part, say: Callable[[str], None], dry_run: bool) -> list[int]:
-    """The rows to leave out, after the log, the file and the refusal that the recipe asks for."""
-    report = check_leakage(part, recipe.data)
+# --- leakage -----------------------------------------------------------------------------------------------------------
+
+
+def question_source(name: str) -> Source:
+    """The rows of one entry of leakage_check: a path, or a Hub id with its configuration ("openai/gsm8k:main")."""
+    source, colon, config = name.partition(":")
+    if colon and not Path(name).expanduser().exists():
+        return Source(source, config, split="test")
+    return Source(name, split="test")
+
+
+def _test_questions(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(id, question) of each row of each test set. Any row with a question will do: it need not be fit to train on."""
+    for name in names:
+        count = 0
+        for count, (where, found) in enumerate(question_source(name).read(), start=1):
+            text = question_of(found) if isinstance(found, dict) else None
+            if text is None:
+                raise DataError(
+                    f"{where}: leakage_check finds no question. A row needs one of: {', '.join(FIELDS)}. "
+                    "Give another file."
+                )
+            yield str(found.get("id") or f"{name}:{count}"), text
+        if not count:
+            raise DataError(
+                f"leakage_check={name!r} holds no rows, so there is nothing to compare with. Give another file."
+            )
+
+
+def _find_leaks(rows: RowSet, data: DataArguments) -> LeakageReport:
+    """Compares the rows with leakage_check's test questions; cached by the content of both sides."""
+    names = data.leakage_check or []
+
+    def compare() -> LeakageReport:
+        index = QuestionIndex(_test_questions(names), data.leakage_ngram)
+        return find_leaks((row.asked for row in rows), index, names, data.leakage_share)
+
+    def build(folder: Path) -> None:
+        write_text(folder / "report.json", json.dumps(asdict(compare())))
+
+    is_hub_stream = rows.streaming and rows.source.files() is None  # its content has no name before it is read
+    if rows.root is None or is_hub_stream:
+        return compare()
+    identities = [(name, question_source(name).identity()) for name in names]
+    key = key_of("leakage", rows.key, identities, data.leakage_ngram, data.leakage_share)
+    folder = cached_folder(rows.root, f"leakage-{key}", build)
+    return LeakageReport(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
+
+
+def _check_leakage(recipe: Recipe, rows: RowSet, say: Callable[[str], None], dry_run: bool) -> list[int]:
+    """The ids of the rows to leave out, after the log lines, the file and the refusal that the recipe asks for."""
+    report = _find_leaks(rows, recipe.data)
     say("\n".join(f"=> {line}" for line in report.lines()))
     path = Path(str(recipe.training.output_dir)) / LEAKAGE
     if not dry_run and recipe.training.process_index == 0:
         write_text(path, json.dumps({"action": recipe.data.leakage, **asdict(report)}, indent=1) + "\n")
     if recipe.data.leakage == "stop" and report.leaked:
         first = report.examples[0]
+        listed = "" if dry_run else f"; all are in {path}"
         raise DataError(
-            f"leakage='stop': {len(report.leaked)} of {report.rows} training rows hold test questions, the first is row {first['row']} "
-            f"({first['test']}){'' if dry_run else f'; all are in {path}'}. Set leakage to drop to leave them out, or to report to train "
-            "on them."
+            f"leakage='stop': {len(report.leaked)} of {report.rows} training rows hold test questions, "
+            f"the first is row {first['row']} ({first['test']}){listed}. "
+            "Set leakage to drop to leave them out, or to report to train on them."
         )
     return report.leaked if recipe.data.leakage == "drop" else []

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 from benchmarks import memory_plan
 from matrix_llm.base.gpus import GIB, GPUS, usable
 from matrix_llm.config import load_recipe
-from matrix_llm.data.tokens import DataReport
+from matrix_llm.data.selection import DataReport
 from matrix_llm.plan.memory import ENGINES, count_parameters, memory_lines, parameters, plan_memory
 from matrix_llm.plan.steps import plan_steps
 

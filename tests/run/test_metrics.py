@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from matrix_llm.base import files
 from matrix_llm.base.files import atomic_path, read_jsonl, write_text
 from matrix_llm.config import load_recipe
-from matrix_llm.data.tokens import DataReport
+from matrix_llm.data.selection import DataReport
 from matrix_llm.plan import steps as plan
 from matrix_llm.plan.steps import count_parameters, masked_sample, plan_steps
 from matrix_llm.publish.push import model_card

@@ -1,0 +1,159 @@
+"""Which tokenised rows can be trained on, and a report of what became of the others.
+
+- too long: longer than max_length; dropped, cut or refused, as `too_long` says
+- without a trained token: the prompt alone fills max_length, or the assistant says nothing; dropped, as no loss would see it
+- leaked: its question is a test question (leakage.py), and the recipe says `leakage: drop`
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+
+from matrix_llm.base.errors import DataError
+from matrix_llm.data.tokens import MEASURES, Encoder
+
+
+@dataclass
+class DataReport:
+    """What became of the rows; printed before training, so that nothing is dropped or cut in silence."""
+
+    name: str
+    """ "train" or "held out"."""
+    rows_in: int
+    """Rows read."""
+    rows_kept: int
+    """Rows to train or evaluate on."""
+    dropped_too_long: int
+    """Rows longer than max_length, with too_long: drop."""
+    truncated: int
+    """Rows cut to max_length and kept, with too_long: truncate."""
+    dropped_all_masked: int
+    """Rows dropped because no label of theirs is trained."""
+    tokens: int
+    """Tokens of the rows kept, after the cut."""
+    trained_tokens: int
+    """Labels that are predicted, of the rows kept."""
+    longest: int
+    """Tokens of the longest row read, before any cut."""
+    mean_length: float
+    """Tokens per row kept, after the cut."""
+    mean_read: float = 0.0
+    """Tokens per row read, before any cut."""
+    p50: int = 0
+    """Half of the rows read are no longer than this, before any cut; p90 and p99 likewise."""
+    p90: int = 0
+    p99: int = 0
+    dropped_leaked: int = 0
+    """Rows dropped because their question is a test question."""
+    sampled: bool = False
+    """True for a stream, of which only the first rows are measured."""
+
+    def lines(self) -> list[str]:
+        of = f"of the first {self.rows_in:,} rows of the stream" if self.sampled else f"of {self.rows_in:,} rows kept"
+        kept = f"{self.name}: {self.rows_kept:,} {of}, {self.tokens:,} tokens, {self.trained_tokens:,} trained"
+        size = (
+            f"{self.name}: tokens per row, before any cut: mean {self.mean_read:.1f}, p50 {self.p50:,}, p90 {self.p90:,}, "
+            f"p99 {self.p99:,}, longest {self.longest:,}; mean of the rows kept {self.mean_length:.1f}"
+        )
+        lost = {
+            "dropped, longer than max_length": self.dropped_too_long,
+            "cut to max_length": self.truncated,
+            "dropped, no trained token left": self.dropped_all_masked,
+            "dropped, found among the questions of leakage_check": self.dropped_leaked,
+        }
+        percent = 100 / max(self.rows_in, 1)
+        return [
+            kept,
+            size,
+            *(f"{self.name}: {n:,} rows {what} ({n * percent:.2f} %)" for what, n in lost.items() if n),
+        ]
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """One boolean per row."""
+
+    is_over: np.ndarray
+    """Longer than max_length."""
+    is_dropped: np.ndarray
+    """Over, and too_long is "drop"."""
+    is_masked: np.ndarray
+    """Not dropped for its length, but without a trained token."""
+
+
+def judge(lengths: np.ndarray, trained: np.ndarray, encoder: Encoder) -> Verdicts:
+    """Decides by the MEASURES of each row.
+
+    Args:
+        lengths, trained: (rows,), integers.
+    """
+    never = np.zeros(len(lengths), dtype=bool)
+    is_over = never if encoder.max_length is None else lengths > encoder.max_length
+    is_dropped = is_over if encoder.too_long == "drop" else never
+    return Verdicts(is_over, is_dropped, (trained == 0) & ~is_dropped)
+
+
+def drop_unusable(
+    tokens: datasets.Dataset, encoder: Encoder, name: str, leaked: Collection[int] = ()
+) -> tuple[datasets.Dataset, DataReport]:
+    """The rows that can be trained on, without their MEASURES, and a report that counts the others.
+
+    Args:
+        tokens: as `tokenise` returns them.
+        name: opens each line of the report and each error message.
+        leaked: row ids to drop in any case.
+
+    Raises:
+        DataError: no row is left, or one is too long and too_long is "error".
+    """
+    lengths, trained = tokens.data.column("length").to_numpy(), tokens.data.column("trained").to_numpy()
+    max_length, too_long = encoder.max_length, encoder.too_long
+
+    # 1. Which rows go, each counted for one reason only: leaked, else too long, else masked
+    verdicts = judge(lengths, trained, encoder)
+    if verdicts.is_over.any() and too_long == "error":
+        first = int(verdicts.is_over.argmax())
+        raise DataError(
+            f"{name}: row {first + 1} is {lengths[first]} tokens long, over max_length={max_length}, "
+            f"as are {verdicts.is_over.sum()} rows in all. Raise max_length, or set too_long to drop or truncate."
+        )
+    is_leaked = np.zeros(len(lengths), dtype=bool)
+    is_leaked[list(leaked)] = True
+    is_dropped = verdicts.is_dropped & ~is_leaked
+    is_masked = verdicts.is_masked & ~is_leaked
+    kept = np.flatnonzero(~(is_dropped | is_masked | is_leaked))
+    if not len(kept):
+        reasons = "longer than max_length"
+        if not is_dropped.all():
+            reasons += ", without a trained token, or dropped as leaked"
+        raise DataError(
+            f"{name}: all {len(lengths)} rows are {reasons}, so nothing is left to train on: the longest has "
+            f"{max(lengths, default=0)} tokens, max_length={max_length}. Raise max_length."
+        )
+
+    # 2. The report
+    cut = lengths[kept] if max_length is None else np.minimum(lengths[kept], max_length)
+    p50, p90, p99 = (int(np.percentile(lengths, q, method="inverted_cdf")) for q in (50, 90, 99))
+    report = DataReport(
+        name=name,
+        rows_in=len(lengths),
+        rows_kept=len(kept),
+        dropped_too_long=int(is_dropped.sum()),
+        truncated=int(verdicts.is_over[kept].sum()),  # an over-long row that is kept has been cut
+        dropped_all_masked=int(is_masked.sum()),
+        tokens=int(cut.sum(dtype=np.int64)),
+        trained_tokens=int(trained[kept].sum(dtype=np.int64)),
+        longest=int(lengths.max()),
+        mean_length=float(cut.mean()),
+        mean_read=float(lengths.mean()),
+        p50=p50,
+        p90=p90,
+        p99=p99,
+        dropped_leaked=len(leaked),
+    )
+
+    # 3. The rows; selecting all of them would only add a table of indices
+    tokens = tokens.remove_columns([*MEASURES])
+    return (tokens if len(kept) == len(lengths) else tokens.select(kept)), report
