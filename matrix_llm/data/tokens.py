@@ -9,7 +9,7 @@
            labels     [<s>, "Two", " is", " even", ".", </s>]
 
     Row(layout="chat", messages=[{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}])
-        -> input_ids  [<s>, "user", ":", "1", " +", " 1", "?", "assistant", ":",  "2", </s>]    as the chat template says
+        -> input_ids  [<s>, "user", ":", "1", " +", " 1", "?", "assistant", ":",  "2", </s>]   as the chat template says
            labels     [-100, -100, ....................., -100, -100,             "2", </s>]
 
 Labels are not shifted: labels[i] is input_ids[i], or -100 where nothing is trained, and position i - 1 predicts it. So
@@ -209,7 +209,7 @@ def _training_chat_template(tokenizer: Any) -> str | None:
         return get_training_chat_template(tokenizer)
     except ValueError as error:
         raise DataError(
-            "the chat template of the tokenizer does not mark the assistant's turns, and TRL has no patched version of it. "
+            "the chat template of the tokenizer does not mark the assistant's turns, and TRL has no patched one. "
             "Put {% generation %} and {% endgeneration %} around the assistant's content (chat_template_path). "
             f"TRL says: {error}"
         ) from None
