@@ -1,14 +1,14 @@
-"""What has been read or tokenised once is kept on disk, under a key made of everything it depends on.
+"""Keep on disk what has been read or tokenised once, under a key made of everything it depends on.
 
     <HF_DATASETS_CACHE>/matrix_llm/rows-<key>/rows.arrow         the checked rows of one source
                                    tokenizer-<key>/              a tokenizer trained on them
                                    tokens-<key>/tokens*.arrow    their token ids and labels
                                    leakage-<key>/report.json     what leakage_check found
 
-The key covers the bytes of the rows' files, the tokenizer, the settings, the versions of the libraries, and the code of this
-package that decides what rows and tokens are. Change any of them and the key is another. A folder is built under a temporary
-name and renamed when it is complete: a run that is killed leaves nothing that a later one would take for data, and two runs
-that build the same folder do not disturb each other. Folders are safe to delete at any time between runs.
+The key covers the bytes of the rows' files, the tokenizer, the settings, the versions of the libraries, and the code of
+this package that decides what rows and tokens are: change any of them, and the key changes. A folder is built under a
+temporary name and renamed when it is complete, so a run that is killed leaves nothing that a later one would take for
+data, and two runs that build the same folder do not disturb each other. Folders are safe to delete between runs.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def cache_root() -> Path | None:
         return None
 
 
-# --- keys --------------------------------------------------------------------------------------------------------------
+# --- keys -------------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -72,7 +72,7 @@ def key_of(*parts: Any) -> str:
 
 
 def tokenizer_key(tokenizer: Any) -> str:
-    """A digest of the vocabulary, rules, special tokens and templates: everything that save_pretrained writes of them."""
+    """A digest of everything that save_pretrained writes of vocabulary, rules, special tokens and templates."""
     digest = hashlib.sha256(type(tokenizer).__name__.encode())
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -87,7 +87,7 @@ def tokenizer_key(tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-# --- folders -----------------------------------------------------------------------------------------------------------
+# --- folders ----------------------------------------------------------------------------------------------------------
 
 
 def cached_folder(root: Path, name: str, build: Callable[[Path], None]) -> Path:
@@ -129,7 +129,7 @@ def _remove_abandoned(root: Path) -> None:
 
 
 def open_arrow(folder: Path, name: str) -> datasets.Dataset:
-    """The memory-mapped table of name.arrow, or of the parts name_00000_of_0000N.arrow that N processes have written."""
+    """The memory-mapped table of name.arrow, or of the parts name_00000_of_0000N.arrow written by N processes."""
     files = sorted(folder.glob(f"{name}*.arrow"))
     dataset = datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
     # TRL caches packed rows under this; a random one, the default, would differ between processes and runs

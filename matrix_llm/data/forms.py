@@ -1,4 +1,4 @@
-"""From the object that a file holds to a checked `Row`. This is the only module that knows the forms in which rows arrive.
+"""Make a checked `Row` of the object that a file holds. Only this module knows the forms in which data sets write rows.
 
     {"query": "1 + 1?", "response": "2", "type": "x"}      ->  Row(layout="template", question="1 + 1?", answer="2")
     {"question": "1 + 1?", "answer": "#### 2"}             ->  Row(layout="template", question="1 + 1?",
@@ -104,7 +104,7 @@ def detect_form(found: Any, where: str) -> str:
     raise DataError(f"{where}: the row {described}. A row needs one of: {known}. Rename its fields.")
 
 
-# --- one function for each form ----------------------------------------------------------------------------------------
+# --- one function for each form ---------------------------------------------------------------------------------------
 
 
 def _query_response(found: dict[str, Any], where: str) -> Row:
@@ -142,7 +142,7 @@ FORMS: dict[str, Form] = {  # in order of precedence: a row that fits several ha
 }
 
 
-# --- what the forms share ----------------------------------------------------------------------------------------------
+# --- what the forms share ---------------------------------------------------------------------------------------------
 
 
 def gsm8k_response(answer: str) -> str:
@@ -182,7 +182,8 @@ def _check_unicode(text: str, name: str, where: str) -> None:
         text.encode()  # JSON's "\ud83d" alone decodes to a str that no file, tokenizer or Arrow table can hold
     except UnicodeEncodeError:
         raise DataError(
-            f"{where}: `{name}` contains half of a surrogate pair, which is not valid text. Correct its escape sequences."
+            f"{where}: `{name}` contains half of a surrogate pair, which is not valid text. "
+            "Correct its escape sequences."
         ) from None
 
 

@@ -39,14 +39,14 @@ def resolve_template(template: str) -> str:
         return template
     if count > 1:
         raise RecipeError(
-            f"prompt_template={template!r} contains {PLACEHOLDER} {count} times, but a row has one instruction to insert. "
+            f"prompt_template={template!r} contains {PLACEHOLDER} {count} times, but a row has one instruction. "
             f"Keep exactly one {PLACEHOLDER}."
         )
     nearest = difflib.get_close_matches(template, PROMPT_TEMPLATES, n=1)
     meant = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise RecipeError(
-        f"prompt_template={template!r} is neither a known template nor a text that contains {PLACEHOLDER}, so there is no "
-        f"place for the instruction.{meant} Known templates: {', '.join(PROMPT_TEMPLATES)}."
+        f"prompt_template={template!r} is neither a known template nor a text that contains {PLACEHOLDER}, "
+        f"so there is no place for the instruction.{meant} Known templates: {', '.join(PROMPT_TEMPLATES)}."
     )
 
 

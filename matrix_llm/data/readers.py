@@ -1,10 +1,10 @@
-"""From the name of a data set to its rows: a file, a folder, a Hub id, or "builtin". A bad row stops with its file and line.
+"""Read the rows of a file, a folder, a Hub data set, or the built-in generator. Errors give the file and line.
 
     Source("data/train.jsonl", max_rows=1000).read()   ->  ("data/train.jsonl line 1", {"query": ..., "type": ...}), ...
     Source("data/train.jsonl", max_rows=1000).rows()   ->  Row(question=...), ...
 
-Rows are read one at a time, so memory does not grow with the file. The readers of `datasets` are not used for local files,
-because their errors do not name the line.
+Rows are read one at a time, so memory does not grow with the file. The readers of `datasets` are not used for local
+files, because their errors do not name the line.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
 Found = tuple[str, Any]  # where an object stands, for error messages, and the object
 
 
-# --- one function for each type of file --------------------------------------------------------------------------------
+# --- one function for each type of file -------------------------------------------------------------------------------
 
 
 def _read_jsonl(path: Path) -> Iterator[Found]:
@@ -92,7 +92,7 @@ READERS: dict[str, Callable[[Path], Iterator[Found]]] = {
 SUFFIXES = tuple(READERS)
 
 
-# --- where the rows of a name are --------------------------------------------------------------------------------------
+# --- where the rows of a name are -------------------------------------------------------------------------------------
 
 
 def looks_local(name: str) -> bool:
@@ -107,7 +107,7 @@ def local_path(name: str) -> Path | None:
 
 
 def _files_in(folder: Path, split: str) -> list[Path]:
-    """The folder's files of one split, named after it (train.jsonl, train-00000-of-00002.parquet), or else all files."""
+    """The files named after the split (train.jsonl, train-00000-of-00002.parquet), or all if none has such a name."""
     files = sorted(
         path
         for path in folder.rglob("*")

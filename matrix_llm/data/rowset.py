@@ -13,7 +13,7 @@ from matrix_llm.data.forms import Row, rows_from_columns
 from matrix_llm.data.readers import Source
 from matrix_llm.data.tokens import Encoder, row_texts, tokenise
 
-# The fields of Row, in their order. Given rather than inferred: a chunk of rows without messages would get another type.
+# The fields of Row, in order. Not left to Arrow to infer: a chunk of rows without messages would get another type.
 SCHEMA = pa.schema(
     {
         "layout": pa.string(),
@@ -31,7 +31,7 @@ class RowSet:
 
     Args:
         root: the cache folder, or None to keep the rows in memory.
-        streaming: read the source anew for each iteration, and keep nothing.
+        streaming: read the source again for each iteration, and keep nothing.
     """
 
     def __init__(self, source: Source, root: Path | None, *, streaming: bool = False) -> None:

@@ -1,7 +1,8 @@
 """Which tokenised rows can be trained on, and a report of what became of the others.
 
 - too long: longer than max_length; dropped, cut or refused, as `too_long` says
-- without a trained token: the prompt alone fills max_length, or the assistant says nothing; dropped, as no loss would see it
+- without a trained token: the prompt alone fills max_length, or the assistant says nothing; dropped, since such a row
+  has no loss
 - leaked: its question is a test question (leakage.py), and the recipe says `leakage: drop`
 """
 
@@ -54,8 +55,9 @@ class DataReport:
         of = f"of the first {self.rows_in:,} rows of the stream" if self.sampled else f"of {self.rows_in:,} rows kept"
         kept = f"{self.name}: {self.rows_kept:,} {of}, {self.tokens:,} tokens, {self.trained_tokens:,} trained"
         size = (
-            f"{self.name}: tokens per row, before any cut: mean {self.mean_read:.1f}, p50 {self.p50:,}, p90 {self.p90:,}, "
-            f"p99 {self.p99:,}, longest {self.longest:,}; mean of the rows kept {self.mean_length:.1f}"
+            f"{self.name}: tokens per row, before any cut: mean {self.mean_read:.1f}, p50 {self.p50:,}, "
+            f"p90 {self.p90:,}, p99 {self.p99:,}, longest {self.longest:,}; "
+            f"mean of the rows kept {self.mean_length:.1f}"
         )
         lost = {
             "dropped, longer than max_length": self.dropped_too_long,

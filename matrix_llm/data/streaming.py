@@ -1,4 +1,4 @@
-"""Rows that are tokenised while they are trained on: nothing is kept on disk, and training starts after one buffer of rows.
+"""Tokenise rows while training on them: nothing is kept on disk, and training starts after one buffer of rows.
 
     pass 1: rows 0 .. n-1, read in order, shuffled through a buffer -> tokens -> those that can be trained on
     pass 2: the same rows, shuffled in another order; and so on without end, so a run that streams needs max_steps
@@ -32,8 +32,8 @@ Item = TypeVar("Item")
 def shuffle_through_buffer(items: Iterable[Item], size: int, rng: random.Random) -> Iterator[Item]:
     """Yields the items in a random order, holding `size` of them: each new one replaces a randomly chosen one.
 
-    The shuffle of datasets.IterableDataset is not used, because a resumed one loses what its buffer held: here a resumed
-    run repeats every draw, and goes on exactly where the unbroken one would.
+    The shuffle of datasets.IterableDataset is not used, because it loses what its buffer held when it is resumed. Here
+    a resumed run repeats every draw, and continues exactly as the unbroken one would.
 
     >>> list(shuffle_through_buffer(range(5), 1, random.Random(0)))
     [0, 1, 2, 3, 4]
@@ -96,12 +96,13 @@ class TokenStream:
             masked += int(verdicts.is_masked.sum())
         if dropped + masked == read:  # otherwise the next pass, and all after it, would find nothing either
             raise DataError(
-                f"all {read} rows of {self.source} are too long or without a trained token, so there is nothing to train on. "
-                "Raise max_length."
+                f"all {read} rows of {self.source} are too long or without a trained token, "
+                "so there is nothing to train on. Raise max_length."
             )
         if number == 1 and int(os.environ.get("RANK", "0")) == 0:
             print(
-                f"=> stream, first pass: {read:,} rows, {dropped:,} dropped as too long, {masked:,} without a trained token",
+                f"=> stream, first pass: {read:,} rows, {dropped:,} dropped as too long, "
+                f"{masked:,} without a trained token",
                 flush=True,
             )
 
@@ -124,6 +125,6 @@ class TokenStream:
 
 
 def _as_arrays(stream: TokenStream) -> Iterator[dict[str, Any]]:
-    """int32 arrays, which `datasets` takes over; a list of Python integers it would check one by one."""
+    """The rows as int32 arrays: `datasets` would check a list of Python integers one by one."""
     for row in stream:
         yield {name: np.asarray(value, np.int32) if isinstance(value, list) else value for name, value in row.items()}

@@ -1,22 +1,22 @@
 """From checked rows to token ids and labels. Nothing is dropped here: see selection.py for that.
 
     Row(question="1 + 1?", answer="The answer is: 2"), prompt_template "plain"
-        -> input_ids  [<s>, "Question", ":", " 1", " +", ..., "Answer", ":",  " The", " answer", " is", ":", " ", "2", </s>]
-           labels     [-100, -100, ............................., -100, -100,  " The", " answer", " is", ":", " ", "2", </s>]
+        -> input_ids  [<s>, "Question", ":", " 1", ..., "Answer", ":",  " The", " answer", " is", ":", " ", "2", </s>]
+           labels     [-100, -100, ....................., -100, -100,  " The", " answer", " is", ":", " ", "2", </s>]
 
     Row(layout="text", answer="Two is even.")
         -> input_ids  [<s>, "Two", " is", " even", ".", </s>]
            labels     [<s>, "Two", " is", " even", ".", </s>]
 
     Row(layout="chat", messages=[{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}])
-        -> input_ids  [<s>, "user", ":", "1", " +", " 1", "?", "assistant", ":",  "2", </s>]    as the chat template has it
+        -> input_ids  [<s>, "user", ":", "1", " +", " 1", "?", "assistant", ":",  "2", </s>]   as the chat template says
            labels     [-100, -100, ....................., -100, -100,             "2", </s>]
 
-Labels are not shifted: labels[i] is input_ids[i], or -100 where nothing is trained, and position i - 1 predicts it. So the
-first label of a row is never predicted, and "trained" below counts labels[1:] only.
+Labels are not shifted: labels[i] is input_ids[i], or -100 where nothing is trained, and position i - 1 predicts it. So
+the first label of a row is never predicted, and "trained" below counts labels[1:] only.
 
-The prompt and the answer are tokenised apart, so their boundary is a token boundary, and inference starts from exactly the
-prompt ids of training.
+The prompt and the answer are tokenised separately, so their boundary is a token boundary, and inference starts from
+exactly the prompt ids of training.
 """
 
 from collections.abc import Callable, Sequence
@@ -63,7 +63,7 @@ def row_texts(row: Row, prompt_template: str = "metamath", separator: str = " ")
     return prompt, row.answer if is_spaced else separator + row.answer
 
 
-# --- a text that follows another ---------------------------------------------------------------------------------------
+# --- a text that follows another --------------------------------------------------------------------------------------
 
 
 class Continuation:
@@ -118,7 +118,7 @@ class Continuation:
         return result
 
 
-# --- one encoder for each layout ---------------------------------------------------------------------------------------
+# --- one encoder for each layout --------------------------------------------------------------------------------------
 
 
 class LayoutEncoder(Protocol):
@@ -166,7 +166,7 @@ class TextEncoder:
 
 
 class ChatEncoder:
-    """A conversation; what the chat template marks with {% generation %} is trained, that is, what the assistant says."""
+    """A conversation, of which what the chat template marks with {% generation %} is trained: the assistant's turns."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -198,8 +198,8 @@ def _training_chat_template(tokenizer: Any) -> str | None:
     """A chat template that marks the assistant's tokens: TRL's patched one, or None where the tokenizer's own does."""
     if not tokenizer.chat_template:
         raise DataError(
-            "the rows have `messages`, but the tokenizer has no chat template to lay them out. Give chat_template_path, "
-            "or rows with prompt and completion."
+            "the rows have `messages`, but the tokenizer has no chat template to lay them out. "
+            "Give chat_template_path, or rows with prompt and completion."
         )
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers  # loads torch
 
@@ -209,7 +209,7 @@ def _training_chat_template(tokenizer: Any) -> str | None:
         return get_training_chat_template(tokenizer)
     except ValueError as error:
         raise DataError(
-            "the tokenizer's chat template does not mark what the assistant says, and TRL has no patched version of it. "
+            "the chat template of the tokenizer does not mark the assistant's turns, and TRL has no patched one. "
             "Put {% generation %} and {% endgeneration %} around the assistant's content (chat_template_path). "
             f"TRL says: {error}"
         ) from None
@@ -223,7 +223,7 @@ def _without_end(ids: TokenIds, eos: int) -> TokenIds:
     return ids[:-1] if ids[-1:] == [eos] else ids
 
 
-# --- all rows of a source ----------------------------------------------------------------------------------------------
+# --- all rows of a source ---------------------------------------------------------------------------------------------
 
 
 class Encoder:
@@ -232,8 +232,8 @@ class Encoder:
     Args:
         layout: of the rows, as in Row.layout.
         max_length: in tokens; None is no limit.
-        too_long: what becomes of longer rows: "drop" empties them and "error" leaves that to the caller, "truncate" cuts
-            their end. See selection.py.
+        too_long: what happens to longer rows: "truncate" cuts their end; "drop" and "error" empty them here, and
+            selection.py then drops or refuses them.
 
     Raises:
         DataError: the tokenizer cannot lay out such rows.
@@ -302,7 +302,7 @@ def tokenise(
         table: the columns are the fields of Row, in their order.
         name: for the progress bar.
         num_proc: processes to tokenise with.
-        file: the Arrow file to write and memory-map (with num_proc: one per process, named after it); None stays in memory.
+        file: the Arrow file to write and memory-map (with num_proc, one per process, named after it); None: in memory.
     """
     return table.map(
         encoder.encode_columns,

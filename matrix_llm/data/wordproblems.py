@@ -33,6 +33,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from matrix_llm.base.errors import DataError
 from matrix_llm.base.files import atomic_path
 
 STYLES = ("GSM_AnsAug", "GSM_Rephrased", "GSM_SV", "GSM_FOBAR")
@@ -42,22 +43,24 @@ COLUMNS = ("query", "response", "type", "original_question")  # MetaMathQA's, in
 # fmt: off
 NAMES = {
     "train": (
-        "Ada", "Adam", "Agnes", "Albert", "Alma", "Amir", "Ana", "Andre", "Anton", "Aria", "Arthur", "Ava", "Basil", "Bella",
-        "Ben", "Boris", "Carla", "Carmen", "Carol", "Celia", "Chloe", "Colin", "Conrad", "Cora", "Cyrus", "Dan", "Daria",
-        "Delia", "Dennis", "Derek", "Diana", "Dora", "Eddie", "Edgar", "Edith", "Elena", "Elias", "Ella", "Eric", "Esther",
-        "Ethan", "Eva", "Felix", "Fiona", "Flora", "Fred", "Gabriel", "Gavin", "Gina", "Gita", "Gloria", "Grace", "Greta",
-        "Gustav", "Harold", "Hazel", "Helen", "Henry", "Hilda", "Hugo", "Ida", "Igor", "Ines", "Irene", "Iris", "Ivan", "Ivy",
-        "Jana", "Jasper", "Joan", "Joel", "Jonas", "Judith", "Julia", "Kara", "Kevin", "Kira", "Kurt", "Lena", "Leo", "Lewis",
-        "Lila", "Linda", "Louis", "Lucas", "Lydia", "Mabel", "Marco", "Maria", "Martin", "Maya", "Milan", "Mina", "Miriam",
-        "Nadia", "Neil", "Nina", "Noah", "Nora", "Olaf", "Olga", "Omar", "Oscar", "Otto", "Owen", "Paula", "Pedro", "Peter",
-        "Petra", "Quentin", "Ralph", "Ramona", "Robin", "Roman", "Rosa", "Ruben", "Ruth", "Sally", "Sam", "Sandra", "Selma",
-        "Silas", "Sofia", "Stella", "Sven", "Tara", "Theo", "Thomas", "Tom", "Uma", "Ursula", "Vera", "Vincent", "Viola",
-        "Walter", "Wanda", "Will", "Yara", "Yusuf", "Zoe",
+        "Ada", "Adam", "Agnes", "Albert", "Alma", "Amir", "Ana", "Andre", "Anton", "Aria", "Arthur", "Ava", "Basil",
+        "Bella", "Ben", "Boris", "Carla", "Carmen", "Carol", "Celia", "Chloe", "Colin", "Conrad", "Cora", "Cyrus",
+        "Dan", "Daria", "Delia", "Dennis", "Derek", "Diana", "Dora", "Eddie", "Edgar", "Edith", "Elena", "Elias",
+        "Ella", "Eric", "Esther", "Ethan", "Eva", "Felix", "Fiona", "Flora", "Fred", "Gabriel", "Gavin", "Gina",
+        "Gita", "Gloria", "Grace", "Greta", "Gustav", "Harold", "Hazel", "Helen", "Henry", "Hilda", "Hugo", "Ida",
+        "Igor", "Ines", "Irene", "Iris", "Ivan", "Ivy", "Jana", "Jasper", "Joan", "Joel", "Jonas", "Judith", "Julia",
+        "Kara", "Kevin", "Kira", "Kurt", "Lena", "Leo", "Lewis", "Lila", "Linda", "Louis", "Lucas", "Lydia", "Mabel",
+        "Marco", "Maria", "Martin", "Maya", "Milan", "Mina", "Miriam", "Nadia", "Neil", "Nina", "Noah", "Nora",
+        "Olaf", "Olga", "Omar", "Oscar", "Otto", "Owen", "Paula", "Pedro", "Peter", "Petra", "Quentin", "Ralph",
+        "Ramona", "Robin", "Roman", "Rosa", "Ruben", "Ruth", "Sally", "Sam", "Sandra", "Selma", "Silas", "Sofia",
+        "Stella", "Sven", "Tara", "Theo", "Thomas", "Tom", "Uma", "Ursula", "Vera", "Vincent", "Viola", "Walter",
+        "Wanda", "Will", "Yara", "Yusuf", "Zoe",
     ),
     "test": (
-        "Alice", "Bruno", "Clara", "David", "Emma", "Frank", "Hanna", "Jack", "Karl", "Laura", "Marta", "Oliver", "Rita",
-        "Simon", "Tina", "Victor", "Anita", "Bernard", "Dalia", "Erik", "Fabian", "Georgia", "Harriet", "Isaac", "Jonah",
-        "Kamila", "Lorena", "Marcel", "Nelson", "Oriana", "Pamela", "Roland", "Serena", "Tobias", "Valeria", "Xavier",
+        "Alice", "Bruno", "Clara", "David", "Emma", "Frank", "Hanna", "Jack", "Karl", "Laura", "Marta", "Oliver",
+        "Rita", "Simon", "Tina", "Victor", "Anita", "Bernard", "Dalia", "Erik", "Fabian", "Georgia", "Harriet",
+        "Isaac", "Jonah", "Kamila", "Lorena", "Marcel", "Nelson", "Oriana", "Pamela", "Roland", "Serena", "Tobias",
+        "Valeria", "Xavier",
     ),
 }
 # fmt: on
@@ -176,7 +179,8 @@ FAMILIES = (
         question="How many miles is that in all?",
         statement="That is {result} miles in all.",
         rephrased=(
-            "After {t} hours on a bicycle at {v} miles per hour, {a} walks {w} miles more. How long is the whole way in miles?",
+            "After {t} hours on a bicycle at {v} miles per hour, {a} walks {w} miles more. "
+            "How long is the whole way in miles?",
         ),
         steps=(("ride", "v", "*", "t"), ("result", "ride", "+", "w")),
         inverse={
@@ -195,7 +199,8 @@ FAMILIES = (
         question="How many dollars are there then?",
         statement="Then there are {result} dollars.",
         rephrased=(
-            "For {t} weeks {a} puts {s} dollars a week into a box that held {g} dollars. How many dollars are in the box now?",
+            "For {t} weeks {a} puts {s} dollars a week into a box that held {g} dollars. "
+            "How many dollars are in the box now?",
         ),
         steps=(("saved", "s", "*", "t"), ("result", "g", "+", "saved")),
         inverse={
@@ -214,7 +219,8 @@ FAMILIES = (
         question="How many {things} is that?",
         statement="That is {result} {things}.",
         rephrased=(
-            "There are {p} {things} in a box and {q} in a bag. {a} buys {n} boxes and {k} bags. How many {things} is that?",
+            "There are {p} {things} in a box and {q} in a bag. {a} buys {n} boxes and {k} bags. "
+            "How many {things} is that?",
         ),
         steps=(("boxed", "n", "*", "p"), ("bagged", "k", "*", "q"), ("result", "boxed", "+", "bagged")),
         inverse={"p": (("bagged", "k", "*", "q"), ("boxed", "result", "-", "bagged"), ("p", "boxed", "/", "n"))},
@@ -365,15 +371,16 @@ def generate(count: int, *, seed: int, split: str = "train") -> list[Problem]:
     True
     """
     if count < 0:
-        raise ValueError(f"count={count} is negative: ask for 0 problems or more.")
+        raise DataError(f"count={count} is negative. Ask for 0 problems or more.")
     if split not in SPLITS:
-        raise ValueError(f"split={split!r} is unknown: choose one of {', '.join(SPLITS)}.")
-    # One generator per problem, seeded by text (hashed, so neighbouring seeds are unrelated): hence the prefix property.
+        raise DataError(f"split={split!r} is unknown. Choose one of {', '.join(SPLITS)}.")
+    # One generator per problem, so that the first problems do not depend on how many follow. It is seeded with a text,
+    # which Python hashes, so that neighbouring seeds are unrelated.
     return [_problem(split, random.Random(f"{split}/{seed}/{index}")) for index in range(count)]
 
 
 def write_jsonl(path: str | os.PathLike, problems: Iterable[Problem]) -> None:
-    """One JSON object per line with MetaMathQA's columns. `path` holds the old file or the whole new one, never a part."""
+    """One JSON object per line with MetaMathQA's columns; an interrupted write leaves the old file as it was."""
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for problem in problems:
             row = {column: getattr(problem, column) for column in COLUMNS}
@@ -392,7 +399,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         problems = generate(options.count, seed=options.seed, split=options.split)
-    except ValueError as error:
+    except DataError as error:
         parser.error(str(error))
     write_jsonl(options.out, problems)
     print(f"{options.out}: {len(problems)} problems, split {options.split}, seed {options.seed}")

@@ -1,7 +1,7 @@
 """From a recipe to everything that training needs of the data: tokenizer, training rows, held-out rows and problems.
 
-Rows come from the cache or from a stream, are checked for test questions, and are measured. Under `accelerate launch` each
-machine's first process reads, tokenises and writes the cache while the others wait; then these open what it has written.
+Rows come from the cache or from a stream, are checked for test questions, and are measured. Under `accelerate launch`
+each machine's first process reads, tokenises and writes the cache while the others wait, and then open what it wrote.
 """
 
 import dataclasses
@@ -116,7 +116,7 @@ def _prepare(recipe: Recipe, say: Callable[[str], None], dry_run: bool) -> Prepa
 
 
 def _dataset_kwargs(recipe: Recipe) -> dict[str, Any] | None:
-    """Without packing or shuffling, TRL would only cut each row once more, one by one, and write a second copy of all."""
+    """Without packing or shuffling, TRL would only cut each row again, one by one, and write a second copy of them."""
     training = recipe.training
     given: dict[str, Any] | None = training.dataset_kwargs  # type: ignore[assignment]
     if training.packing or training.eval_packing or training.shuffle_dataset:
@@ -124,7 +124,7 @@ def _dataset_kwargs(recipe: Recipe) -> dict[str, Any] | None:
     return {**(given or {}), "skip_prepare_dataset": True}
 
 
-# --- tokenizer and encoder ---------------------------------------------------------------------------------------------
+# --- tokenizer and encoder --------------------------------------------------------------------------------------------
 
 
 def _training_source(recipe: Recipe) -> Source:
@@ -174,7 +174,7 @@ def _make_encoder(recipe: Recipe, tokenizer: Any, rows: RowSet) -> Encoder:
     )
 
 
-# --- held-out rows -----------------------------------------------------------------------------------------------------
+# --- held-out rows ----------------------------------------------------------------------------------------------------
 
 
 def _count_eval_rows(data: DataArguments) -> int | None:
@@ -210,13 +210,13 @@ def _find_problems(rows: RowSet, count: int) -> list[HeldOutProblem]:
             problems.append(HeldOutProblem(row.question, answer))
     if not problems:
         raise RecipeError(
-            f"accuracy_rows={count}, but none of the first {count} rows of {rows.source} has a question and a final answer "
-            "('The answer is: 7' or '#### 7'). Set accuracy_rows: 0."
+            f"accuracy_rows={count}, but none of the first {count} rows of {rows.source} has a question and a final "
+            "answer ('The answer is: 7' or '#### 7'). Set accuracy_rows: 0."
         )
     return problems
 
 
-# --- leakage -----------------------------------------------------------------------------------------------------------
+# --- leakage ----------------------------------------------------------------------------------------------------------
 
 
 def question_source(name: str) -> Source:

@@ -1,4 +1,4 @@
-"""Rows are tokenised once for all processes and runs, again when anything that decides the tokens changes, and whole or not."""
+"""Rows are tokenised once for all processes and runs, and again when anything that decides the tokens has changed."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def quiet(_):
     pass
 
 
-# --- what is found again -----------------------------------------------------------------------------------------------
+# --- what is found again ----------------------------------------------------------------------------------------------
 
 
 def test_a_second_run_tokenises_nothing_and_gets_the_same(recipe, rows, tokenised):
@@ -71,7 +71,7 @@ def test_a_tokenizer_called_with_padding_is_still_the_same(tiny_tokenizer):
     assert tokenizer_key(tiny_tokenizer) == before
 
 
-# --- what is made again ------------------------------------------------------------------------------------------------
+# --- what is made again -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_changed_or_a_new_file_of_the_code_that_decides_tokens_is_another_key(
     assert code_digest(package) == digests[-1]
 
 
-# --- what is whole, or not there ---------------------------------------------------------------------------------------
+# --- what is whole, or not there --------------------------------------------------------------------------------------
 
 
 def test_what_was_cut_off_is_not_taken_for_whole(recipe, rows, monkeypatch, empty_cache):

@@ -34,7 +34,7 @@ def refusal(source, **options) -> str:
     return str(error.value)
 
 
-# --- what is read ------------------------------------------------------------------------------------------------------
+# --- what is read -----------------------------------------------------------------------------------------------------
 
 
 def test_jsonl_json_parquet_and_a_folder_give_the_same_rows(tmp_path):
@@ -93,7 +93,7 @@ def test_memory_does_not_grow_with_a_json_array(tmp_path, monkeypatch):
     assert peaks[1] < 1.3 * peaks[0]
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_hub_id_that_cannot_be_reached_is_one_line_with_the_way_out():
     assert "\n" not in str(error.value)
 
 
-# --- what rows are known by --------------------------------------------------------------------------------------------
+# --- what rows are known by -------------------------------------------------------------------------------------------
 
 
 def test_rows_are_known_by_their_content_and_what_narrows_it(tmp_path):

@@ -68,8 +68,8 @@ def test_a_stream_without_a_usable_row_stops(rows, tiny_tokenizer):
 
 
 STREAM = {
-    **TINY, "builtin_rows": 20, "streaming": True, "max_steps": 8, "lr_scheduler_type": "constant", "save_strategy": "steps",
-    "save_steps": 3,
+    **TINY, "builtin_rows": 20, "streaming": True, "max_steps": 8, "lr_scheduler_type": "constant",
+    "save_strategy": "steps", "save_steps": 3,
 }  # fmt: skip
 
 

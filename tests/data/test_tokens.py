@@ -52,7 +52,7 @@ def text_of(tokenizer, ids):
     return text.removeprefix(" ")
 
 
-# --- texts -------------------------------------------------------------------------------------------------------------
+# --- texts ------------------------------------------------------------------------------------------------------------
 
 
 def test_prompt_and_completion_are_used_verbatim():
@@ -70,7 +70,7 @@ def test_messages_have_no_text_to_train_a_tokenizer_on():
         row_texts(Row("chat", messages=MESSAGES))
 
 
-# --- prompt and answer -------------------------------------------------------------------------------------------------
+# --- prompt and answer ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["legacy", "first", "always", "never", "byte level"])
@@ -115,7 +115,7 @@ def test_a_row_does_not_depend_on_the_others_of_its_batch(tiny_tokenizer):
         assert encode(tokenizer, *rows) == [encode(tokenizer, row)[0] for row in rows]
 
 
-# --- texts and conversations -------------------------------------------------------------------------------------------
+# --- texts and conversations ------------------------------------------------------------------------------------------
 
 
 def test_text_rows_train_on_every_token(tiny_tokenizer):
@@ -143,7 +143,7 @@ def test_messages_that_the_chat_template_refuses_are_named_by_their_row(tiny_tok
         Encoder(refusing, "chat").encode([Row("chat", messages=MESSAGES)], [7])
 
 
-# --- all rows ----------------------------------------------------------------------------------------------------------
+# --- all rows ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_row_over_max_length_is_cut_or_emptied_and_its_whole_length_is_kept(tiny_tokenizer):
