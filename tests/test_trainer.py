@@ -19,7 +19,7 @@ from matrix_llm.model.lm_head import (
     head_effective_rank,
     logit_transform,
 )
-from matrix_llm.model.load import train_tokenizer
+from matrix_llm.model.tokenizer import train_tokenizer
 from matrix_llm.trainer import MatrixTrainer
 from tests.support.tiny import ARCHITECTURES, V, config, rows, tiny_model, train
 

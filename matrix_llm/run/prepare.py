@@ -21,7 +21,7 @@ from matrix_llm.data.leakage import FIELDS, LeakageReport, QuestionIndex, find_l
 from matrix_llm.data.readers import Source, detect_form
 from matrix_llm.data.streaming import TokenStream
 from matrix_llm.data.tokens import DataReport, Encoder, keep, row_texts, tokenise
-from matrix_llm.model.load import load_tokenizer
+from matrix_llm.model.tokenizer import load_tokenizer
 
 LEAKAGE = "leakage.json"
 

@@ -13,7 +13,9 @@ from transformers import (
 )
 
 from matrix_llm.config import ModelArguments, RecipeError
-from matrix_llm.model.load import build_config, load_model, load_tokenizer, lora_config
+from matrix_llm.model.adapters import lora_config
+from matrix_llm.model.load import build_config, load_model
+from matrix_llm.model.tokenizer import load_tokenizer
 from tests.conftest import SENTENCES
 
 TINY = {
