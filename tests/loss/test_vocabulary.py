@@ -86,3 +86,16 @@ def test_autocast_rounds_no_product_of_the_summary():
         inside = summarise(source, torch.float32)
     for a, b in zip(inside, outside, strict=True):
         assert torch.equal(a, b)
+
+
+def test_directions_are_those_of_the_whole_vocabulary_and_not_of_its_first_tokens():
+    """Ids are sorted by frequency: here the first 4,096 tokens vary in other directions than the 12,288 after them."""
+    frequent, rare = torch.zeros(16384, 40, dtype=F64).split([4096, 12288])
+    g = torch.Generator().manual_seed(0)
+    frequent[:, :12] = torch.randn(4096, 12, dtype=F64, generator=g)
+    rare[:, 20:32] = torch.randn(12288, 12, dtype=F64, generator=g)
+    embeddings = torch.cat([frequent, rare])
+    e = F.normalize(embeddings, dim=-1)
+    energy = torch.linalg.eigvalsh(e.T @ e)
+    captured = summarise(embeddings, F64).coordinates.square().sum()
+    assert captured > 0.9 * energy[-DIRECTIONS:].sum()

@@ -1,4 +1,4 @@
-"""Engines, cases and their differences: shared by tests/test_distributed.py, tests/test_multinode.py and benchmarks/parity.py."""
+"""Engines, cases and their differences: for engines/test_distributed.py, test_multinode.py and benchmarks/parity.py."""
 
 import atexit
 import json
@@ -14,7 +14,7 @@ from tests.support.engines import deepspeed_config, environment
 from tests.support.paths import SUPPORT
 
 STEPS = 20
-REFERENCE = "single"  # one process, eight rows at once, the vocabulary read anew by every micro-batch
+REFERENCE = "single"  # one process, eight rows at once, the vocabulary summarised by every micro-batch
 FSDP2 = {  # what `accelerate launch --config_file ds_configs/fsdp2.yaml` puts into the environment
     "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
@@ -105,7 +105,7 @@ class Found:
 
 
 def differences(got: Found, expected: Found) -> dict[str, float]:
-    """Largest relative difference of `loss`, `ce`, `mce` and `grad_norm` over all steps, and absolute difference of any final weight."""
+    """Largest relative difference of loss, ce, mce and grad_norm in any step, and absolute one of any final weight."""
     largest = {}
     for key in ("loss", "ce", "mce", "grad_norm"):
         ours, theirs = got.curve(key), expected.curve(key)
@@ -120,7 +120,7 @@ def differences(got: Found, expected: Found) -> dict[str, float]:
 
 
 class Runner:
-    """tests/distributed_run.py, kept open, and what each engine has given so far."""
+    """A distributed_run.py server, and the results of the engines that it has run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
