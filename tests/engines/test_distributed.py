@@ -1,4 +1,4 @@
-"""Two real processes on the CPU (gloo) give the numbers of one, step by step: DDP, ZeRO-1, 2, 3 (also offloaded), FSDP2.
+"""Two real processes on the CPU (gloo) give the numbers of one, step by step: DDP, ZeRO-1 to 3, FSDP2.
 
 Each engine runs all cases in the same two processes (support/parity_runs.py). `python benchmarks/parity.py` prints the
 differences.
@@ -70,7 +70,7 @@ def test_twenty_steps_move_weights_and_loss_by_far_more_than_the_tolerance(runne
 
 @pytest.mark.parametrize("engine", OTHERS)
 def test_the_engine_is_the_one_asked_for_and_shards_the_head(engine, runner):
-    """accelerate trains with DDP where it is asked for FSDP on a CPU, and ZeRO-3 leaves small weights whole: neither here."""
+    """On a CPU accelerate may train with DDP when asked for FSDP, and ZeRO-3 leave weights whole: neither here."""
     skip_without_deepspeed(engine)
     for case, found in runner.results(engine).items():
         seen = found.engine

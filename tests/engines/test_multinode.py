@@ -1,4 +1,4 @@
-"""Two "machines" on loopback, each started by its own `accelerate launch` as docs/multinode.md says, give the numbers of one process."""
+"""Two "machines" on loopback, launched as docs/multinode.md says, give the numbers of one process."""
 
 import json
 import os
@@ -84,7 +84,7 @@ if [ "$1" = show ]; then printf '127.0.0.1\\n127.0.0.1\\n'; else echo "$@" >> "$
 
 
 def test_the_slurm_script_is_stopped_requeued_and_goes_on_to_the_end(tmp_path):
-    """docs/slurm.sh itself on two loopback nodes, with stand-ins for srun and scontrol; SLURM's SIGTERM reaches the launchers."""
+    """docs/slurm.sh itself on two loopback nodes, with stand-ins for srun and scontrol; SIGTERM reaches both."""
     from tests.support.tiny import TINY
 
     skip_without_deepspeed("zero2")

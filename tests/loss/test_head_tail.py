@@ -46,7 +46,7 @@ def kept_tokens(q, labels, top_k):
 
 @pytest.mark.parametrize("zero_vectors", [(), (0, 5, 9)])
 def test_value_and_gradient_are_those_of_the_claimed_matrix(zero_vectors):
-    """Eigendecomposition and autograd through the dense Q; the tail's tokens share the derivative in the tail's factor."""
+    """Autograd through the dense Q's logarithm; the tail's tokens share the derivative in the tail's factor."""
     logits, labels, embeddings = problem(zero_vectors=zero_vectors)
     labels[0], labels[1] = logits[0].argmin(), 7  # the first is unlikely: kept because it is the target
     embeddings[8] = -2 * embeddings[7]  # the same direction: the Gram matrix is singular

@@ -1,7 +1,7 @@
-"""The Triton kernels against the torch path: in Triton's interpreter on the CPU, on a GPU where there is one, and compiled without one.
+"""The Triton kernels against the torch path: in Triton's interpreter, on a GPU if there is one, and compiled for one.
 
-Tests marked `gpu` are the comparisons. Without a GPU they are skipped here and run by the first test, in a process where
-TRITON_INTERPRET is set: it must be before Triton is imported, and would change every other test's Triton.
+Tests marked `gpu` are the comparisons. Without a GPU they are skipped here, and the first test runs them in a process
+with TRITON_INTERPRET set: it must be set before Triton is imported, and would change every other test's Triton.
 """
 
 import os
@@ -36,7 +36,8 @@ def compared(test):
     return pytest.mark.gpu(unable(test))
 
 
-if INTERPRETED:  # two gaps of the interpreter: it cuts float32 off to bfloat16 where a GPU rounds, and multiplies bfloat16 as if integers
+# Two gaps of the interpreter: it truncates float32 to bfloat16 where a GPU rounds, and multiplies bfloat16 as integers.
+if INTERPRETED:
     import numpy as np
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -83,7 +84,7 @@ def test_the_loss_needs_no_triton_on_a_cpu():
 # ------------------------------------------------------------------------------------------------------ wide rows
 
 
-def rows(v, c=7, dtype=torch.float32, seed=0):
+def logits_and_labels(v, c=7, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
     z = (4 * torch.randn(c, v, generator=g)).to(dtype)
     return z.to(DEVICE), torch.randint(0, v, (c,), generator=g).to(DEVICE)
@@ -93,7 +94,7 @@ def rows(v, c=7, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("c", "v"), [(1, 37), (3, 512), (7, 1000), (3, 4099)])
 def test_statistics_are_those_of_the_softmax(c, v, dtype):
-    z, labels = rows(v, c, dtype)
+    z, labels = logits_and_labels(v, c, dtype)
     if c > 1:
         z[0, : v // 2] = -torch.inf
         z[1] = -torch.inf
@@ -117,7 +118,7 @@ def test_statistics_are_those_of_the_softmax(c, v, dtype):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("v", [37, 4099])
 def test_a_broken_logit_breaks_its_row_and_no_other(v, bad):
-    z, labels = rows(v, 3)
+    z, labels = logits_and_labels(v, 3)
     z[1, v // 2] = bad
     labels[1] = 0  # the label's own logit is sound
     got = kernels.logit_statistics(z, labels)
@@ -129,7 +130,7 @@ def test_a_broken_logit_breaks_its_row_and_no_other(v, bad):
 
 @compared
 def test_a_row_of_minus_infinities_has_no_distribution():
-    z, labels = rows(600, 2)
+    z, labels = logits_and_labels(600, 2)
     z[0] = -torch.inf
     got = kernels.logit_statistics(z, labels)
     assert torch.isnan(got.log_z).tolist() == torch.isnan(got.entropy).tolist() == [True, False]
@@ -138,7 +139,7 @@ def test_a_row_of_minus_infinities_has_no_distribution():
 @compared
 @pytest.mark.parametrize("v", [1024, 1500, 4099])
 def test_the_likeliest_tokens_need_no_second_pass(v):
-    z, labels = rows(v, 3)
+    z, labels = logits_and_labels(v, 3)
     z[0, -3:] = 50.0  # outside the groups
     values, ids = find_likeliest(z, 16, kernels.logit_statistics(z, labels).group_max)
     expected = z.topk(16)
@@ -150,7 +151,7 @@ def test_the_likeliest_tokens_need_no_second_pass(v):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (7.0, 0.3)])
 def test_probabilities_and_gradient_are_rounded_once(dtype, softcap, scale):
-    z, labels = rows(5000, 3)
+    z, labels = logits_and_labels(5000, 3)
     z[0, 7] = -torch.inf if softcap is None else z[0, 7]
     log_z = kernels.logit_statistics(z, labels).log_z
     q = (z.double() - log_z.double()[:, None]).exp()
@@ -344,7 +345,7 @@ def test_a_position_of_nan_stays_alone(monkeypatch):
 
 @compared
 def test_half_precision_logits_are_not_copied(monkeypatch):
-    """No tensor of a chunk's (C, V) but the two buffers: the float32 logits, and q and the gradient in the products' dtype."""
+    """A chunk has two (C, V) buffers: the float32 logits, and one for q and the gradient in the products' dtype."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     made = []

@@ -9,7 +9,7 @@ F64 = torch.float64
 
 
 def graded(scale, *, n=16, v=300, d=40):
-    """Vectors with a power-law spectrum, and predictions as sure as `scale`: eigenvalues of Q spread over many decades."""
+    """Vectors with a power-law spectrum, and predictions as sure as `scale`: Q's eigenvalues span many decades."""
     g = torch.Generator().manual_seed(0)
     embeddings = torch.randn(v, d, dtype=F64, generator=g) / torch.arange(1, d + 1, dtype=F64)
     logits = scale * torch.randn(n, v, dtype=F64, generator=g)

@@ -241,7 +241,7 @@ def test_nan_hidden_states_give_a_nan_loss_for_the_guard_to_find(kwargs):
     assert torch.isnan(out.loss)
 
 
-# ------------------------------------------------------------------------------------------- the default, and its environment
+# ------------------------------------------------------------------------------ the default, and its environment
 
 
 def wide(n=6, v=1500, h=24, dtype=F64):
@@ -272,7 +272,7 @@ def test_the_default_above_a_thousand_tokens_is_head_and_tail_and_the_whole_voca
 
 
 def test_trained_embeddings_default_to_the_whole_vocabulary():
-    """Head and tail treats the tail's vectors as constants: where their gradient is asked for, it is not the default."""
+    """Head and tail treats the tail's vectors as constants, so it is not the default if their gradient is wanted."""
     hidden, weight, labels = wide()
     a = linear_matrix_cross_entropy(hidden, weight, labels, embeddings=weight)
     b = linear_matrix_cross_entropy(hidden, weight, labels, embeddings=weight, top_k=1500)
@@ -315,7 +315,7 @@ def test_gradients_made_in_the_forward_pass_are_not_offloaded_by_saved_tensor_ho
 
 
 def test_the_gradient_of_the_head_exists_once():
-    """One (V, H) buffer through forward and backward: the gradient made there is handed to `weight.grad`, not copied."""
+    """One (V, H) buffer through forward and backward: the gradient is handed to `weight.grad`, not copied."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     hidden, weight, labels = wide()
@@ -376,7 +376,7 @@ def test_masked_positions_are_dropped_before_the_first_product():
 
 
 def test_float32_follows_float64_through_head_and_tail():
-    """From hopeless to certain positions: the small problem is solved in float64 and the tail is never a difference of sums."""
+    """From hopeless to certain positions: the small problem is float64, and the tail never a difference of sums."""
     for factor in (0.1, 1.0, 3.0, 10.0):
         exact = wide(n=32)
         rough = wide(n=32, dtype=torch.float32)

@@ -116,7 +116,7 @@ def test_more_kept_tokens_than_dimensions_do_not_lose_the_basis_to_rounding(dtyp
 
 @pytest.mark.parametrize("entropy", [1.7, 3.5])
 def test_the_default_holds_one_percent_in_the_value_and_five_in_the_gradient_ten_times_over(entropy):
-    """Where CE <= 2, on vectors with a power-law spectrum and labels drawn from the predictions (table in docs/solvers.md)."""
+    """Where CE <= 2, on vectors with a power-law spectrum and labels drawn from the predictions (docs/solvers.md)."""
     g = torch.Generator().manual_seed(0)
     v, d, n = 1000, 64, 200
     embeddings = torch.randn(v, d, dtype=F64, generator=g) * 1 / torch.arange(1, d + 1, dtype=F64)

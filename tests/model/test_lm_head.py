@@ -14,7 +14,7 @@ from tests.support.tiny import ARCHITECTURES, V, tiny_model
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("embedding_grad", [False, True])
 def test_loss_and_every_gradient_equal_the_dense_reference(name, embedding_grad):
-    """float64, the model's own logits, torch's cross-entropy and the dense MCE on one side; the fused head on the other."""
+    """In float64: the model's own logits, torch's cross-entropy and the dense MCE against the fused LM head."""
     model = tiny_model(name).double().eval()
     ids = torch.randint(3, V, (3, 9), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()

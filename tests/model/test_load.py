@@ -1,4 +1,4 @@
-"""The model's weights (model/load.py): random or from a checkpoint, float32 unless named, strict about their settings."""
+"""The model's weights (model/load.py): random or from a checkpoint, float32 by default, with strict settings."""
 
 import pytest
 import torch

@@ -1,9 +1,8 @@
-"""Trains tiny models with MatrixTrainer on one process or several; writes losses, gradient norms and weights of each case.
+"""Trains tiny models with MatrixTrainer on one process or several; writes losses, gradient norms and weights.
 
-    python tests/support/distributed_run.py         a server: it reads a job as a line of JSON, and answers with a line of
-                                                    JSON: the exit codes of the job's processes
-    accelerate launch ... tests/support/distributed_run.py JOB.json
-                                                    one process of a job, started by a launcher (engines/test_multinode.py)
+    python tests/support/distributed_run.py           a server: a job is a line of JSON in, its answer a line of JSON
+                                                      out, with the exit codes of the job's processes
+    accelerate launch ... distributed_run.py JOB.json one process of a job, for engines/test_multinode.py
 
 The server imports everything once and forks, so that an engine costs only its own seconds. A job:
 
@@ -11,8 +10,8 @@ The server imports everything once and forks, so that an engine costs only its o
  "cases": {"untied": {"architecture": "llama", "per_device_train_batch_size": 4, "deepspeed": "zero3.json"}}}
 
 `models` holds a checkpoint for each architecture, loaded by from_pretrained as in matrix_llm/train.py: whole, under
-zero.Init, or on one process only, as the engine wants it. "lora" adds an adapter, and lists the modules that are trained
-whole as well; "fresh_summary" makes every micro-batch summarise the vocabulary again.
+zero.Init, or on one process only, as the engine wants it. "lora" adds an adapter, and lists the modules that are
+trained whole as well; "fresh_summary" makes every micro-batch summarise the vocabulary again.
 """
 
 import gc
@@ -43,7 +42,7 @@ EMPTY = (3, 12, 40)
 
 
 def data() -> Dataset:
-    """64 rows, so that 8 per step fill an epoch: accelerate completes a ragged end by repeating rows, one process does not."""
+    """64 rows, so that 8 per step fill an epoch: accelerate would complete a ragged end by repeating rows."""
     found = rows(64).to_list()
     for row in (found[i] for i in EMPTY):  # not -100 throughout: TRL drops such a row
         row["labels"] = [row["input_ids"][0], *[-100] * (len(row["input_ids"]) - 1)]

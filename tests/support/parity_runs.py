@@ -17,7 +17,8 @@ STEPS = 20
 REFERENCE = "single"  # one process, eight rows at once, the vocabulary summarised by every micro-batch
 FSDP2 = {  # what `accelerate launch --config_file ds_configs/fsdp2.yaml` puts into the environment
     "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
 }  # fmt: skip
 
 
@@ -39,7 +40,7 @@ ENGINES = {
     "zero3_offload": Engine(deepspeed="zero3_offload"),
     "fsdp2": Engine(env=FSDP2),
 }
-# Settings, and how many rows two processes take at once: 8 rows to a step in all, by accumulation where that is less than 4 each.
+# Settings, and the rows in a micro-batch of two processes: 8 rows per step in all, by accumulation if that is under 4.
 CASES = {
     "untied": ({"architecture": "llama"}, 4),
     "tied, embedding_grad": ({"architecture": "llama_tied", "mce_embedding_grad": True}, 2),
@@ -78,9 +79,8 @@ def job_of(name: str, out: Path, models: Path, cases: tuple[str, ...] = tuple(CA
         rows = min(rows, at_once)
         accumulation = at_once // (rows * engine.processes)
         settings = {**settings, "per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
-        settings["max_steps"] = (
-            5 if case == "packed" else STEPS
-        )  # of one epoch: accelerate fills up its ragged end by repeating rows
+        # within one epoch: accelerate completes a ragged end by repeating rows
+        settings["max_steps"] = 5 if case == "packed" else STEPS
         settings["fresh_summary"] = name == REFERENCE
         if engine.deepspeed:
             settings["deepspeed"] = deepspeed_config(out / f"{engine.deepspeed}.json", engine.deepspeed)
