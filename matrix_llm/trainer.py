@@ -2,14 +2,12 @@
 
 What it adds to `SFTTrainer`, in this order:
 - loss: CE + mce_weight * MCE from model/lm_head.py, divided once by the trained tokens of the whole accumulated batch
-over
-  all ranks, so that accumulation 1 x 8 equals 8 x 1 and two ranks equal one
+  over all ranks, so that accumulation 1 x 8 equals 8 x 1 and two ranks equal one
 - logs: `ce, mce, entropy, mean_token_accuracy, tokens_per_second, mfu, peak_memory_gib, effective_rank`, token-weighted
   over the whole logging window (run/window.py)
-- checkpoints: whole or absent (run/saving.py), with the window of the rows that straddle one
+- checkpoints: whole or absent (run/saving.py), with the logging window that straddles one
 - guards: a non-finite loss on any process stops all of them before the optimizer steps, naming the step, the rows and
-the
-  last checkpoint; packed rows that see each other are refused (model/packing.py)
+  the last checkpoint; packed rows that see each other are refused (model/packing.py)
 """
 
 from __future__ import annotations
@@ -63,8 +61,7 @@ class RowIdCollator:
 
 
 class WatchCallback(TrainerCallback):
-    """Prepares the window, the packing check and the clock when training begins, and measures the LM head's effective
-    rank.
+    """Restores the window, checks packing and starts the clock; measures the LM head's effective rank during training.
 
     The rank is measured at the first step, at the last, and every `effective_rank_steps` between; not in plain SFT
     (mce_weight 0) unless effective_rank_steps asks for it.
@@ -348,7 +345,7 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
         if not bad:
             return
 
-        # 2. which, on what rows, and from where to go on
+        # 2. which losses, on which rows, and what to resume from
         here = [(loss.item(), None if self._row_ids is None else self._row_ids.tolist())]
         found = [each for each in (gather_object(here) if several else here) if not math.isfinite(each[0])]
         rows = [row for _, rows in found for row in rows or []]
@@ -361,8 +358,7 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
         )
 
     def check_packing(self) -> None:
-        """Refuse a model that lets packed rows see each other. Through the engine, with the weights where they
-        train."""
+        """Refuse a model that lets packed rows see each other, through the engine that trains it."""
         if not self.padding_free or self._matrix_head is None:
             return
         base = self._base_model()

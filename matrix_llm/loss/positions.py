@@ -18,7 +18,7 @@ def check_integers(labels: Tensor) -> None:
 
 
 def label_error(label: int, position: int, vocabulary_size: int) -> DataError:
-    """The error to raise for a label that is no token."""
+    """The error to raise for a label that is not a token."""
     return DataError(
         f"label {label} at position {position} is outside the vocabulary of {vocabulary_size}. The tokenizer may have "
         "more tokens than the model has vectors: resize the embeddings, or mask the position with ignore_index."

@@ -1,7 +1,7 @@
 """What the loss is asked for. Made once, from the recipe or from a caller's keywords, and handed down whole.
 
-LossSettings  what the user may write, None where the library chooses
-Solver        the same with every None replaced, for one vocabulary: `LossSettings.solver_for`
+    LossSettings  what the user may write; None lets the library choose
+    Solver        the same with every None replaced, for one vocabulary: `LossSettings.solver_for`
 """
 
 from __future__ import annotations

@@ -340,7 +340,7 @@ def _load_balancing_loss(text_config: PretrainedConfig, router_logits, attention
 
     experts = getattr(text_config, "num_experts", None) or text_config.num_local_experts
     loss = load_balancing_loss_func(router_logits, experts, text_config.num_experts_per_tok, attention_mask)
-    assert isinstance(loss, Tensor)  # 0, an integer, only where there are no router logits
+    assert isinstance(loss, Tensor)  # it is the integer 0 if the model gave no router logits
     return loss
 
 

@@ -1,5 +1,4 @@
-"""The logging window: sums over micro-batches, and the clock of training, from one log to the next. Read by
-trainer.py."""
+"""The logging window: sums over micro-batches, and the clock of training, from one log to the next."""
 
 from __future__ import annotations
 

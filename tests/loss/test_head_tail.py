@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from matrix_llm.information import matrix_log
 from matrix_llm.loss.vocabulary import DIRECTIONS, summarise
 from matrix_llm.mce import token_mce
+from tests.support.predictions import scale_to_entropy
 
 F64 = torch.float64
 
@@ -111,12 +112,7 @@ def test_sixteen_tokens_hold_half_a_percent_in_the_value_and_two_in_the_gradient
         torch.randn(d, dtype=F64, generator=g), dim=0
     )
     logits = (torch.randn(n, d, dtype=F64, generator=g) * scales) @ embeddings.T
-    low, high = 0.0, 1000.0
-    for _ in range(40):  # the temperature of this mean entropy
-        scale = (low + high) / 2
-        found = torch.distributions.Categorical(logits=scale * logits).entropy().mean()
-        low, high = (scale, high) if found > entropy else (low, scale)
-    logits = scale * logits
+    logits = scale_to_entropy(logits, entropy)
     labels = torch.multinomial(logits.softmax(-1), 1, generator=g).squeeze(1)
     keep = F.cross_entropy(logits, labels, reduction="none") <= 2
     results = []

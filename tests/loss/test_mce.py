@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from matrix_llm import mce
 from matrix_llm.information import matrix_cross_entropy
 from matrix_llm.mce import token_mce
+from tests.support.predictions import scale_to_entropy
 
 F64 = torch.float64
 EVERYTHING = {"steps": 999, "sketch_dim": None, "top_k": None}  # krylov until the space is exhausted: exact
@@ -122,12 +123,7 @@ def test_the_default_holds_one_percent_in_the_value_and_five_in_the_gradient_ten
     embeddings = torch.randn(v, d, dtype=F64, generator=g) * 1 / torch.arange(1, d + 1, dtype=F64)
     hidden = torch.randn(n, d, dtype=F64, generator=g) @ torch.diag(1 / torch.arange(1, d + 1, dtype=F64))
     logits = hidden @ embeddings.T
-    low, high = 0.1, 200.0
-    for _ in range(40):  # the temperature of this mean entropy
-        scale = (low + high) / 2
-        found = torch.distributions.Categorical(logits=scale * logits).entropy().mean()
-        low, high = (scale, high) if found > entropy else (low, scale)
-    logits = scale * logits
+    logits = scale_to_entropy(logits, entropy)
     labels = torch.multinomial(logits.softmax(-1), 1, generator=g).squeeze(1)
     keep = F.cross_entropy(logits, labels, reduction="none") <= 2
     exact, exact_grad, _ = value_and_gradients(logits[keep], labels[keep], embeddings, solver="exact")
