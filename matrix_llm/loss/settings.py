@@ -2,6 +2,8 @@
 
     LossSettings  what the user may write; None lets the library choose
     Solver        the same with every None replaced, for one vocabulary: `LossSettings.solver_for`
+
+Defaults are decided in `solver_for` and nowhere else. No tensors here.
 """
 
 from __future__ import annotations
