@@ -71,7 +71,7 @@ def write_test(path: Path, count: int, seed: int) -> list[str]:
 
 def prepare(folder: Path, count: int, tests: list[Path]) -> tuple[Path, list[Path]]:
     """The rows, the test sets and a tokenizer in `folder`."""
-    from matrix_llm.model.load import train_tokenizer
+    from matrix_llm.model.tokenizer import train_tokenizer
 
     planted: list[str] = []
     for size, name in ((1319, "grade_school"), (5000, "competition")) if not tests else ():

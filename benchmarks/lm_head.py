@@ -264,7 +264,7 @@ def training_step(task: dict[str, Any]) -> dict[str, Callable[[], None]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from matrix_llm.config import MatrixConfig
-    from matrix_llm.model.load import train_tokenizer
+    from matrix_llm.model.tokenizer import train_tokenizer
     from matrix_llm.trainer import MatrixTrainer
 
     device, hidden, length = task["device"], task["hidden"], task["length"]

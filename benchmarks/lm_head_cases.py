@@ -98,7 +98,7 @@ def ours(hidden: Tensor, weight: Tensor, labels: Tensor, **kwargs: Any) -> Tenso
 
 def later_micro_batches() -> Loss:
     """Ours as the later micro-batches of an optimizer step run it, with the weight's summary made once, at the first call."""
-    from matrix_llm.loss.head_tail import summarise
+    from matrix_llm.loss.vocabulary import summarise
 
     made: dict[int, Any] = {}
 

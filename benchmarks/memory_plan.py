@@ -127,7 +127,8 @@ def child(recipe_path: Path) -> None:
     from transformers import TrainerCallback
 
     from matrix_llm.config import load_recipe
-    from matrix_llm.model.load import load_model, lora_config
+    from matrix_llm.model.adapters import lora_config
+    from matrix_llm.model.load import load_model
     from matrix_llm.run.prepare import prepare_data
     from matrix_llm.trainer import MatrixTrainer
 

@@ -43,7 +43,7 @@ from matrix_llm.data.readers import Source
 from matrix_llm.data.tokens import Continuation, row_texts
 from matrix_llm.data.wordproblems import Problem, generate
 from matrix_llm.information import effective_rank
-from matrix_llm.loss.solvers import unit_rows
+from matrix_llm.loss.vocabulary import unit_vectors
 from matrix_llm.model.lm_head import head_effective_rank
 from matrix_llm.run.decode import ANSWER_MARKER, final_answer
 from matrix_llm.run.prepare import question_source
@@ -210,7 +210,7 @@ def hidden_effective_rank(model: Any, tokenizer: Any, texts: Sequence[tuple[str,
         for batch in _batches(tokenizer, texts, 100_000, 32):
             ids, mask, labels = (each.to(_device_of(model)) for each in batch)
             hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
-            rows = unit_rows(hidden[labels[:, 1:] != -100], dtype=torch.float32)  # (N, H)
+            rows = unit_vectors(hidden[labels[:, 1:] != -100], dtype=torch.float32)  # (N, H)
             moment += (rows.T @ rows).double()
             count += len(rows)
     return effective_rank(moment / count).item()

@@ -3,7 +3,7 @@
 Zhang, Tan, Yang, Huang, Yuan, "Matrix Information Theory for Self-Supervised Learning", ICML 2024, section 2.
 Everything here takes (..., n, n) float32 or float64 tensors, is differentiable, and needs torch alone.
 
-The one delicate thing is the logarithm's gradient. Autograd through `torch.linalg.eigh` divides by differences of
+The delicate part is the logarithm's gradient. Autograd through `torch.linalg.eigh` divides by differences of
 eigenvalues and gives NaN as soon as two coincide. `matrix_log` uses the Frechet derivative instead (Daleckii & Krein),
 which is finite for repeated and for zero eigenvalues.
 
@@ -35,7 +35,7 @@ Result = TypeVar("Result")
 
 
 def outside_autocast(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Keep products in the inputs' own precision: autocast would round them to bfloat16. Tensors may be given by name."""
+    """Run `function` in the precision of its inputs, given by place or by name: autocast would round to bfloat16."""
 
     @functools.wraps(function)
     def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
@@ -51,8 +51,8 @@ def log_divided_differences(
 ) -> Tensor:
     """F_ij = (log w_i - log w_j) / (w_i - w_j), with F_ii = 1 / w_i: the kernel of the logarithm's Frechet derivative.
 
-    With x = (w_i - w_j) / (w_i + w_j) the quotient is 2 atanh(x) / (x (w_i + w_j)), which loses no digit where the two
-    are close; where they are far apart the difference of logarithms loses none.
+    With x = (w_i - w_j) / (w_i + w_j) the quotient is 2 atanh(x) / (x (w_i + w_j)), which loses no digits where the two
+    are close; where they are far apart, the difference of logarithms loses none.
 
     Returns:
         (..., n, n), symmetric, positive, same dtype.
@@ -87,13 +87,14 @@ def _check_finite(name: str, a: Tensor) -> None:
 
 
 def _psd_eigh(name: str, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues (..., n) ascending, eigenvectors (..., n, n), and the floor (..., 1) below which one counts as zero."""
+    """Eigenvalues (..., n) ascending, eigenvectors (..., n, n), and the floor (..., 1) under which one counts as 0."""
     _check_finite(name, a)
     tolerance = torch.finfo(a.dtype).eps ** 0.5
     asymmetry = (a - a.mT).abs().amax((-2, -1))
     if (asymmetry > tolerance * a.abs().amax((-2, -1))).any():
         raise ValueError(
-            f"{name} is not symmetric: its largest |a - a.T| is {asymmetry.max().item():.3g}. Pass (a + a.T) / 2, or method='taylor'."
+            f"{name} is not symmetric: its largest |a - a.T| is {asymmetry.max().item():.3g}. "
+            "Pass (a + a.T) / 2, or method='taylor'."
         )
     w, u = torch.linalg.eigh(a)
     largest = w[..., -1:].clamp(min=0)
@@ -124,7 +125,7 @@ class _PSDLog(torch.autograd.Function):
         return (u * w.log().unsqueeze(-2)) @ u.mT, w.detach(), u, null
 
     @staticmethod
-    @once_differentiable  # the saved eigenpairs are constants here: a second derivative would be wrong in silence
+    @once_differentiable  # the saved eigenpairs are constants here: a second derivative would be silently wrong
     def backward(ctx, grad: Tensor, *_: Tensor | None) -> Tensor:  # type: ignore[override]
         w, u, null = ctx.saved_tensors
         # The function is constant below the floor, so two null directions do not interact: derivative 0, not 1 / 0.
@@ -133,7 +134,7 @@ class _PSDLog(torch.autograd.Function):
 
 
 def _taylor_log(a: Tensor, order: int) -> Tensor:
-    """-sum_{m=1}^{order} (I - A)^m / m, theorem A.1. Converges where every eigenvalue lies in (0, 2)."""
+    """-sum_{m=1}^{order} (I - A)^m / m, theorem A.1. It converges if every eigenvalue lies in (0, 2)."""
     if order < 1:
         raise ValueError(f"order={order}, but the Taylor series of the logarithm starts at order 1.")
     residual = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device) - a
@@ -151,11 +152,11 @@ def matrix_log(a: Tensor, *, method: str = "eigh", order: int = 4) -> Tensor:
     Args:
         a: (..., n, n) float32 or float64; symmetric PSD for "eigh", any square matrix for "taylor".
         method: "eigh", exact; or "taylor", -sum_{m=1}^{order} (I - A)^m / m, accurate only near the identity.
-        order: terms of the series; used by "taylor" alone.
+        order: terms of the series, at least 1; "taylor" only.
 
     Returns:
-        (..., n, n), same dtype. An eigenvalue at or below n * eps * (the largest one) counts as zero and its logarithm is
-        that of this floor, so that traces follow 0 log 0 = 0. The gradient is the Frechet derivative
+        (..., n, n), same dtype. An eigenvalue at or below n * eps * (the largest one) counts as zero, and its logarithm
+        is that of this floor, so that traces follow 0 log 0 = 0. The gradient is the Frechet derivative
         U (F o (U^T G U)) U^T with F from `log_divided_differences`, zero between two null directions; always finite.
 
     Raises:
@@ -225,7 +226,8 @@ def matrix_cross_entropy(p: Tensor, q: Tensor, *, method: str = "eigh", order: i
     _check_square("q", q)
     if p.shape[-1] != q.shape[-1] or p.dtype != q.dtype:
         raise ValueError(
-            f"p is {tuple(p.shape)} {p.dtype} and q is {tuple(q.shape)} {q.dtype}, but both must be (..., n, n) of one n and one dtype."
+            f"p is {tuple(p.shape)} {p.dtype} and q is {tuple(q.shape)} {q.dtype}, but both must be (..., n, n) "
+            "of one n and one dtype."
         )
     _check_finite("p", p)
     log_q, spectrum = _log(q, method, order)
@@ -240,7 +242,7 @@ def matrix_cross_entropy(p: Tensor, q: Tensor, *, method: str = "eigh", order: i
 
 
 def matrix_kl(p: Tensor, q: Tensor) -> Tensor:
-    """MKL(P || Q) = tr(P log P - P log Q - P + Q), definition 2.2. Never negative, zero iff P = Q, jointly convex.
+    """MKL(P || Q) = tr(P log P - P log Q - P + Q), definition 2.2. Non-negative, zero iff P = Q, jointly convex.
 
     Args:
         p, q: (..., n, n) symmetric PSD, float32 or float64, broadcast together.
@@ -248,7 +250,8 @@ def matrix_kl(p: Tensor, q: Tensor) -> Tensor:
     Returns:
         (...) in nats; `inf` where P has mass outside the range of Q.
 
-    >>> round(matrix_kl(torch.eye(2, dtype=torch.float64), 2 * torch.eye(2, dtype=torch.float64)).item(), 6)  # 2 (1 - log 2)
+    >>> eye = torch.eye(2, dtype=torch.float64)
+    >>> round(matrix_kl(eye, 2 * eye).item(), 6)  # 2 (1 - log 2)
     0.613706
     """
     return matrix_cross_entropy(p, q) - matrix_entropy(p)

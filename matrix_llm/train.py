@@ -79,7 +79,8 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
 
     from matrix_llm.base.files import read_jsonl
     from matrix_llm.data.prompts import resolve_template
-    from matrix_llm.model.load import load_config, load_model, lora_config
+    from matrix_llm.model.adapters import lora_config
+    from matrix_llm.model.load import load_config, load_model
     from matrix_llm.plan.steps import describe_loss, plan_steps
     from matrix_llm.publish.push import model_card, versions
     from matrix_llm.run.decode import AccuracyCallback, measure_accuracy

@@ -25,7 +25,7 @@ SENTENCES = [
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """A byte-level BPE of 300 tokens, as matrix_llm.model.load trains it."""
-    from matrix_llm.model.load import train_tokenizer
+    from matrix_llm.model.tokenizer import train_tokenizer
 
     return train_tokenizer(SENTENCES, 300)
 

@@ -1,4 +1,4 @@
-"""MatrixTrainer against SFTTrainer and against the dense reference, on tiny random models of many architectures."""
+"""MatrixTrainer against SFTTrainer, step by step, on tiny random models."""
 
 import json
 
@@ -11,17 +11,11 @@ from trl import SFTConfig, SFTTrainer
 
 from matrix_llm.base.errors import NonFiniteLossError
 from matrix_llm.config import MatrixConfig
-from matrix_llm.mce import token_mce
-from matrix_llm.model.lm_head import (
-    MatrixLossOptions,
-    add_matrix_head,
-    check_head,
-    head_effective_rank,
-    logit_transform,
-)
-from matrix_llm.model.load import train_tokenizer
+from matrix_llm.loss.settings import LossSettings
+from matrix_llm.model.lm_head import add_matrix_head
+from matrix_llm.model.tokenizer import train_tokenizer
 from matrix_llm.trainer import MatrixTrainer
-from tests.support.tiny import ARCHITECTURES, V, config, rows, tiny_model, train
+from tests.support.tiny import config, rows, tiny_model, train
 
 
 def history(trainer, key):
@@ -35,107 +29,6 @@ def weights(trainer):
 def assert_same_weights(a, b, atol=0.0):
     for name, value in a.items():
         torch.testing.assert_close(value, b[name], atol=atol, rtol=0)
-
-
-# ------------------------------------------------------------------------------------------------- the head, any architecture
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("embedding_grad", [False, True])
-def test_loss_and_every_gradient_equal_the_dense_reference(name, embedding_grad):
-    """float64, the model's own logits, torch's cross-entropy and the dense MCE on one side; the fused head on the other."""
-    model = tiny_model(name).double().eval()
-    ids = torch.randint(3, V, (3, 9), generator=torch.Generator().manual_seed(1))
-    labels = ids.clone()
-    labels[:, :3] = -100
-    labels[1] = -100
-    mask = torch.ones_like(ids)
-
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-    keep = labels[:, 1:] != -100
-    head = model.get_output_embeddings().weight
-    kept, target = logits[keep], labels[:, 1:][keep]
-    mce = token_mce(kept, target, head if embedding_grad else head.detach(), solver="exact")
-    reference = F.cross_entropy(kept, target, reduction="sum") + 0.5 * mce.sum()
-    expected = torch.autograd.grad(reference, list(model.parameters()), allow_unused=True)
-
-    add_matrix_head(model, MatrixLossOptions(0.5, "krylov", 99, 4, None, None, "lm_head", embedding_grad))
-    out = model(input_ids=ids, attention_mask=mask, labels=labels, matrix_loss=True)
-    torch.testing.assert_close(out.loss_sum, reference)
-    torch.testing.assert_close(out.matrix_cross_entropy[keep], mce.detach())
-    assert (out.cross_entropy[~keep] == 0).all()
-    got = torch.autograd.grad(out.loss_sum, list(model.parameters()), allow_unused=True)
-    for (parameter, _), a, b in zip(model.named_parameters(), got, expected, strict=True):
-        assert (a is None) == (b is None), parameter
-        if a is not None:
-            torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-7, msg=lambda m, p=parameter: f"{p}: {m}")
-
-
-def test_scale_and_cap_are_read_from_the_config():
-    assert logit_transform(tiny_model("gemma2").config) == (1.0, 5.0)
-    assert logit_transform(tiny_model("cohere").config) == (0.0625, None)
-    assert logit_transform(tiny_model("granite").config) == (0.25, None)
-    assert logit_transform(tiny_model("llama").config) == (1.0, None)
-
-
-def test_a_model_that_does_more_to_its_logits_is_refused():
-    model = tiny_model("llama")
-    check_head(model)
-    original = model.forward
-
-    def forward(*args, **kwargs):
-        out = original(*args, **kwargs)
-        out.logits = out.logits * 1.5
-        return out
-
-    model.forward = forward
-    with pytest.raises(ValueError, match="mce_weight: 0"):
-        check_head(model)
-
-
-def test_forward_without_the_keyword_is_untouched():
-    model = tiny_model().eval()
-    ids = torch.arange(3, 11).unsqueeze(0)
-    before = model(input_ids=ids).logits
-    add_matrix_head(model, MatrixLossOptions(1.0, "krylov", None, 4, None, None, "lm_head", False))
-    assert torch.equal(model(input_ids=ids).logits, before)
-    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 11)
-
-
-def test_effective_rank_of_the_head_lies_between_collapse_and_isotropy():
-    model = tiny_model()
-    assert 16 < head_effective_rank(model) <= 32
-    model.lm_head.weight.data[:] = 1.0
-    assert head_effective_rank(model) == pytest.approx(1.0, abs=1e-3)
-
-
-def test_embeddings_from_the_input_table_or_a_file(tmp_path):
-    from safetensors.torch import save_file
-
-    model = tiny_model()
-    ids = torch.randint(3, V, (2, 6))
-    for source, table in (
-        ("input", model.get_input_embeddings().weight),
-        (str(tmp_path / "e.safetensors"), torch.randn(V, 7)),
-    ):
-        if source != "input":
-            save_file({"embeddings": table}, source)
-        fresh = tiny_model()
-        add_matrix_head(fresh, MatrixLossOptions(1.0, "exact", None, 4, None, None, source, False))
-        out = fresh(input_ids=ids, labels=ids, matrix_loss=True)
-        expected = token_mce(
-            fresh(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), table.detach(), solver="exact"
-        )
-        torch.testing.assert_close(out.matrix_cross_entropy.flatten(), expected.detach(), rtol=1e-4, atol=1e-5)
-    save_file({"embeddings": torch.randn(5, 7)}, str(tmp_path / "short.safetensors"))
-    with pytest.raises(ValueError, match=rf"\(5, 7\).*{V} rows"):
-        add_matrix_head(
-            tiny_model(),
-            MatrixLossOptions(1.0, "exact", None, 4, None, None, str(tmp_path / "short.safetensors"), False),
-        )
-
-
-# ------------------------------------------------------------------------------------------------------------------- the trainer
 
 
 def test_weight_zero_is_sft_trainer_to_the_last_bit(tmp_path, tiny_tokenizer):
@@ -208,7 +101,8 @@ def test_accumulation_1x8_equals_8x1(tmp_path, tiny_tokenizer):
 def test_a_step_logs_every_promised_name(tmp_path, tiny_tokenizer):
     trainer = train(tmp_path, tiny_tokenizer)
     entry = trainer.state.log_history[0]
-    names = "loss ce mce entropy mean_token_accuracy grad_norm learning_rate tokens_per_second peak_memory_gib effective_rank num_tokens"
+    names = "loss ce mce entropy mean_token_accuracy grad_norm learning_rate num_tokens"
+    names += " tokens_per_second peak_memory_gib effective_rank"
     assert set(names.split()) <= set(entry)
     assert "effective_rank" not in trainer.state.log_history[1]
     assert "effective_rank" in trainer.state.log_history[3]
@@ -320,35 +214,6 @@ def test_bf16_autocast_keeps_float32_master_weights_and_nearly_the_loss(tmp_path
     assert history(full, "loss") == pytest.approx(history(half, "loss"), rel=3e-2)
 
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
-    ),
-]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_head_and_tail_under_autocast_is_nearly_that_in_float32(device):
-    """A vocabulary above 1,024, so that the summary of it is made where the trainer makes it: inside autocast."""
-    model = tiny_model(vocab_size=1100).to(device)
-    add_matrix_head(model, MatrixLossOptions(1.0, "krylov", None, 4, None, None, "lm_head", False))
-    ids = torch.randint(3, 1100, (2, 12), generator=torch.Generator().manual_seed(1)).to(device)
-
-    def step(autocast):
-        model.zero_grad()
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
-            out = model(input_ids=ids, labels=ids, matrix_loss=True)
-        out.loss_sum.backward()
-        return out, model.lm_head.weight.grad.clone()
-
-    (full, expected), (half, got) = step(False), step(True)
-    torch.testing.assert_close(half.loss_sum, full.loss_sum, rtol=2e-2, atol=0)
-    torch.testing.assert_close(half.matrix_cross_entropy, full.matrix_cross_entropy, rtol=0.1, atol=0.1)
-    assert got.dtype == torch.float32
-    assert (got - expected).norm() < 0.05 * expected.norm()
-
-
 def test_lora_trains_the_adapter_and_leaves_the_head(tmp_path, tiny_tokenizer):
     model = tiny_model()
     before = model.lm_head.weight.detach().clone()
@@ -381,8 +246,8 @@ def test_lora_on_the_head_is_refused(tmp_path, tiny_tokenizer):
         )  # fmt: skip
 
 
-def test_a_custom_loss_beside_mce_is_refused(tmp_path, tiny_tokenizer):
-    with pytest.raises(ValueError, match="compute_loss_func"):
+def test_a_custom_loss_together_with_mce_is_refused(tmp_path, tiny_tokenizer):
+    with pytest.raises(ValueError, match=r"mce_weight=1.0.*compute_loss_func.*mce_weight: 0"):
         MatrixTrainer(
             tiny_model(),
             MatrixConfig(**config(tmp_path)),
@@ -418,7 +283,92 @@ def test_a_trainer_whose_model_a_later_one_took_over_says_so(tmp_path):
         )
         for weight in (1.0, 3.0)
     )
-    with pytest.raises(RuntimeError, match="another MatrixTrainer"):
+    with pytest.raises(RuntimeError, match=r"another MatrixTrainer.*mce_"):
         first.train()
     second.train()
-    assert second._head_state.step is None  # the weights are anybody's again
+
+
+def test_the_vocabulary_is_read_again_once_training_has_ended(tmp_path, tiny_tokenizer):
+    """The weights may change then, and nobody counts steps: a summary of the last step would be of other weights."""
+    model = tiny_model(vocab_size=1100)  # above 1,024, so that the default keeps 16 tokens and summarises the others
+    trainer = train(tmp_path, tiny_tokenizer, model=model, max_steps=1)
+    batch = {"input_ids": torch.arange(3, 13).unsqueeze(0), "labels": torch.arange(3, 13).unsqueeze(0)}
+    with torch.no_grad():
+        before = trainer.model(**batch, matrix_loss=True).matrix_cross_entropy
+        model.lm_head.weight.copy_(torch.randn(1100, 32, generator=torch.Generator().manual_seed(5)))
+        after = trainer.model(**batch, matrix_loss=True).matrix_cross_entropy
+        fresh = tiny_model(vocab_size=1100)
+        fresh.load_state_dict(model.state_dict())
+        add_matrix_head(fresh, LossSettings(steps=32))
+        expected = fresh(**batch, matrix_loss=True).matrix_cross_entropy
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, expected)
+
+
+# --------------------------------------------------------------------------------- batches without tokens, and mixtures
+
+
+@pytest.mark.parametrize("count", [None, 0])
+def test_a_batch_without_a_trained_token_has_loss_zero(tmp_path, tiny_tokenizer, count):
+    """Its sum is 0 and so is its count: 0 / 0 would be NaN, and stop the run."""
+    trainer = MatrixTrainer(
+        tiny_model(), MatrixConfig(**config(tmp_path)), train_dataset=rows(), processing_class=tiny_tokenizer
+    )
+    batch = trainer.data_collator([{**row, "labels": [-100] * len(row["labels"])} for row in rows(2).to_list()])
+    count = None if count is None else torch.tensor(count)
+    assert trainer.compute_loss(trainer.model, batch, num_items_in_batch=count) == 0
+
+
+def balanced(tmp_path, tokenizer, **settings):
+    return MatrixTrainer(
+        tiny_model("mixtral"),
+        MatrixConfig(**config(tmp_path, average_tokens_across_devices=False, **settings)),
+        train_dataset=rows(),
+        processing_class=tokenizer,
+    )
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_load_balancing_loss_of_a_mixture_enters_value_and_gradient(tmp_path, tiny_tokenizer, accumulation):
+    """coefficient * (the model's own aux_loss) / accumulation in each micro-batch, and its gradient in the router."""
+    found = []
+    for coefficient in (0.0, 0.5):
+        trainer = balanced(tmp_path / str(coefficient), tiny_tokenizer, router_aux_loss_coef=coefficient)
+        trainer.current_gradient_accumulation_steps = accumulation
+        batch = trainer.data_collator(rows(4).to_list())
+        loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(20))
+        found.append((loss, torch.autograd.grad(loss, router(trainer.model))[0]))
+    inputs = {key: value for key, value in batch.items() if key != "row_id"}
+    aux_loss = trainer.model(**inputs, output_router_logits=True, use_cache=False).aux_loss
+    (without, plain), (with_aux, balancing) = found
+    torch.testing.assert_close(with_aux - without, 0.5 * aux_loss / accumulation, rtol=1e-4, atol=1e-5)
+    (expected,) = torch.autograd.grad(0.5 * aux_loss / accumulation, router(trainer.model))
+    assert expected.abs().max() > 1e-4
+    torch.testing.assert_close(balancing - plain, expected, rtol=1e-3, atol=1e-5)
+
+
+def router(model):
+    return next(p for name, p in model.named_parameters() if name.endswith(("gate.weight", "router.weight")))
+
+
+def test_the_load_balancing_loss_is_averaged_over_the_accumulation(tmp_path, tiny_tokenizer):
+    """Logged loss = CE + MCE + coefficient * (the mean aux_loss of the step's micro-batches)."""
+    added = []
+    for coefficient in (0.0, 0.5):
+        trainer = balanced(
+            tmp_path / str(coefficient),
+            tiny_tokenizer,
+            router_aux_loss_coef=coefficient,
+            max_steps=1,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=4,
+        )
+        seen = []
+        hook = trainer.model.register_forward_hook(lambda *args, seen=seen: seen.append(args[-1].aux_loss))
+        trainer.train()
+        hook.remove()
+        loss, ce, mce = (history(trainer, key)[0] for key in ("loss", "ce", "mce"))
+        added.append(loss - ce - mce)
+    assert len(seen) == 4
+    assert added[0] == pytest.approx(0, abs=1e-5)
+    assert added[1] == pytest.approx(0.5 * torch.stack(seen).mean().item(), rel=1e-4)

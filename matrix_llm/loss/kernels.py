@@ -1,17 +1,18 @@
-"""The loss's element-wise work and its small problems as Triton kernels, for a GPU (fused.py says when).
+"""The loss's element-wise work and its small problems as Triton kernels, for a GPU (fused.py and solvers.py say when).
 
-    row_statistics    one read of the logits: log-sum-exp, entropy, the largest logit, the target's, and maxima of groups
+    logit_statistics  one read of the logits: log-sum-exp, entropy, the largest logit, the label's, and maxima of groups
     probabilities     one read of the logits, one write of q in the products' dtype
     logit_gradient    one read of the logits, one write of the gradient over q
-    solve_head_tail   one read of the head's rows: their Gram matrices; then a warp a position for Lanczos, the tridiagonal
-                      eigenproblem and its logarithm, all in registers
+    solve_head_tail   one read of the kept vectors: their Gram matrices; then one warp or a few per position for
+                      Lanczos, the tridiagonal eigenproblem and its logarithm, all in registers
 
-What they compute is what head_tail.py, krylov.py and information.py compute, and the tests hold them to it. Nothing here waits for
-the device: no value is read on the host, the eigenproblem takes a fixed number of sweeps (torch.linalg.eigh asks the device how
-it went). Statistics are float32 and the small problem float64, whatever the inputs.
+They compute what fused.py, head_tail.py, krylov.py and information.py compute, and the tests hold them to it. Nothing
+here waits for the device: no value is read on the host, and the eigenproblem takes a fixed number of sweeps
+(torch.linalg.eigh asks the device whether it converged). Statistics are float32 and the small problem float64, whatever
+the inputs.
 
-Legend: C positions, V vocabulary, D embedding width, S head tokens, P directions, K Lanczos steps; n = S + P padded to N, K to KP,
-both powers of two.
+Legend: C positions, V vocabulary, D embedding width, S kept tokens, P directions, K Lanczos steps; n = S + P is padded
+to N and K to KP, both powers of two.
 """
 
 from __future__ import annotations
@@ -24,18 +25,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from matrix_llm.loss.head_tail import GROUPS, HeadTail, VocabularySummary
+from matrix_llm.loss.head_tail import HeadTail
 from matrix_llm.loss.krylov import EIGENVALUE_FLOOR
+from matrix_llm.loss.vocabulary import GROUPS, VocabularySummary
 
-MOST_HEAD, MOST_STEPS = 64, 16  # beyond them the tiles no longer fit the registers
-LEVELS = 4  # rows of GROUPS logits that one program holds at a time, and as many on their way
+MOST_KEPT, MOST_STEPS = 64, 16  # beyond them the tiles no longer fit the registers
+LEVELS = 4  # of GROUPS logits each: what one program holds at a time, with as many on their way
 BLOCK = 4096  # logits of one element-wise program
 
-# ------------------------------------------------------------------------------------------------------ wide rows
+# ------------------------------------------------------------------------------------------------------ wide logits
 
 
 @triton.jit(do_not_specialize_on_alignment=["labels"])
-def _statistics(
+def statistics_kernel(
     z,  # (C, V)
     labels,  # (C,)
     largest,  # (C,)
@@ -48,9 +50,9 @@ def _statistics(
     GROUPS: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
-    """Online softmax: the sums are kept an element a slot of the tile, and rescaled where a larger logit turns up."""
-    row = tl.program_id(0).to(tl.int64)
-    z += row * stride
+    """Online softmax: each slot of the tile has its own sums, and all are rescaled whenever a larger logit turns up."""
+    position = tl.program_id(0).to(tl.int64)
+    z += position * stride
     group = tl.arange(0, GROUPS)[None, :]
     level = tl.arange(0, LEVELS)[:, None]
     depth = vocabulary // GROUPS  # of whole levels: the groups leave the rest out
@@ -77,46 +79,46 @@ def _statistics(
     moment_all = tl.sum(tl.sum(moment, 1), 0)
     log_total = tl.log(total_all)
     defined = top > float("-inf")  # there is no distribution where all logits are -inf
-    tl.store(largest + row, tl.where(total_all == total_all, top, float("nan")))
-    tl.store(log_z + row, tl.where(defined, top + log_total, float("nan")))
-    tl.store(entropy + row, tl.where(defined, log_total - moment_all / total_all, float("nan")))
-    tl.store(of_label + row, tl.load(z + tl.load(labels + row)).to(tl.float32))
+    tl.store(largest + position, tl.where(total_all == total_all, top, float("nan")))
+    tl.store(log_z + position, tl.where(defined, top + log_total, float("nan")))
+    tl.store(entropy + position, tl.where(defined, log_total - moment_all / total_all, float("nan")))
+    tl.store(of_label + position, tl.load(z + tl.load(labels + position)).to(tl.float32))
     broken = tl.max((best != best).to(tl.int32), 0) > 0  # tl.max passes over NaN
-    tl.store(group_max + row * GROUPS + tl.arange(0, GROUPS), tl.where(broken, float("nan"), tl.max(best, 0)))
+    tl.store(group_max + position * GROUPS + tl.arange(0, GROUPS), tl.where(broken, float("nan"), tl.max(best, 0)))
 
 
 @triton.jit
-def _probabilities(z, log_z, out, stride, out_stride, vocabulary, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+def probabilities_kernel(z, log_z, out, stride, out_stride, vocabulary, BLOCK: tl.constexpr):
+    position = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < vocabulary
-    x = tl.load(z + row * stride + at, mask=inside, other=0.0).to(tl.float32)
-    q = tl.exp(x - tl.load(log_z + row))
-    tl.store(out + row * out_stride + at, q.to(out.dtype.element_ty), mask=inside)
+    x = tl.load(z + position * stride + at, mask=inside, other=0.0).to(tl.float32)
+    q = tl.exp(x - tl.load(log_z + position))
+    tl.store(out + position * out_stride + at, q.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize_on_alignment=["factor"])
-def _gradient(
+def gradient_kernel(
     z, log_z, factor, out, stride, out_stride, vocabulary, cap, scale, CAPPED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    row = tl.program_id(0).to(tl.int64)
+    position = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < vocabulary
-    x = tl.load(z + row * stride + at, mask=inside, other=0.0).to(tl.float32)
-    g = tl.exp(x - tl.load(log_z + row)) * (tl.load(factor + row) * scale)
+    x = tl.load(z + position * stride + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.exp(x - tl.load(log_z + position)) * (tl.load(factor + position) * scale)
     if CAPPED:
         g = g * (1.0 - (x / cap) * (x / cap))
-    tl.store(out + row * out_stride + at, g.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + position * out_stride + at, g.to(out.dtype.element_ty), mask=inside)
 
 
 # -------------------------------------------------------------------------------------------------- small problems
 
 
-@triton.jit(do_not_specialize_on_alignment=["ids"])
-def _gram(
-    source,  # (V, D)
+@triton.jit(do_not_specialize_on_alignment=["kept"])
+def gram_kernel(
+    vectors,  # (V, D)
     inverse_norm,  # (V,)
-    ids,  # (C, S)
+    kept,  # (C, S)
     out,  # (C, S, S) float32
     stride,
     width,
@@ -124,25 +126,25 @@ def _gram(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gram matrices of unit rows. Rows are brought near norm 1 by a power of two, which rounds nothing in any dtype, and by the
-    rest of 1 / |row| after the product: no square overflows or vanishes."""
+    """Gram matrices of unit vectors. Each vector is brought near norm 1 by a power of two, which rounds nothing in any
+    dtype, and by the rest of 1 / |vector| after the product, so that no square overflows or vanishes."""
     position = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, TILE)
-    of_head = slot < S
-    id = tl.load(ids + position * S + slot, mask=of_head, other=0)
-    inverse = tl.load(inverse_norm + id, mask=of_head, other=0.0)
+    is_kept = slot < S
+    token = tl.load(kept + position * S + slot, mask=is_kept, other=0)
+    inverse = tl.load(inverse_norm + token, mask=is_kept, other=0.0)
     power = (inverse.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # its exponent alone
     rest = tl.where(inverse == 0.0, 0.0, inverse / tl.where(power == 0.0, 1.0, power))
-    rows = source + id[:, None] * stride
+    start_of = vectors + token[:, None] * stride
     total = tl.zeros((TILE, TILE), tl.float32)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        x = tl.load(rows + column[None, :], mask=of_head[:, None] & (column < width)[None, :], other=0.0)
-        x = (x.to(tl.float32) * power[:, None]).to(source.dtype.element_ty)
+        x = tl.load(start_of + column[None, :], mask=is_kept[:, None] & (column < width)[None, :], other=0.0)
+        x = (x.to(tl.float32) * power[:, None]).to(vectors.dtype.element_ty)
         total = tl.dot(x, tl.trans(x), total, input_precision="ieee")
     total = total * (rest[:, None] * rest[None, :])
     at = out + position * S * S + slot[:, None] * S + slot[None, :]
-    tl.store(at, total, mask=of_head[:, None] & of_head[None, :])
+    tl.store(at, total, mask=is_kept[:, None] & is_kept[None, :])
 
 
 @triton.jit
@@ -167,7 +169,7 @@ def _multiply(a, b, KP: tl.constexpr):
 def _eigen(t, KP: tl.constexpr, SWEEPS: tl.constexpr):
     """(T in its eigenbasis, the eigenvectors in columns) of a symmetric T (KP, KP), by Jacobi's rotations.
 
-    A round turns the KP / 2 disjoint pairs (i, i ^ m) at once, and KP - 1 rounds, m = 1 .. KP - 1, are a sweep over all pairs.
+    A round rotates KP / 2 disjoint pairs (i, i ^ m) at once; KP - 1 rounds, m = 1 .. KP - 1, sweep over all pairs.
     """
     index = tl.arange(0, KP)
     row, column = index[:, None], index[None, :]
@@ -209,16 +211,16 @@ def _divided_differences(w_row, w_column):
     return tl.where(near, 2.0 / total * series, (tl.log(w_row) - tl.log(w_column)) / tl.where(near, 1.0, difference))
 
 
-@triton.jit(do_not_specialize_on_alignment=["q", "ids", "labels", "moments"])
-def _solve(
-    gram,  # (C, S, S) of the head's unit rows
+@triton.jit(do_not_specialize_on_alignment=["q", "kept", "labels", "moments"])
+def solve_kernel(
+    gram,  # (C, S, S) of the kept unit vectors
     q,  # (C, S)
-    ids,  # (C, S)
+    kept,  # (C, S)
     labels,  # (C,)
-    moments,  # (C, P (P + 1) / 2 + 1), rows `stride` apart
+    moments,  # (C, P (P + 1) / 2 + 1), positions `stride` apart
     coordinates,  # (V, P)
     value,  # (C,)
-    at_ids,  # (C, S)
+    at_kept,  # (C, S)
     tail,  # (C,)
     stride,
     width,
@@ -231,22 +233,29 @@ def _solve(
     NOISE: tl.constexpr,
     FLOOR: tl.constexpr,
 ):
-    """head_tail._solve_block for one position; names as there."""
+    """What `head_tail.solve_by_torch` does, for one position; names as there."""
     position = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, N)
-    of_head, of_tail = slot < S, (slot >= S) & (slot < S + P)
+    is_kept, is_direction = slot < S, (slot >= S) & (slot < S + P)
     r, c = slot[:, None], slot[None, :]
-    id = tl.load(ids + position * S + slot, mask=of_head, other=-1)
-    p_r = tl.load(q + position * S + slot, mask=of_head, other=0.0).to(tl.float64)
-    head_r, head_c, tail_r, tail_c = of_head[:, None], of_head[None, :], of_tail[:, None], of_tail[None, :]
-    # Symmetric to the last bit: rounding that differs above and below the diagonal disturbs Lanczos a thousand times more.
+    token = tl.load(kept + position * S + slot, mask=is_kept, other=-1)
+    p_r = tl.load(q + position * S + slot, mask=is_kept, other=0.0).to(tl.float64)
+    kept_r, kept_c, direction_r, direction_c = (
+        is_kept[:, None],
+        is_kept[None, :],
+        is_direction[:, None],
+        is_direction[None, :],
+    )
+    # Symmetric to the last bit: rounding that differs above and below the diagonal disturbs Lanczos 1,000 times more.
     low, high = tl.minimum(r, c), tl.maximum(r, c)
-    g = tl.load(gram + position * S * S + high * S + low, mask=head_r & head_c, other=0.0)
-    g += tl.load(coordinates + id[:, None] * P + (c - S), mask=head_r & tail_c, other=0.0)
-    g += tl.load(coordinates + id[None, :] * P + (r - S), mask=tail_r & head_c, other=0.0)
-    g += tl.where((r == c) & tail_r, 1.0, 0.0)
+    g = tl.load(gram + position * S * S + high * S + low, mask=kept_r & kept_c, other=0.0)
+    g += tl.load(coordinates + token[:, None] * P + (c - S), mask=kept_r & direction_c, other=0.0)
+    g += tl.load(coordinates + token[None, :] * P + (r - S), mask=direction_r & kept_c, other=0.0)
+    g += tl.where((r == c) & direction_r, 1.0, 0.0)
     moments += position * stride
-    b = tl.load(moments + (low - S) * (2 * P - (low - S) + 1) // 2 + high - low, mask=tail_r & tail_c, other=0.0)
+    b = tl.load(
+        moments + (low - S) * (2 * P - (low - S) + 1) // 2 + high - low, mask=direction_r & direction_c, other=0.0
+    )
     mass = tl.load(moments + P * (P + 1) // 2).to(tl.float64)
     trace = tl.sum(tl.sum(tl.where(r == c, b, 0.0).to(tl.float64), 1), 0)
     even = (mass - trace) / tl.maximum(width - P, 1).to(tl.float64)  # c; with P = D nothing is left to spread
@@ -258,18 +267,18 @@ def _solve(
     spread = tl.zeros((KP, N), tl.float64)  # Q_tail v in coefficients
     alphas = tl.full((KP,), 1.0, tl.float64)
     betas = tl.zeros((KP,), tl.float64)
-    a = tl.where(of_head & (id == tl.load(labels + position)), 1.0, 0.0).to(tl.float64)
+    a = tl.where(is_kept & (token == tl.load(labels + position)), 1.0, 0.0).to(tl.float64)
     u = _apply(g, a)
     alive = tl.where(tl.sum(a * u, 0) < 0.5, 0, 1)  # NaN lives on and must stay NaN
     for k in range(K):
         here = k_index == k
-        shared = _apply(b, u) + even * (a - tl.where(of_tail, u, 0.0))
+        shared = _apply(b, u) + even * (a - tl.where(is_direction, u, 0.0))
         coefficients = tl.where(here[:, None], a[None, :], coefficients)
         products = tl.where(here[:, None], u[None, :], products)
         spread = tl.where(here[:, None], shared[None, :], spread)
         residual = p_r * u + shared
         alphas = tl.where(here & (alive > 0), tl.sum(u * residual, 0), alphas)
-        for _ in range(2):  # against every earlier vector, twice: rounding would let them creep back in
+        for _ in range(2):  # against all earlier vectors, and once more: rounding lets them creep back in
             overlap = tl.sum(products * residual[None, :], 1)
             residual = residual - tl.sum(coefficients * overlap[:, None], 0)
         u = _apply(g, residual)
@@ -294,25 +303,25 @@ def _solve(
     kernel = _divided_differences(w_row, w_column) * first[:, None] * first[None, :]
     derivative = _multiply(_multiply(z, kernel, KP), tl.trans(z), KP)  # M
     moved = _multiply(derivative, products, KP)
-    tl.store(at_ids + position * S + slot, -tl.sum(moved * products, 0).to(tl.float32), mask=of_head)
+    tl.store(at_kept + position * S + slot, -tl.sum(moved * products, 0).to(tl.float32), mask=is_kept)
     tl.store(tail + position, -tl.sum(tl.sum(moved * spread, 1), 0).to(tl.float32))
 
 
 # -------------------------------------------------------------------------------------------------------- wrappers
 
 
-class RowStatistics(NamedTuple):
-    """Of each row of logits; float32. NaN where the row holds NaN or +inf, or nothing but -inf."""
+class LogitStatistics(NamedTuple):
+    """Of each position's logits, in float32. NaN where they hold NaN or +inf, or nothing but -inf."""
 
     largest: Tensor  # (C,)
     log_z: Tensor  # (C,) log sum exp
     entropy: Tensor  # (C,) nats
     of_label: Tensor  # (C,) the label's logit
-    group_max: Tensor  # (C, GROUPS) for head_tail.likeliest
+    group_max: Tensor  # (C, GROUPS) for vocabulary.find_likeliest
 
 
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
+def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The tensor's device made current: Triton launches on the current one, which may be another."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
@@ -320,37 +329,37 @@ def _power_of_two(n: int, least: int = 1) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-def row_statistics(
-    z: Tensor,  # (C, V) rows contiguous
+def logit_statistics(
+    z: Tensor,  # (C, V) each position contiguous
     labels: Tensor,  # (C,)
-) -> RowStatistics:
+) -> LogitStatistics:
     """One read of the logits."""
     positions, vocabulary = z.shape
     largest, log_z, entropy, of_label = (torch.empty(positions, dtype=torch.float32, device=z.device) for _ in range(4))
     group_max = torch.empty(positions, GROUPS, dtype=torch.float32, device=z.device)
-    with _on(z):
-        _statistics[(positions,)](
+    with _device_of(z):
+        statistics_kernel[(positions,)](
             z, labels.contiguous(), largest, log_z, entropy, of_label, group_max, z.stride(0), vocabulary,
             GROUPS=GROUPS, LEVELS=LEVELS, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
-    return RowStatistics(largest, log_z, entropy, of_label, group_max)
+    return LogitStatistics(largest, log_z, entropy, of_label, group_max)
 
 
 def probabilities(
-    z: Tensor,  # (C, V) rows contiguous
+    z: Tensor,  # (C, V) each position contiguous
     log_z: Tensor,  # (C,)
     out: Tensor,  # (C, V) of any float dtype
 ) -> None:
     """out = exp(z - log_z), rounded once."""
     positions, vocabulary = z.shape
-    with _on(z):
-        _probabilities[(positions, triton.cdiv(vocabulary, BLOCK))](
+    with _device_of(z):
+        probabilities_kernel[(positions, triton.cdiv(vocabulary, BLOCK))](
             z, log_z, out, z.stride(0), out.stride(0), vocabulary, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=True
         )
 
 
 def logit_gradient(
-    z: Tensor,  # (C, V) rows contiguous; after scale and cap
+    z: Tensor,  # (C, V) after scale and cap; each position contiguous
     log_z: Tensor,  # (C,)
     factor: Tensor,  # (C,)
     out: Tensor,  # (C, V) of any float dtype
@@ -360,60 +369,61 @@ def logit_gradient(
 ) -> None:
     """out = factor exp(z - log_z), through cap and scale, rounded once."""
     positions, vocabulary = z.shape
-    with _on(z):
-        _gradient[(positions, triton.cdiv(vocabulary, BLOCK))](
+    with _device_of(z):
+        gradient_kernel[(positions, triton.cdiv(vocabulary, BLOCK))](
             z, log_z, factor, out, z.stride(0), out.stride(0), vocabulary, float(softcap or 1.0), float(logit_scale),
             CAPPED=softcap is not None, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
 
 
-def can_solve(head: int, steps: int, dtype: torch.dtype) -> bool:
-    """Whether `solve_head_tail` takes a head and steps of this size; the torch path takes all."""
-    return dtype == torch.float32 and head <= MOST_HEAD and steps <= MOST_STEPS
+def can_solve(size: int, steps: int, dtype: torch.dtype) -> bool:
+    """Whether `solve_head_tail` takes so many kept tokens and steps; the torch path takes any."""
+    return dtype == torch.float32 and size <= MOST_KEPT and steps <= MOST_STEPS
 
 
-def gram_tiles(head: int, width: int) -> dict[str, int]:
-    tile = _power_of_two(head, 16)
-    return {"S": head, "TILE": tile, "BLOCK": min(2048 // tile, _power_of_two(width, 16)), "num_warps": 4}
+def gram_tiles(size: int, width: int) -> dict[str, int]:
+    tile = _power_of_two(size, 16)
+    return {"S": size, "TILE": tile, "BLOCK": min(2048 // tile, _power_of_two(width, 16)), "num_warps": 4}
 
 
-def solve_tiles(head: int, p: int, steps: int) -> dict[str, Any]:
-    """Sizes of `_solve`'s tiles, and at least one Jacobi sweep more than tridiagonal matrices of any spectrum were seen to need."""
-    n, kp = _power_of_two(head + p, 16), _power_of_two(steps, 2)
+def solve_tiles(size: int, p: int, steps: int) -> dict[str, Any]:
+    """Sizes of `solve_kernel`'s tiles, and at least one Jacobi sweep more than any spectrum was seen to need."""
+    n, kp = _power_of_two(size + p, 16), _power_of_two(steps, 2)
     return {
-        "S": head, "P": p, "K": steps, "N": n, "KP": kp, "SWEEPS": 2 * kp.bit_length() - 1, "NOISE": 16 * torch.finfo(torch.float32).eps,
-        "FLOOR": EIGENVALUE_FLOOR[torch.float32], "num_warps": min(8, max(n * n // 1024, kp * n // 256, 1)),
+        "S": size, "P": p, "K": steps, "N": n, "KP": kp, "SWEEPS": 2 * kp.bit_length() - 1,
+        "NOISE": 16 * torch.finfo(torch.float32).eps, "FLOOR": EIGENVALUE_FLOOR[torch.float32],
+        "num_warps": min(8, max(n * n // 1024, kp * n // 256, 1)),
     }  # fmt: skip
 
 
 def solve_head_tail(
     q: Tensor,  # (C, S) float32
-    ids: Tensor,  # (C, S)
+    kept: Tensor,  # (C, S)
     labels: Tensor,  # (C,)
     moments: Tensor,  # (C, p (p + 1) / 2 + 1) float32
-    source: Tensor,  # (V, D) rows of any norm
+    vectors: Tensor,  # (V, D) of any norm
     summary: VocabularySummary,
     steps: int,
 ) -> HeadTail:
-    """head_tail.solve_head_tail, without the rows' updates."""
-    (positions, head), (width, p) = ids.shape, summary.directions.shape
-    ids, q, labels, source = (x.contiguous() for x in (ids, q, labels, source))
-    gram = torch.empty(positions, head, head, dtype=torch.float32, device=q.device)
+    """`head_tail.solve_by_torch`, without the derivatives at the vectors."""
+    (positions, size), (width, p) = kept.shape, summary.directions.shape
+    kept, q, labels, vectors = (x.contiguous() for x in (kept, q, labels, vectors))
+    gram = torch.empty(positions, size, size, dtype=torch.float32, device=q.device)
     value, tail = (torch.empty(positions, dtype=torch.float32, device=q.device) for _ in range(2))
-    at_ids = torch.empty_like(q)
-    with _on(q):
-        _gram[(positions,)](
-            source,
+    at_kept = torch.empty_like(q)
+    with _device_of(q):
+        gram_kernel[(positions,)](
+            vectors,
             summary.inverse_norm,
-            ids,
+            kept,
             gram,
-            source.stride(0),
+            vectors.stride(0),
             width,
-            **gram_tiles(head, width),
+            **gram_tiles(size, width),
             enable_fp_fusion=True,
         )
-        _solve[(positions,)](
-            gram, q, ids, labels, moments, summary.coordinates, value, at_ids, tail, moments.stride(0), width,
-            **solve_tiles(head, p, min(steps, head + p)), enable_fp_fusion=True,
+        solve_kernel[(positions,)](
+            gram, q, kept, labels, moments, summary.coordinates, value, at_kept, tail, moments.stride(0), width,
+            **solve_tiles(size, p, min(steps, size + p)), enable_fp_fusion=True,
         )  # fmt: skip
-    return HeadTail(value, at_ids, tail, None)
+    return HeadTail(value, at_kept, tail, None)

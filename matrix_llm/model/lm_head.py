@@ -1,14 +1,13 @@
-"""Runs the matrix loss inside a causal LM's own forward, where its head is whole under every kind of sharding.
+"""The matrix loss inside a causal LM's own forward, where its LM head is whole under every kind of sharding.
 
-`add_matrix_head(model, ...)` gives the model's forward one more keyword, `matrix_loss=True`:
+`add_matrix_head(model, settings)` gives the model's forward one more keyword, `matrix_loss=True`:
 
 1. the backbone makes the hidden states; no logits
-2. the LM head's weight and bias are gathered (ZeRO-3: emptied outside its module; FSDP2: a DTensor)
-3. `linear_matrix_cross_entropy` returns the summed loss with its gradient already made; the vocabulary's summary that its
-   solver needs is made once an optimizer step (`HeadState`) and used by every micro-batch of it
+2. the LM head's weight and bias are gathered (ZeRO-3 empties them outside their module; FSDP2 makes them DTensors)
+3. `linear_loss` returns the summed loss, with its gradient already computed
 4. the gathered weight is released; autograd hands its gradient to the engine like any other
 
-Running the loss outside the forward gives an empty weight under ZeRO-3 and silently wrong gradients under FSDP2.
+Outside the forward the weight would be empty under ZeRO-3, and the gradients silently wrong under FSDP2.
 
 Legend: B batch, T sequence, N = B (T - 1) positions, V vocabulary, H hidden width, D embedding width.
 """
@@ -16,6 +15,7 @@ Legend: B batch, T sequence, N = B (T - 1) positions, V vocabulary, H hidden wid
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import types
 from collections.abc import Iterator
@@ -24,30 +24,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from matrix_llm.base.errors import ModelError, RecipeError
+from matrix_llm.base.modes import evaluation_mode
 from matrix_llm.information import effective_rank
-from matrix_llm.loss.head_tail import VocabularySummary, summarise
-from matrix_llm.loss.solvers import Solver, unit_rows
-from matrix_llm.mce import TrainedPositions, linear_matrix_cross_entropy
-
-
-@dataclass(frozen=True)
-class MatrixLossOptions:
-    """What `linear_matrix_cross_entropy` is asked for, and where its embeddings come from."""
-
-    mce_weight: float
-    solver: str
-    steps: int | None
-    order: int
-    sketch_dim: int | None
-    top_k: int | None
-    embeddings: str  # "lm_head", "input", or the path of a .safetensors file
-    embedding_grad: bool
+from matrix_llm.loss.linear import linear_loss
+from matrix_llm.loss.positions import TrainedPositions
+from matrix_llm.loss.settings import LossSettings
+from matrix_llm.loss.vocabulary import VocabularySummary, summarise, unit_vectors
 
 
 @dataclass
@@ -70,6 +61,9 @@ class MatrixCausalLMOutput(ModelOutput):
     aux_loss: Tensor | None = None
 
 
+# ------------------------------------------------------------------------------------------------------- the LM head
+
+
 def logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:
     """(scale, softcap) that a model applies to its logits before the softmax, from its config.
 
@@ -88,232 +82,220 @@ def logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:
     return float(scaling if text.model_type == "hyperclovax" else 1 / scaling), softcap
 
 
-def _output_head(model: PreTrainedModel) -> Any:
+def lm_head_of(model: PreTrainedModel) -> Any:
+    """The module that turns hidden states into logits.
+
+    Raises:
+        ModelError: there is none with a weight.
+    """
     head = model.get_output_embeddings()
     if head is None or not hasattr(head, "weight"):
-        raise ValueError(
-            f"{type(model).__name__} has no LM head with a weight (get_output_embeddings() gave {type(head).__name__}), "
-            "so there is nothing to read token vectors from. Use a causal language model."
+        raise ModelError(
+            f"{type(model).__name__} has no LM head with a weight (get_output_embeddings() gave "
+            f"{type(head).__name__}), so there are no token vectors to read. Use a causal language model."
         )
     return head
 
 
-def _whole(parameter: DTensor) -> Tensor:
-    """Where FSDP2 shards the head as a unit of its own (PEFT's copy under modules_to_save, a wrap policy that names its class), nothing but
-    this unshards it, and nothing but this averages its gradient over the processes: full_tensor() alone would keep each one's own slice."""
-    mesh = parameter.device_mesh
-    whole = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
-    if whole.requires_grad:
-        whole.register_hook(lambda gradient: gradient / mesh.size())
-    return whole
-
-
 @contextlib.contextmanager
 def gathered(*parameters: Any) -> Iterator[list[Any]]:
-    """The parameters whole: ZeRO-3 partitions gathered for the block, FSDP2 DTensors as full, differentiable tensors."""
+    """The parameters whole: ZeRO-3 partitions gathered for the block, FSDP2 DTensors as full, differentiable
+    tensors."""
     with maybe_gather_lm_head_ctx(*parameters):
-        yield [_whole(p) if isinstance(p, DTensor) else p for p in parameters]
+        yield [_unshard(p) if isinstance(p, DTensor) else p for p in parameters]
+
+
+def _unshard(parameter: DTensor) -> Tensor:
+    """The full tensor, with a gradient averaged over the processes.
+
+    Needed where FSDP2 shards the LM head as a unit of its own (PEFT's copy under modules_to_save, or a wrap policy that
+    names its class): nothing else unshards it, and nothing else averages its gradient. `full_tensor()` alone would keep
+    each process's own slice.
+    """
+    mesh = parameter.device_mesh
+    full = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if full.requires_grad:
+        full.register_hook(lambda gradient: gradient / mesh.size())
+    return full
 
 
 def head_effective_rank(model: PreTrainedModel) -> float:
-    """Effective rank of the second moment of the LM head's unit rows, between 1 (collapsed) and D (isotropic).
+    """Effective rank of the second moment of the LM head's unit vectors, from 1 (collapsed) to D (isotropic).
 
     A collective under ZeRO-3 and FSDP2: call it on every rank.
     """
-    with torch.no_grad(), gathered(_output_head(model).weight) as (weight,):
-        rows = unit_rows(weight.detach(), dtype=torch.float32)
-        return effective_rank(rows.T @ rows / rows.shape[0]).item()
+    with torch.no_grad(), gathered(lm_head_of(model).weight) as (weight,):
+        vectors = unit_vectors(weight.detach(), dtype=torch.float32)
+        return effective_rank(vectors.T @ vectors / vectors.shape[0]).item()
 
 
-def _load_embeddings(path: str) -> Tensor:
-    from safetensors.torch import load_file
+@contextlib.contextmanager
+def _without_flash_attention(model: PreTrainedModel) -> Iterator[None]:
+    """It takes neither float32 nor the CPU, and has no part in what `check_head` proves."""
+    attention = model.config._attn_implementation
+    is_flash = "flash" in str(attention)
+    if is_flash:
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if is_flash:
+            model.set_attn_implementation(attention)
 
-    tensors = load_file(Path(path))
-    if any(not torch.isfinite(t).all() for t in tensors.values()):
-        raise ValueError(f"mce_embeddings={path!r} holds NaN or infinity. Save finite vectors.")
-    if len(tensors) != 1:
-        raise ValueError(
-            f"mce_embeddings={path!r} holds {sorted(tensors)}, but one (V, D) tensor is needed. Save it alone."
-        )
-    return next(iter(tensors.values()))
 
-
+@torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Prove on a few tokens that backbone, head, scale and cap give the model's own logits.
+    """Prove on a few tokens that backbone, LM head, scale and cap give the model's own logits.
 
-    A model that does more between its backbone and its logits than this file knows would train on a wrong q in silence.
-    Skipped where the weights are not here (ZeRO-3 partitions, meta tensors).
+    A model that does more between its backbone and its logits than `logit_transform` knows would silently train on a
+    wrong q. Skipped where the weights are not here (ZeRO-3 partitions, meta tensors).
 
     Raises:
-        ValueError: the logits differ.
+        ModelError: there is no LM head, or the logits differ.
     """
-    head = _output_head(model)
+    head = lm_head_of(model)
     if any(p.is_meta or p.numel() == 0 or isinstance(p, DTensor) for p in model.parameters()):
         return
     scale, softcap = logit_transform(model.config)
-    vocabulary = head.weight.shape[0]
-    ids = torch.arange(8, device=model.device).unsqueeze(0) * 7 % vocabulary
-    modes = {module: module.training for module in model.modules()}
-    attention = model.config._attn_implementation
-    model.eval()
-    if "flash" in str(attention):  # it takes neither float32 nor the CPU, and has no part in what is proved here
-        model.set_attn_implementation("sdpa")
-    try:
-        with torch.no_grad():
-            expected = model(input_ids=ids, use_cache=False).logits[0].float()
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-            logits = (
-                nn.functional.linear(hidden.to(head.weight.device), head.weight, getattr(head, "bias", None)).float()
-                * scale
-            )
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        if "flash" in str(attention):
-            model.set_attn_implementation(attention)
+
+    # 1. the model's own logits, and ours
+    ids = torch.arange(8, device=model.device).unsqueeze(0) * 7 % head.weight.shape[0]
+    with evaluation_mode(model), _without_flash_attention(model):
+        expected = model(input_ids=ids, use_cache=False).logits[0].float()
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        bias = getattr(head, "bias", None)
+        logits = nn.functional.linear(hidden.to(head.weight.device), head.weight, bias).float() * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+
+    # 2. equal, but for the rounding of the weights' dtype
     if not torch.isfinite(expected).all():
         return  # broken weights are another matter: the trainer's guard names the step and the rows
     error = (logits.to(expected.device) - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
     tolerance = 1e-3 if head.weight.dtype == torch.float32 else 5e-2
     if not error <= tolerance:
-        raise ValueError(
-            f"{type(model).__name__} does something to its logits that matrix_llm does not know: scale {scale} and soft-cap "
-            f"{softcap} reproduce them only to a relative {error.item():.2g}. The loss would be of the wrong distribution. "
-            "Set mce_weight: 0, or add the model's rule to matrix_llm.model.lm_head.logit_transform."
+        raise ModelError(
+            f"{type(model).__name__} does something to its logits that matrix_llm does not know: scale {scale} and "
+            f"soft-cap {softcap} reproduce them only to a relative {error.item():.2g}, so the loss would be that of "
+            "another distribution. Set mce_weight: 0, or add the model's rule to "
+            "matrix_llm.model.lm_head.logit_transform."
         )
 
 
-def _load_balancing_loss(text_config: PretrainedConfig, router_logits, attention_mask: Tensor | None) -> Tensor:
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    experts = getattr(text_config, "num_experts", None) or text_config.num_local_experts
-    return load_balancing_loss_func(router_logits, experts, text_config.num_experts_per_tok, attention_mask)  # type: ignore[return-value]
+# -------------------------------------------------------------------------------------------------- the token vectors
 
 
-class HeadState:
-    """What whoever steps the optimizer may set, and the vocabulary's summary (head_tail.py), shared by the micro-batches of one step.
-
-    `step` is anything that changes whenever the weights do; with None, the default, every call reads the weight anew. `mce_weight` starts
-    as that of the options.
-    """
-
-    def __init__(self, options: MatrixLossOptions) -> None:
-        self.step: object = None
-        self.mce_weight = options.mce_weight
-        self._options = options
-        self._made_at: object = None
-        self._summary: VocabularySummary | None = None
-
-    def summary_of(self, embeddings: Tensor, dtype: torch.dtype) -> VocabularySummary | None:
-        """None where the solver needs none, or where `linear_matrix_cross_entropy` must make it (a sketch, trained embeddings)."""
-        options = self._options
-        solver = Solver.create(
-            options.solver,
-            vocabulary=embeddings.shape[0],
-            steps=options.steps,
-            order=options.order,
-            sketch_dim=options.sketch_dim,
-            top_k=options.top_k,
-            fused=not embeddings.requires_grad,
+def _load_embeddings(path: str, vocabulary_size: int) -> Tensor:
+    """The (V, D) token vectors of a .safetensors file."""
+    try:
+        tensors = load_file(Path(path).expanduser())
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(
+            f"mce_embeddings={path!r} cannot be read: {error}. Give a .safetensors file with one (V, D) tensor."
+        ) from None
+    if len(tensors) != 1:
+        raise RecipeError(
+            f"mce_embeddings={path!r} holds {sorted(tensors)}, but one (V, D) tensor is needed. Save it alone."
         )
-        if solver.top_k is None or solver.sketch_dim is not None or embeddings.requires_grad:
-            return None
-        made_at = (self.step, embeddings.shape, embeddings.dtype, embeddings.device, dtype)
-        if self._summary is None or self.step is None or made_at != self._made_at:
-            self._summary = summarise(embeddings, torch.float64 if dtype == torch.float64 else torch.float32)
-            self._made_at = made_at
-        return self._summary
+    (embeddings,) = tensors.values()
+    if not torch.isfinite(embeddings).all():
+        raise RecipeError(f"mce_embeddings={path!r} holds NaN or infinity. Save finite vectors.")
+    if embeddings.ndim != 2 or embeddings.shape[0] != vocabulary_size:
+        raise ModelError(
+            f"mce_embeddings={path!r} is {tuple(embeddings.shape)}, but the model has {vocabulary_size} tokens: it "
+            f"must be ({vocabulary_size}, D)."
+        )
+    return embeddings
 
 
-def add_matrix_head(model: PreTrainedModel, options: MatrixLossOptions) -> HeadState:
-    """Teach `model.forward` the keyword `matrix_loss=True`, which returns a `MatrixCausalLMOutput` and makes no logits.
+# ------------------------------------------------------------------------------------------- the loss, in the forward
 
-    Without the keyword the forward is untouched. Call it on the base model, before DDP, FSDP or DeepSpeed wrap it.
-    Under torch.compile the backbone is compiled, the loss is not.
 
-    Returns:
-        What may be set between two steps; it also holds what the solver reads from the weight.
+class MatrixHead:
+    """What `model.forward(..., matrix_loss=True)` runs, and what it remembers between micro-batches.
+
+    Args:
+        model: the base model, not yet wrapped by DDP, FSDP or DeepSpeed.
+        settings: the loss and its solver.
 
     Raises:
-        ValueError: no LM head; an embedding file that does not fit; a model whose logits this file cannot reproduce.
+        ModelError, RecipeError: an embedding file that cannot be read or does not fit the model.
     """
-    head = _output_head(model)
-    check_head(model)
-    original_forward = model.forward
-    text_config = model.config.get_text_config()
-    scale, softcap = logit_transform(model.config)
-    vocabulary = text_config.vocab_size
-    fixed = None
-    if options.embeddings not in ("lm_head", "input"):
-        fixed = _load_embeddings(options.embeddings)
-        rows = head.weight.shape[0] if head.weight.numel() else vocabulary
-        if fixed.ndim != 2 or fixed.shape[0] != rows:
-            raise ValueError(
-                f"mce_embeddings={options.embeddings!r} is {tuple(fixed.shape)}, but the model's head has {rows} rows: "
-                f"it must be ({rows}, D)."
-            )
 
-    state = HeadState(options)
+    mce_weight: float
+    """The current weight of MCE. The trainer changes it during warmup; it starts as that of the settings."""
 
-    @functools.partial(torch.compiler.disable, recursive=False)
-    def matrix_forward(
-        self: PreTrainedModel, labels: Tensor | None, shift_labels: Tensor | None, kwargs: dict
+    step: object
+    """Anything that changes whenever the weights do. The vocabulary's summary is kept while it stays; None: never."""
+
+    def __init__(self, model: PreTrainedModel, settings: LossSettings) -> None:
+        self.mce_weight = settings.mce_weight
+        self.step = None
+        self._settings = settings
+        self._text_config = model.config.get_text_config()
+        self._scale, self._softcap = logit_transform(model.config)
+        self._from_file: Tensor | None = None  # (V, D)
+        if settings.embeddings not in ("lm_head", "input"):
+            weight = lm_head_of(model).weight
+            vocabulary_size = weight.shape[0] if weight.numel() else self._text_config.vocab_size  # empty under ZeRO-3
+            self._from_file = _load_embeddings(settings.embeddings, vocabulary_size)
+        self._summary: VocabularySummary | None = None
+        self._summarised: object = None  # what the summary was made of
+
+    @functools.partial(torch.compiler.disable, recursive=False)  # the backbone is compiled, the loss is not
+    def forward(
+        self,
+        model: PreTrainedModel,
+        labels: Tensor | None,  # (B, T), or
+        shift_labels: Tensor | None,  # (B, T - 1), already shifted
+        inputs: dict[str, Any],  # of the backbone: input_ids (B, T) and so on
     ) -> MatrixCausalLMOutput:
-        nonlocal fixed
-        kwargs["use_cache"] = False
-        if getattr(text_config, "output_router_logits", False):
-            kwargs.setdefault("output_router_logits", True)
-        lm_head = _output_head(self)  # looked up anew: PEFT and FSDP replace it after this function ran
-        shifted_here = shift_labels is None
+        """The summed loss of a micro-batch. Without a trained position it is a zero still connected to the graph."""
+        # 1. labels. Before the backbone, so that the host need not wait after it to know how many positions count.
+        labels_are_shifted = shift_labels is not None
         if shift_labels is None:
             if labels is None:
                 raise ValueError("matrix_loss=True needs labels, or shift_labels.")
             shift_labels = labels[:, 1:]
-        rows = getattr(lm_head.weight, "ds_shape", lm_head.weight.shape)[
-            0
-        ]  # ZeRO-3 leaves an empty weight with its shape beside
-        trained = TrainedPositions(
-            shift_labels.reshape(-1), rows
-        )  # before the backbone, so that the host need not wait after it
-        backbone = self.base_model(**kwargs)
+        head = lm_head_of(model)  # looked up at every call: PEFT and FSDP replace the module after add_matrix_head
+        # Under ZeRO-3 the weight is empty, with its true shape in an attribute.
+        vocabulary_size = getattr(head.weight, "ds_shape", head.weight.shape)[0]
+        trained = TrainedPositions(shift_labels.reshape(-1), vocabulary_size)
+
+        # 2. backbone
+        inputs["use_cache"] = False
+        if getattr(self._text_config, "output_router_logits", False):
+            inputs.setdefault("output_router_logits", True)
+        backbone = model.base_model(**inputs)
         hidden = backbone.last_hidden_state  # (B, T, H)
-        if shifted_here:
+        if not labels_are_shifted:
             hidden = hidden[:, :-1]
-        wanted = [lm_head.weight, getattr(lm_head, "bias", None)]
-        if options.embeddings == "input":
-            wanted.append(self.get_input_embeddings().weight)
-        with gathered(*wanted) as (weight, bias, *more):
-            if fixed is not None:
-                fixed = fixed.to(weight.device)
-                embeddings = fixed
-            else:
-                embeddings = more[0] if more else weight
-            if not options.embedding_grad:
-                embeddings = embeddings.detach()
+
+        # 3. LM head and loss
+        wanted = [head.weight, getattr(head, "bias", None)]
+        if self._settings.embeddings == "input":
+            wanted.append(model.get_input_embeddings().weight)
+        with gathered(*wanted) as (weight, bias, *input_embeddings):
+            embeddings = self._embeddings(weight, *input_embeddings)
             hidden, shift_labels = hidden.to(weight.device), shift_labels.to(weight.device)
-            out = linear_matrix_cross_entropy(
+            out = linear_loss(
                 hidden.reshape(-1, hidden.shape[-1]),
                 weight,
                 shift_labels.reshape(-1),
-                bias=bias,
+                dataclasses.replace(self._settings, mce_weight=self.mce_weight),
                 embeddings=embeddings,
-                mce_weight=state.mce_weight,
-                solver=options.solver,
-                steps=options.steps,
-                order=options.order,
-                sketch_dim=options.sketch_dim,
-                top_k=options.top_k,
-                logit_scale=scale,
-                softcap=softcap,
+                bias=bias,
+                logit_scale=self._scale,
+                softcap=self._softcap,
                 reduction="sum",
-                summary=state.summary_of(embeddings, hidden.dtype),
+                summary=self._cached_summary(embeddings, hidden.dtype),
                 trained=trained,
             )
+
+        # 4. a mixture of experts has a loss of its own
         aux_loss = None
-        if kwargs.get("output_router_logits"):
-            aux_loss = _load_balancing_loss(text_config, backbone.router_logits, kwargs.get("attention_mask"))
+        if inputs.get("output_router_logits"):
+            aux_loss = _load_balancing_loss(self._text_config, backbone.router_logits, inputs.get("attention_mask"))
         shape = shift_labels.shape
         return MatrixCausalLMOutput(
             loss_sum=out.loss,
@@ -325,6 +307,64 @@ def add_matrix_head(model: PreTrainedModel, options: MatrixLossOptions) -> HeadS
             aux_loss=aux_loss,
         )
 
+    def _embeddings(
+        self,
+        weight: Tensor,  # (V, H) of the LM head
+        input_embeddings: Tensor | None = None,  # (V, H)
+    ) -> Tensor:
+        """The token vectors of MCE, (V, D); detached unless the settings train them."""
+        if self._from_file is not None:
+            self._from_file = self._from_file.to(weight.device)  # moved once, and kept there
+            return self._from_file
+        embeddings = weight if input_embeddings is None else input_embeddings
+        return embeddings if self._settings.embedding_grad else embeddings.detach()
+
+    def _cached_summary(self, embeddings: Tensor, dtype: torch.dtype) -> VocabularySummary | None:
+        """The summary of the embeddings, made at the first micro-batch of a step.
+
+        None where the solver needs none, or where `linear_loss` must make it itself (a sketch, trained embeddings).
+        """
+        trains = embeddings.requires_grad
+        solver = self._settings.solver_for(embeddings.shape[0], choose_top_k=not trains)
+        if solver.top_k is None or solver.sketch_dim is not None or trains:
+            return None
+        source = (self.step, embeddings.shape, embeddings.dtype, embeddings.device, dtype)
+        if self._summary is None or self.step is None or source != self._summarised:
+            self._summary = summarise(embeddings, torch.float64 if dtype == torch.float64 else torch.float32)
+            self._summarised = source
+        return self._summary
+
+
+def _load_balancing_loss(text_config: PretrainedConfig, router_logits, attention_mask: Tensor | None) -> Tensor:
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    experts = getattr(text_config, "num_experts", None) or text_config.num_local_experts
+    loss = load_balancing_loss_func(router_logits, experts, text_config.num_experts_per_tok, attention_mask)
+    assert isinstance(loss, Tensor)  # it is the integer 0 if the model gave no router logits
+    return loss
+
+
+def add_matrix_head(model: PreTrainedModel, settings: LossSettings) -> MatrixHead:
+    """Teach `model.forward` the keyword `matrix_loss=True`, which returns a `MatrixCausalLMOutput` and makes no logits.
+
+    Without the keyword the forward is unchanged. Call this on the base model, before DDP, FSDP or DeepSpeed wraps it. A
+    second call replaces the first: the model keeps the last one as `model._matrix_head`.
+
+    Returns:
+        The `MatrixHead`, whose `step` and `mce_weight` the trainer sets at each step.
+
+    Raises:
+        ModelError: no LM head; a model whose logits `logit_transform` does not reproduce; an embedding file that does
+            not fit.
+        RecipeError: an embedding file that cannot be read.
+
+    >>> out = model(input_ids=ids, labels=ids, matrix_loss=True)  # doctest: +SKIP
+    >>> (out.loss_sum / out.label_mask.sum()).backward()  # doctest: +SKIP
+    """
+    check_head(model)
+    matrix_head = MatrixHead(model, settings)
+    original_forward = model.forward
+
     @functools.wraps(type(model).forward)  # `generate` checks its arguments against the signature
     def forward(self: PreTrainedModel, *args, matrix_loss: bool = False, **kwargs):
         if not matrix_loss:
@@ -332,8 +372,8 @@ def add_matrix_head(model: PreTrainedModel, options: MatrixLossOptions) -> HeadS
         if args:
             raise TypeError("matrix_loss=True takes keyword arguments only.")
         kwargs.pop("num_items_in_batch", None)
-        return matrix_forward(self, kwargs.pop("labels", None), kwargs.pop("shift_labels", None), kwargs)
+        return matrix_head.forward(self, kwargs.pop("labels", None), kwargs.pop("shift_labels", None), kwargs)
 
     model.forward = types.MethodType(forward, model)
-    model._matrix_head_state = state  # type: ignore[assignment]  # which the forward now follows
-    return state
+    model._matrix_head = matrix_head  # type: ignore[assignment]
+    return matrix_head

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from matrix_llm.base.gpus import GIB, GPUS, usable
 from matrix_llm.config import Recipe
 from matrix_llm.mce import CHUNK_BYTES
-from matrix_llm.model.load import lora_config
+from matrix_llm.model.adapters import lora_config
 
 ENGINES = ("no sharding", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2")
 BUCKET = 500_000_000  # numbers; DeepSpeed's default

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from matrix_llm.config import MatrixConfig, Recipe
 from matrix_llm.data.selection import DataReport
 from matrix_llm.data.tokens import IGNORED
-from matrix_llm.loss.solvers import Solver
+from matrix_llm.loss.settings import LossSettings
 from matrix_llm.plan.memory import count_parameters, memory_lines, plan_memory
 
 __all__ = [
@@ -32,15 +32,7 @@ def describe_loss(training: MatrixConfig, config: PretrainedConfig) -> str:
     if training.mce_weight == 0:
         return "CE (mce_weight: 0 is plain SFT)"
     text = config.get_text_config()
-    solver = Solver.create(
-        training.mce_solver,
-        vocabulary=text.vocab_size,
-        steps=training.mce_steps,
-        order=training.mce_order,
-        sketch_dim=training.mce_sketch_dim,
-        top_k=training.mce_top_k,
-        fused=not training.mce_embedding_grad,
-    )
+    solver = LossSettings.from_config(training).solver_for(text.vocab_size)
     parts = [f"CE + {training.mce_weight:g} x MCE", solver.name]
     if rising := training.mce_warmup_steps:
         parts[0] += (

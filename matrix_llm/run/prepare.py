@@ -24,7 +24,7 @@ from matrix_llm.data.rowset import RowSet
 from matrix_llm.data.selection import DataReport, drop_unusable
 from matrix_llm.data.streaming import TokenStream
 from matrix_llm.data.tokens import Encoder
-from matrix_llm.model.load import load_tokenizer
+from matrix_llm.model.tokenizer import load_tokenizer
 from matrix_llm.run.decode import final_answer
 
 LEAKAGE = "leakage.json"

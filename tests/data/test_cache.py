@@ -59,7 +59,7 @@ def test_a_trained_tokenizer_is_found_again_and_leaves_no_path_in_the_output(tmp
     path.write_text(json.dumps({**TINY, "max_steps": 1, "output_dir": str(tmp_path / "run")}))
     assert main([str(path)]) == 0
     shutil.rmtree(tmp_path / "run")
-    monkeypatch.setattr("matrix_llm.model.load.train_tokenizer", None)  # the second run must not call it
+    monkeypatch.setattr("matrix_llm.model.tokenizer.train_tokenizer", None)  # the second run must not call it
     assert main([str(path)]) == 0
     for file in (tmp_path / "run").glob("*.json"):
         assert str(tmp_path / "cache") not in file.read_text(), file

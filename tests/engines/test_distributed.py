@@ -1,6 +1,7 @@
-"""Two real processes on the CPU (gloo) give the numbers of one, step by step: DDP, ZeRO-1, 2, 3 (and with CPU offload) and FSDP2.
+"""Two real processes on the CPU (gloo) give the numbers of one, step by step: DDP, ZeRO-1 to 3, FSDP2.
 
-Each engine runs all cases in the same two processes (tests/parity_runs.py). `python benchmarks/parity.py` prints the differences.
+Each engine runs all cases in the same two processes (support/parity_runs.py). `python benchmarks/parity.py` prints the
+differences.
 """
 
 import json
@@ -11,28 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.parity_runs import (
-    CASES,
-    ENGINES,
-    REFERENCE,
-    STEPS,
-    deepspeed_config,
-    differences,
-    environment,
-    free_port,
-    shared_runner,
-    why_no_deepspeed,
-)
+from tests.support.engines import deepspeed_config, environment, free_port, skip_without_deepspeed
+from tests.support.parity_runs import CASES, ENGINES, REFERENCE, STEPS, differences, shared_runner
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
 OTHERS = [name for name in ENGINES if name != REFERENCE]
-
-
-def skip_without_deepspeed(engine):
-    if engine.startswith("zero") and (reason := why_no_deepspeed()):
-        pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +43,14 @@ def moved(found, models, architecture):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("engine", OTHERS)
 def test_any_engine_and_any_accumulation_match_one_process(engine, case, runner):
-    """In loss, CE, MCE and gradient norm of every step and in the final weights. Three one-row micro-batches have no trained token."""
+    """In loss, CE, MCE and gradient norm of every step, and in the final weights.
+
+    Three one-row micro-batches have no trained token.
+    """
     skip_without_deepspeed(engine)
     got, expected = runner.results(engine)[case], runner.results(REFERENCE)[case]
     found = differences(got, expected)
-    weights = found.pop(
-        "weights"
-    )  # Adam divides by the gradient's size, so rounding moves small ones: up to 1.14e-5 on AVX2
+    weights = found.pop("weights")  # Adam divides by the gradient's size, so rounding moves them: up to 1.14e-5 on AVX2
     assert max(found.values()) < TOLERANCE, found
     assert weights < 2 * TOLERANCE
 
@@ -83,7 +70,7 @@ def test_twenty_steps_move_weights_and_loss_by_far_more_than_the_tolerance(runne
 
 @pytest.mark.parametrize("engine", OTHERS)
 def test_the_engine_is_the_one_asked_for_and_shards_the_head(engine, runner):
-    """accelerate trains with DDP where it is asked for FSDP on a CPU, and ZeRO-3 leaves small weights whole: neither here."""
+    """On a CPU accelerate may train with DDP when asked for FSDP, and ZeRO-3 leave weights whole: neither here."""
     skip_without_deepspeed(engine)
     for case, found in runner.results(engine).items():
         seen = found.engine
@@ -108,22 +95,32 @@ def test_lora_trains_the_adapter_and_leaves_the_base_bit_for_bit(engine, runner)
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_vocabulary_is_summarised_once_a_step_however_many_micro_batches(engine, runner):
-    """The reference reads it anew for every micro-batch, so a summary of an older step would be a difference there."""
+    """The reference summarises it for every micro-batch, so a summary of an older step would show as a difference."""
     skip_without_deepspeed(engine)
     assert runner.results(engine)["top_k 16"].summaries == STEPS
     assert runner.results(engine)["untied"].summaries == 0  # a small vocabulary is solved whole
 
 
-def test_tied_weights_stay_one_tensor(runner):
-    for engine in OTHERS:
-        if engine.startswith("zero") and why_no_deepspeed():
-            continue
-        weights = runner.results(engine)["tied, embedding_grad"].weights
-        if "lm_head.weight" in weights:
-            assert torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"]), engine
+@pytest.mark.parametrize("engine", ENGINES)
+def test_tied_weights_stay_one_parameter_through_training(engine, runner):
+    """And one that was trained: sharding that copies it would train the input embeddings alone."""
+    skip_without_deepspeed(engine)
+    tied, untied = (runner.results(engine)[case] for case in ("tied, embedding_grad", "untied"))
+    assert tied.engine["head_is_tied"]
+    assert not untied.engine["head_is_tied"]
+    before = load_file(runner.models / "llama_tied" / "model.safetensors")["model.embed_tokens.weight"]
+    saved = [tied.weights[n] for n in ("lm_head.weight", "model.embed_tokens.weight") if n in tied.weights]
+    assert saved
+    assert all(torch.equal(each, saved[0]) for each in saved)
+    assert (saved[0] - before).abs().max() > 100 * TOLERANCE
 
 
-FSDP2_FLAGS = "--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --fsdp_transformer_layer_cls_to_wrap LlamaDecoderLayer"
+FSDP2_FLAGS = [
+    "--use_fsdp",
+    *("--fsdp_version", "2"),
+    *("--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"),
+    *("--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"),
+]
 TRAIN_WITH_FSDP = """
 import runpy, sys
 from tests.support import fsdp_on_cpu
@@ -141,7 +138,7 @@ def test_a_sharded_run_of_train_py_saves_whole_weights(engine, tmp_path):
 
     skip_without_deepspeed(engine)
     settings = {**TINY, "max_steps": 1, "output_dir": str(tmp_path / "run"), "builtin_rows": 16}
-    flags, script = FSDP2_FLAGS.split(), [str(ROOT / "matrix_llm" / "train.py")]
+    flags, script = FSDP2_FLAGS, [str(ROOT / "matrix_llm" / "train.py")]
     if engine == "zero3":
         flags, settings["deepspeed"] = ["--use_deepspeed"], deepspeed_config(tmp_path / "ds.json", 3)
     else:

@@ -1,4 +1,4 @@
-"""Packed rows lose what unpacked rows lose, token by token, or the run is refused; what no engine does right is refused early."""
+"""Packed rows have the loss of unpacked rows, token by token, or are refused; so is what no engine does right."""
 
 import json
 
@@ -12,7 +12,7 @@ from matrix_llm.config import MatrixConfig, RecipeError
 from matrix_llm.trainer import MatrixTrainer
 from tests.support.tiny import TINY, config, rows, tiny_model, train
 
-LEAKY = {  # architectures of transformers that do not start anew where the positions do
+LEAKY = {  # architectures of transformers that do not restart where the positions do
     "opt": {
         "model_type": "opt",
         "ffn_dim": 48,
@@ -103,7 +103,7 @@ def test_the_packing_check_leaves_weights_modes_and_random_numbers_alone(tmp_pat
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
 
-# ---------------------------------------------------------------------------------------- the head that the model itself multiplies with
+# ------------------------------------------------------------------------- the LM head that the model itself uses
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,9 @@ def test_the_packing_check_leaves_weights_modes_and_random_numbers_alone(tmp_pat
         ("llama_tied", {"target_modules": ["q_proj", "embed_tokens"]}),
     ],
 )
-def test_trained_or_tied_heads_under_lora_lose_what_the_models_own_logits_lose(name, adapted, tmp_path, tiny_tokenizer):
+def test_trained_or_tied_heads_under_lora_have_the_loss_of_the_models_own_logits(
+    name, adapted, tmp_path, tiny_tokenizer
+):
     adapter = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **adapted})
     settings = MatrixConfig(**config(tmp_path, learning_rate=1e-2))
     trainer = MatrixTrainer(
@@ -125,7 +127,7 @@ def test_trained_or_tied_heads_under_lora_lose_what_the_models_own_logits_lose(n
     assert_own_loss(trainer.model)
 
 
-def test_a_resized_vocabulary_loses_what_the_models_own_logits_lose(tmp_path, tiny_tokenizer):
+def test_a_resized_vocabulary_has_the_loss_of_the_models_own_logits(tmp_path, tiny_tokenizer):
     model = tiny_model()
     model.resize_token_embeddings(101)
     assert_own_loss(train(tmp_path, tiny_tokenizer, model=model).model)
@@ -142,7 +144,7 @@ def assert_own_loss(model):
     torch.testing.assert_close(found, expected)
 
 
-# ------------------------------------------------------------------------------------------------- refused before a weight loads
+# ----------------------------------------------------------------------------------- refused before a weight loads
 
 
 @pytest.fixture

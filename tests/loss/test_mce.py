@@ -12,17 +12,18 @@ from torch.nn import functional as F
 from matrix_llm import mce
 from matrix_llm.information import matrix_cross_entropy
 from matrix_llm.mce import token_mce
+from tests.support.predictions import scale_to_entropy
 
 F64 = torch.float64
 EVERYTHING = {"steps": 999, "sketch_dim": None, "top_k": None}  # krylov until the space is exhausted: exact
 
 
-def problem(n=5, v=37, d=11, *, scale=2.0, seed=0, zero_rows=()):
+def problem(n=5, v=37, d=11, *, scale=2.0, seed=0, zero_vectors=()):
     g = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(n, v, dtype=F64, generator=g)
     labels = torch.randint(0, v, (n,), generator=g)
     embeddings = torch.randn(v, d, dtype=F64, generator=g)
-    embeddings[list(zero_rows)] = 0
+    embeddings[list(zero_vectors)] = 0
     return logits, labels, embeddings
 
 
@@ -92,7 +93,7 @@ def test_krylov_converges_to_exact_in_value_and_gradients():
         assert errors[-1] < 1e-10
 
 
-def test_head_and_tail_converge_to_exact_as_the_head_grows():
+def test_head_and_tail_converge_to_exact_as_more_tokens_are_kept():
     args = problem(n=16, v=300, d=24, seed=4)
     exact = value_and_gradients(*args, solver="exact")
     for i in range(3):
@@ -105,7 +106,7 @@ def test_head_and_tail_converge_to_exact_as_the_head_grows():
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-4), (torch.float32, 2e-3)])
-def test_a_head_of_more_tokens_than_dimensions_does_not_lose_its_basis_to_rounding(dtype, tolerance):
+def test_more_kept_tokens_than_dimensions_do_not_lose_the_basis_to_rounding(dtype, tolerance):
     """299 of 300 tokens, D = 24: the coefficients of the 24th basis vector would grow by seven orders of magnitude."""
     for seed in (4, 7, 10):
         logits, labels, embeddings = problem(n=16, v=300, d=24, seed=seed)
@@ -116,18 +117,13 @@ def test_a_head_of_more_tokens_than_dimensions_does_not_lose_its_basis_to_roundi
 
 @pytest.mark.parametrize("entropy", [1.7, 3.5])
 def test_the_default_holds_one_percent_in_the_value_and_five_in_the_gradient_ten_times_over(entropy):
-    """Where CE <= 2, on vectors with a power-law spectrum and labels drawn from the predictions (table in docs/solvers.md)."""
+    """Where CE <= 2, on vectors with a power-law spectrum and labels drawn from the predictions (docs/solvers.md)."""
     g = torch.Generator().manual_seed(0)
     v, d, n = 1000, 64, 200
     embeddings = torch.randn(v, d, dtype=F64, generator=g) * 1 / torch.arange(1, d + 1, dtype=F64)
     hidden = torch.randn(n, d, dtype=F64, generator=g) @ torch.diag(1 / torch.arange(1, d + 1, dtype=F64))
     logits = hidden @ embeddings.T
-    low, high = 0.1, 200.0
-    for _ in range(40):  # the temperature of this mean entropy
-        scale = (low + high) / 2
-        found = torch.distributions.Categorical(logits=scale * logits).entropy().mean()
-        low, high = (scale, high) if found > entropy else (low, scale)
-    logits = scale * logits
+    logits = scale_to_entropy(logits, entropy)
     labels = torch.multinomial(logits.softmax(-1), 1, generator=g).squeeze(1)
     keep = F.cross_entropy(logits, labels, reduction="none") <= 2
     exact, exact_grad, _ = value_and_gradients(logits[keep], labels[keep], embeddings, solver="exact")
@@ -138,7 +134,7 @@ def test_the_default_holds_one_percent_in_the_value_and_five_in_the_gradient_ten
     assert ((grad - exact_grad).norm(dim=1) / exact_grad.norm(dim=1))[counted].mean() < 0.005
 
 
-def test_the_head_always_holds_the_target():
+def test_the_target_is_always_kept():
     """An unlikely target outside the top k would otherwise sit in the shared tail and lose its own direction."""
     logits, _, embeddings = problem(n=1, v=50, d=8)
     label = logits.argmin(-1)
@@ -191,7 +187,7 @@ def test_sandwich_bounds_hold_at_every_position(seed, n, v, d, scale, solver):
 
 
 @pytest.mark.parametrize("kwargs", [{"solver": "exact"}, {}, {"top_k": 4}], ids=["exact", "krylov", "top_k"])
-def test_orthonormal_rows_give_cross_entropy(kwargs):
+def test_orthonormal_vectors_give_cross_entropy(kwargs):
     logits, labels, _ = problem(n=6, v=12)
     rotation = torch.linalg.qr(torch.randn(12, 12, dtype=F64, generator=torch.Generator().manual_seed(0))).Q
     z = logits.clone().requires_grad_()
@@ -202,7 +198,7 @@ def test_orthonormal_rows_give_cross_entropy(kwargs):
 
 
 @pytest.mark.parametrize("kwargs", [{"solver": "exact"}, {}, {"top_k": 4}], ids=["exact", "krylov", "top_k"])
-def test_equal_rows_give_zero(kwargs):
+def test_equal_vectors_give_zero(kwargs):
     logits, labels, _ = problem(n=3, v=12)
     z = logits.requires_grad_()
     value = token_mce(z, labels, torch.ones(12, 5, dtype=F64), **kwargs)
@@ -236,9 +232,9 @@ def test_float32_follows_float64_over_the_range_of_confidence():
                 assert (a.double() - b).norm() <= 2e-4 * b.norm() + 1e-5
 
 
-def test_zero_rows_stay_zero():
-    """Padded or resized vocabularies hold rows of zeros: no NaN, no gradient, and MCE 0 where one is the target."""
-    logits, labels, embeddings = problem(n=4, v=20, d=6, zero_rows=(3, 7))
+def test_zero_vectors_stay_zero():
+    """Padded or resized vocabularies hold vectors of zeros: no NaN, no gradient, and MCE 0 where one is the target."""
+    logits, labels, embeddings = problem(n=4, v=20, d=6, zero_vectors=(3, 7))
     labels[1] = 3
     for kwargs in ({"solver": "exact"}, {}, {"top_k": 5}, {"sketch_dim": 4}):
         value, grad_z, grad_e = value_and_gradients(logits, labels, embeddings, **kwargs)
@@ -255,12 +251,12 @@ def test_embedding_norms_do_not_matter():
 
 
 @pytest.mark.parametrize("norm", [1e-30, 1e25])
-def test_float32_rows_of_any_norm_neither_vanish_nor_overflow(norm):
+def test_float32_vectors_of_any_norm_neither_vanish_nor_overflow(norm):
     logits, labels, embeddings = (x.float() if x.is_floating_point() else x for x in problem())
     torch.testing.assert_close(token_mce(logits, labels, norm * embeddings), token_mce(logits, labels, embeddings))
 
 
-def test_a_broken_row_gives_nan_and_not_zero():
+def test_a_broken_vector_gives_nan_and_not_zero():
     logits, labels, embeddings = problem()
     embeddings[labels[2]] = torch.nan
     assert torch.isnan(token_mce(logits, labels, embeddings)[2])
@@ -278,7 +274,7 @@ def test_sketch_is_deterministic_and_keeps_the_value_roughly():
 def test_chunks_do_not_change_the_result(monkeypatch):
     logits, labels, embeddings = problem(n=7, v=40, d=5)
     whole = value_and_gradients(logits, labels, embeddings)
-    monkeypatch.setattr(mce, "_chunk_size", lambda positions, *_: 3)  # 7 = 3 + 3 + 1
+    monkeypatch.setattr(mce, "positions_per_chunk", lambda *_: 3)  # 7 = 3 + 3 + 1
     for a, b in zip(value_and_gradients(logits, labels, embeddings), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -322,3 +318,12 @@ def test_minus_infinity_removes_a_token():
     labels[:] = 0
     logits[:, 5:] = -torch.inf
     torch.testing.assert_close(token_mce(logits, labels, embeddings), token_mce(logits[:, :5], labels, embeddings[:5]))
+
+
+@pytest.mark.parametrize(("label", "said"), [(-1, "label -1 at position 2"), (37, "label 37 at position 2")])
+def test_a_label_outside_the_vocabulary_is_named(label, said):
+    """There is no ignore_index here: -100 from a collator must not be taken for a token counted from the end."""
+    logits, labels, embeddings = problem()
+    labels[2] = label
+    with pytest.raises(ValueError, match=f"{said}.*vocabulary of 37"):
+        token_mce(logits, labels, embeddings)

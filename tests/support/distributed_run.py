@@ -1,16 +1,17 @@
-"""Trains tiny models with MatrixTrainer on one process or several, and writes loss curve, gradient norms and final weights of each case.
+"""Trains tiny models with MatrixTrainer on one process or several; writes losses, gradient norms and weights.
 
-    python tests/distributed_run.py                 a server: a line of JSON in is a job, a line of JSON out the exit codes of its processes
-    accelerate launch ... tests/distributed_run.py JOB.json        one process of a job, started by a launcher (tests/test_multinode.py)
+    python tests/support/distributed_run.py           a server: a job is a line of JSON in, its answer a line of JSON
+                                                      out, with the exit codes of the job's processes
+    accelerate launch ... distributed_run.py JOB.json one process of a job, for engines/test_multinode.py
 
-The server imports everything once and forks, so that an engine costs its own seconds. A job:
+The server imports everything once and forks, so that an engine costs only its own seconds. A job:
 
 {"out": "/tmp/zero3", "models": "/tmp/models", "processes": 2, "env": {}, "log": "/tmp/zero3.log",
  "cases": {"untied": {"architecture": "llama", "per_device_train_batch_size": 4, "deepspeed": "zero3.json"}}}
 
-`models` holds a checkpoint for each architecture, loaded by from_pretrained as in matrix_llm/train.py: whole, under zero.Init, or on one
-process only, as the engine wants it. "lora" adds an adapter, and lists what is trained whole beside it; "fresh_summary" makes every
-micro-batch read the vocabulary anew.
+`models` holds a checkpoint for each architecture, loaded by from_pretrained as in matrix_llm/train.py: whole, under
+zero.Init, or on one process only, as the engine wants it. "lora" adds an adapter, and lists the modules that are
+trained whole as well; "fresh_summary" makes every micro-batch summarise the vocabulary again.
 """
 
 import gc
@@ -31,20 +32,17 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from matrix_llm.config import MatrixConfig
 from matrix_llm.model import lm_head as head
-from matrix_llm.model.load import train_tokenizer
+from matrix_llm.model.tokenizer import train_tokenizer
 from matrix_llm.trainer import MatrixTrainer
-from tests.support.parity_runs import free_port
+from tests.support.engines import free_port
 from tests.support.tiny import config, rows
 
-EMPTY = (
-    3,
-    12,
-    40,
-)  # rows whose one label nothing predicts: a micro-batch of such a row is empty on one process and not on the other
+# Rows whose one label nothing predicts: a micro-batch of such a row is empty on one process and not on the other.
+EMPTY = (3, 12, 40)
 
 
 def data() -> Dataset:
-    """64 rows, so that 8 to a step fill an epoch: accelerate fills up a ragged end by repeating rows, which one process does not."""
+    """64 rows, so that 8 per step fill an epoch: accelerate would complete a ragged end by repeating rows."""
     found = rows(64).to_list()
     for row in (found[i] for i in EMPTY):  # not -100 throughout: TRL drops such a row
         row["labels"] = [row["input_ids"][0], *[-100] * (len(row["input_ids"]) - 1)]
@@ -63,7 +61,7 @@ def whole_weights(trainer: MatrixTrainer) -> dict[str, torch.Tensor]:
 
 def how_sharded(trainer: MatrixTrainer) -> dict:
     """What proves that the engine is the one asked for."""
-    wrapped = trainer.model_wrapped
+    wrapped, model = trainer.model_wrapped, trainer.accelerator.unwrap_model(trainer.model)
     weight = next(
         p for n, p in trainer.model.named_parameters() if n.endswith(("lm_head.weight", "embed_tokens.weight"))
     )
@@ -73,8 +71,15 @@ def how_sharded(trainer: MatrixTrainer) -> dict:
         "offloads": bool(wrapped.zero_cpu_offload()) if hasattr(wrapped, "zero_cpu_offload") else False,
         "head_is_dtensor": isinstance(weight, DTensor),
         "head_is_partitioned": hasattr(weight, "ds_id") and weight.numel() == 0,
+        "head_is_tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         "processes": trainer.accelerator.num_processes,
     }
+
+
+class FreshSummaries(head.MatrixHead):
+    """Never knows which step it is, and so makes a new summary for every micro-batch."""
+
+    step = property(lambda self: None, lambda self, value: None)
 
 
 def run_case(out: Path, models: Path, settings: dict) -> None:
@@ -99,13 +104,7 @@ def run_case(out: Path, models: Path, settings: dict) -> None:
         peft_config=None if lora is None else adapter,
     )
     if fresh:
-        reading = trainer._head_state.summary_of
-
-        def read_anew(*args):
-            trainer._head_state.step = None
-            return reading(*args)
-
-        trainer._head_state.summary_of = read_anew
+        trainer._matrix_head.__class__ = FreshSummaries
     trainer.train()
     head.summarise = summarise
     engine = how_sharded(trainer)
@@ -133,9 +132,8 @@ def work(job: dict) -> None:
 def end(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(
-        status
-    )  # gloo's threads sometimes abort the interpreter's shutdown ("terminate called without an active exception")
+    # gloo's threads sometimes abort the interpreter's shutdown ("terminate called without an active exception")
+    os._exit(status)
 
 
 def child(job: dict, rank: int, port: int) -> None:

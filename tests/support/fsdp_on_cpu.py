@@ -1,5 +1,8 @@
-"""FSDP2 on CPU processes. accelerate takes `--use_fsdp` on a CPU without a word and trains with DDP: it turns to FSDP only where it sees
-several accelerators. `allow()` makes it do on gloo what it does on NCCL; call it before the first Accelerator is built."""
+"""FSDP2 on CPU processes.
+
+On a CPU accelerate silently trains with DDP when asked for FSDP, which it uses only with several accelerators.
+`allow()` makes it do on gloo what it does on NCCL; call it before the first Accelerator is built.
+"""
 
 from accelerate import state
 from accelerate.utils import DistributedType

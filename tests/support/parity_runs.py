@@ -1,11 +1,7 @@
-"""Engines, cases and their differences: shared by tests/test_distributed.py, tests/test_multinode.py and benchmarks/parity.py."""
+"""Engines, cases and their differences: for engines/test_distributed.py, test_multinode.py and benchmarks/parity.py."""
 
 import atexit
-import importlib.util
 import json
-import os
-import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -14,13 +10,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.support.paths import ROOT, SUPPORT
+from tests.support.engines import deepspeed_config, environment
+from tests.support.paths import SUPPORT
 
 STEPS = 20
-REFERENCE = "single"  # one process, eight rows at once, the vocabulary read anew by every micro-batch
+REFERENCE = "single"  # one process, eight rows at once, the vocabulary summarised by every micro-batch
 FSDP2 = {  # what `accelerate launch --config_file ds_configs/fsdp2.yaml` puts into the environment
     "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
 }  # fmt: skip
 
 
@@ -42,7 +40,7 @@ ENGINES = {
     "zero3_offload": Engine(deepspeed="zero3_offload"),
     "fsdp2": Engine(env=FSDP2),
 }
-# Settings, and how many rows two processes take at once: 8 rows to a step in all, by accumulation where that is less than 4 each.
+# Settings, and the rows in a micro-batch of two processes: 8 rows per step in all, by accumulation if that is under 4.
 CASES = {
     "untied": ({"architecture": "llama"}, 4),
     "tied, embedding_grad": ({"architecture": "llama_tied", "mce_embedding_grad": True}, 2),
@@ -54,47 +52,6 @@ CASES = {
     "top_k 16": ({"architecture": "llama", "mce_top_k": 16, "mce_steps": 6}, 1),
     "packed": ({"architecture": "llama", "packing": True, "max_length": 48, "mce_top_k": 16, "mce_steps": 6}, 1),
 }
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def deepspeed_config(path: Path, stage: int | str) -> str:
-    """The repository's own file, made fit for CPU processes and for a model so small that ZeRO-3 would not partition its weights."""
-    name = stage if isinstance(stage, str) else f"zero{stage}"
-    blocks = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
-    blocks["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW, as on every other engine
-    blocks["zero_optimization"]["stage3_param_persistence_threshold"] = (
-        0  # keeps tensors under 100,000 elements whole otherwise
-    )
-    path.write_text(json.dumps(blocks))
-    return str(path)
-
-
-def why_no_deepspeed() -> str | None:
-    if importlib.util.find_spec("deepspeed") is None:
-        return "deepspeed is not installed (pip install -e .[deepspeed])"
-    if shutil.which("g++") is None or (
-        shutil.which("ninja") is None and not Path(sys.executable).with_name("ninja").exists()
-    ):
-        return "DeepSpeed compiles its CPU communication op, which needs g++ and ninja"
-    return None
-
-
-def environment() -> dict[str, str]:
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "DS_ACCELERATOR": "cpu",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    env["PYTHONPATH"] = os.pathsep.join([str(SUPPORT), str(ROOT), env.get("PYTHONPATH", "")])
-    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])  # ninja, for DeepSpeed's op
-    return env
 
 
 def make_models(folder: Path) -> Path:
@@ -122,9 +79,8 @@ def job_of(name: str, out: Path, models: Path, cases: tuple[str, ...] = tuple(CA
         rows = min(rows, at_once)
         accumulation = at_once // (rows * engine.processes)
         settings = {**settings, "per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
-        settings["max_steps"] = (
-            5 if case == "packed" else STEPS
-        )  # of one epoch: accelerate fills up its ragged end by repeating rows
+        # within one epoch: accelerate completes a ragged end by repeating rows
+        settings["max_steps"] = 5 if case == "packed" else STEPS
         settings["fresh_summary"] = name == REFERENCE
         if engine.deepspeed:
             settings["deepspeed"] = deepspeed_config(out / f"{engine.deepspeed}.json", engine.deepspeed)
@@ -149,7 +105,7 @@ class Found:
 
 
 def differences(got: Found, expected: Found) -> dict[str, float]:
-    """Largest relative difference of `loss`, `ce`, `mce` and `grad_norm` over all steps, and absolute difference of any final weight."""
+    """Largest relative difference of loss, ce, mce and grad_norm in any step, and absolute one of any final weight."""
     largest = {}
     for key in ("loss", "ce", "mce", "grad_norm"):
         ours, theirs = got.curve(key), expected.curve(key)
@@ -164,7 +120,7 @@ def differences(got: Found, expected: Found) -> dict[str, float]:
 
 
 class Runner:
-    """tests/distributed_run.py, kept open, and what each engine has given so far."""
+    """A distributed_run.py server, and the results of the engines that it has run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

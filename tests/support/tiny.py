@@ -31,9 +31,8 @@ def tiny_model(name="llama", seed=0, **changes):
     set_seed(seed)
     kwargs = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **ARCHITECTURES[name], **changes}
     model_type = kwargs.pop("model_type", name)
-    experts = (
-        {"experts_implementation": "eager"} if "num_local_experts" in kwargs else {}
-    )  # the grouped one takes no float64
+    # the grouped implementation of experts takes no float64
+    experts = {"experts_implementation": "eager"} if "num_local_experts" in kwargs else {}
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(model_type, **kwargs), attn_implementation="eager", **experts
     )
@@ -56,9 +55,9 @@ def rows(n=16, seed=0, longest=12):
 
 def config(path, **kwargs):
     defaults = {
-        "per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-3, "logging_steps": 1, "report_to": "none",
-        "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "save_strategy": "no", "disable_tqdm": True, "max_length": 64,
-        "lr_scheduler_type": "constant", "mce_steps": 32,
+        "per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-3, "lr_scheduler_type": "constant",
+        "max_length": 64, "mce_steps": 32, "gradient_checkpointing": False, "use_cpu": True, "bf16": False,
+        "logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
     }  # fmt: skip
     return {"output_dir": str(path), **defaults, **kwargs}
 
@@ -77,10 +76,11 @@ def train(path, tokenizer, model=None, data=None, **kwargs):
 # a recipe for train.py
 TINY = {
     "model_config": {
-        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1,
-        "tie_word_embeddings": False,
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "tie_word_embeddings": False,
     },
-    "tokenizer_vocab_size": 300, "dataset": "builtin", "builtin_rows": 64, "prompt_template": "plain", "max_length": 256,
-    "max_steps": 4, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 8, "learning_rate": 1e-3, "logging_steps": 1,
-    "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "save_strategy": "no", "disable_tqdm": True,
+    "tokenizer_vocab_size": 300, "dataset": "builtin", "builtin_rows": 64, "prompt_template": "plain",
+    "max_length": 256, "max_steps": 4, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 8,
+    "learning_rate": 1e-3, "logging_steps": 1, "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
+    "save_strategy": "no", "disable_tqdm": True,
 }  # fmt: skip

@@ -1,0 +1,164 @@
+"""What the loss knows about the vocabulary's vectors: their norms, their leading directions, and the likeliest tokens.
+
+    unit_vectors       the e_j, scaled to norm 1
+    summarise          what head_tail.py needs of all vectors, once per optimizer step
+    find_likeliest     top-k of wide logits, faster than torch.topk
+
+Legend: C positions of one chunk, V vocabulary, D embedding width, p directions, r sketch width.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from matrix_llm.information import outside_autocast
+
+DIRECTIONS = 12  # p
+BASIS_VECTORS = 4096  # of the vocabulary, from which the directions are found
+BASIS_ITERATIONS = 4
+SEED = 20240723  # one fixed start and one fixed sketch: equal on every rank, at every step and after every resume
+GROUPS = 512  # of tokens, by id modulo GROUPS: their largest logits lead `find_likeliest` to a few candidates
+BLOCK_ELEMENTS = 2**22  # elements of a temporary (block, D) copy: it stays in cache
+
+
+@functools.lru_cache(maxsize=8)
+def fixed_gaussian(width: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(width, columns) N(0, 1), always the same. Kept on the device: a copy from the host would wait for the GPU."""
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.inference_mode(
+        False
+    ):  # the cached tensor outlives the caller's mode, and autograd refuses inference tensors
+        return torch.randn(width, columns, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------- norms
+
+
+def unit_vectors(
+    embeddings: Tensor,  # (V, D) any float dtype, any norm
+    *,
+    dtype: torch.dtype,
+    sketch_dim: int | None = None,
+) -> Tensor:
+    """Each vector scaled to norm 1, in `dtype`; a zero vector stays zero. Differentiable (zero vectors: gradient 0).
+
+    With `sketch_dim` = r the vectors are those of embeddings @ R, with R (D, r) a fixed Gaussian matrix: MCE depends on
+    E only through the cosines e_i . e_j, which a random projection roughly keeps (Johnson & Lindenstrauss).
+
+    Returns:
+        (V, D), or (V, r) with a sketch.
+    """
+    e = embeddings.to(dtype)
+    largest = e.detach().abs().amax(-1, keepdim=True)  # divided by first, so that no square overflows or vanishes
+    e = e / torch.where(largest > 0, largest, 1.0)
+    if sketch_dim is not None:
+        e = e @ fixed_gaussian(e.shape[1], sketch_dim, dtype, e.device)
+    norm = torch.linalg.vector_norm(e, dim=-1, keepdim=True)
+    zero = norm == 0
+    return e * torch.where(zero, 0.0, 1.0 / torch.where(zero, 1.0, norm))
+
+
+def inverse_norms(
+    vectors: Tensor,  # (V, D) any float dtype, any norm
+    dtype: torch.dtype,
+) -> Tensor:
+    """(V,) 1 / |vector| in `dtype`; 0 where the vector is zero (or denormal), NaN where it holds NaN."""
+    norm = torch.linalg.vector_norm(vectors, dim=-1, dtype=dtype)
+    doubtful = ~((norm > 1e-15) & (norm < 1e15))  # squares overflowed or vanished, or the vector is zero
+    if vectors.is_cuda or bool(doubtful.any()):  # on a GPU always: asking `any` would make the host wait
+        largest = torch.linalg.vector_norm(vectors, ord=torch.inf, dim=-1, dtype=dtype)
+        scaled = vectors.to(dtype) / torch.where(largest > 0, largest, 1.0).unsqueeze(-1)
+        norm = torch.where(doubtful, largest * torch.linalg.vector_norm(scaled, dim=-1), norm)
+    too_small = norm < 2 / torch.finfo(dtype).max  # 1 / norm would overflow: such a vector counts as zero
+    return torch.where(too_small, 0.0, 1 / torch.where(too_small, 1.0, norm))
+
+
+# ----------------------------------------------------------------------------------------------------------- summary
+
+
+class VocabularySummary(NamedTuple):
+    """What head_tail.py needs of the vocabulary, read from the weight once. Constants: they carry no gradient."""
+
+    inverse_norm: Tensor  # (V,) 1 / |vector|, 0 for a zero vector
+    directions: Tensor  # (D, p) U, orthonormal columns
+    coordinates: Tensor  # (V, p) U^T e_j
+    features: (
+        Tensor  # (V, p (p + 1) / 2 + 1) products x_a x_b of coordinates with a <= b; then |e_j|^2, which is 1 or 0
+    )
+
+
+@outside_autocast  # which rounds to half precision, and CUDA has no QR of that
+@torch.no_grad()
+def summarise(
+    vectors: Tensor,  # (V, D) any float dtype, any norm
+    dtype: torch.dtype,  # float32 or float64, of the result
+) -> VocabularySummary:
+    """The directions by orthogonal iteration on every (V // 4096)-th unit vector, and the features of all vectors."""
+    vocabulary_size, width = vectors.shape
+    device = vectors.device
+    inverse_norm = inverse_norms(vectors, dtype)
+
+    # 1. U: the directions in which the vectors vary most. A stride, since BPE ids are sorted by frequency: the first
+    #    4,096 tokens would not stand for the rest.
+    if width <= DIRECTIONS:
+        directions = torch.eye(width, dtype=dtype, device=device)
+    else:
+        stride = max(1, vocabulary_size // BASIS_VECTORS)
+        sample = vectors[::stride].to(dtype) * inverse_norm[::stride, None]
+        directions = fixed_gaussian(width, min(width, 2 * DIRECTIONS), dtype, device)
+        for _ in range(BASIS_ITERATIONS):
+            directions = torch.linalg.qr(sample.T @ (sample @ directions)).Q  # columns in the order of their weight
+        directions = directions[:, :DIRECTIONS].contiguous()
+    p = directions.shape[1]
+
+    # 2. coordinates of every unit vector along U
+    coordinates = torch.empty(vocabulary_size, p, dtype=dtype, device=device)
+    if vectors.dtype == dtype:
+        torch.mm(vectors, directions, out=coordinates)
+    else:  # half-precision vectors: widened a block at a time
+        block = max(1, BLOCK_ELEMENTS // width)
+        for start in range(0, vocabulary_size, block):
+            coordinates[start : start + block] = vectors[start : start + block].to(dtype) @ directions
+    coordinates *= inverse_norm.unsqueeze(-1)
+
+    # 3. features: one product of the probabilities with them gives the tail's second moment and its mass
+    features = torch.empty(vocabulary_size, p * (p + 1) // 2 + 1, dtype=dtype, device=device)
+    column = 0
+    for i in range(p):
+        torch.mul(coordinates[:, i:], coordinates[:, i : i + 1], out=features[:, column : column + p - i])
+        column += p - i
+    features[:, -1] = torch.where(inverse_norm == 0, 0.0, torch.where(inverse_norm.isnan(), inverse_norm, 1.0))
+    return VocabularySummary(inverse_norm, directions, coordinates, features)
+
+
+# --------------------------------------------------------------------------------------------------- likeliest tokens
+
+
+def find_likeliest(
+    logits: Tensor,  # (C, V)
+    count: int,
+    group_max: Tensor
+    | None = None,  # (C, GROUPS) largest of each group's first V // GROUPS logits, where known already
+) -> tuple[Tensor, Tensor]:
+    """`logits.topk(count)` for a small count: values (C, count) in falling order, and ids (C, count).
+
+    The `count` largest logits lie in the `count` groups with the largest maxima, so one cheap pass over the logits
+    leaves few candidates. torch.topk alone takes several times as long on a wide row of logits.
+    """
+    positions, vocabulary_size = logits.shape
+    depth = vocabulary_size // GROUPS
+    if depth < 2 or count > GROUPS // 4:
+        return logits.topk(count)
+    if group_max is None:
+        group_max = logits[:, : depth * GROUPS].unflatten(1, (depth, GROUPS)).amax(1)  # token g + GROUPS * d in group g
+    best = group_max.topk(count, sorted=False).indices  # (C, count)
+    offsets = torch.arange(depth, device=logits.device) * GROUPS
+    candidates = (best.unsqueeze(-1) + offsets).flatten(1)
+    ungrouped = torch.arange(depth * GROUPS, vocabulary_size, device=logits.device).expand(positions, -1)
+    candidates = torch.cat([candidates, ungrouped], dim=1)
+    values, at = logits.gather(1, candidates).topk(count)
+    return values, candidates.gather(1, at)

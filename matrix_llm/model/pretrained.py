@@ -1,0 +1,46 @@
+"""Tokenizers, configurations and weights from a folder or from the Hub, with a failure told in one line."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from matrix_llm.base.errors import RecipeError
+from matrix_llm.config import ModelArguments
+
+
+def load_pretrained(key: str, name: str | None, loader: Any, **options: Any) -> Any:
+    """loader(name, **options).
+
+    Args:
+        key: the setting that holds `name`, for the error.
+        name: a folder, or a repository of the Hub.
+        loader: a `from_pretrained`.
+
+    Raises:
+        RecipeError: no such folder, or `loader` could not read it; one line, with the loader's own reason.
+    """
+    path = os.path.expanduser(str(name))
+    if str(name).startswith((".", "/", "~")) and not os.path.isdir(path):
+        raise RecipeError(f"{key}={name!r}: no folder at {os.path.abspath(path)}. Correct the path.")
+    try:
+        return loader(path if os.path.isdir(path) else name, **options)
+    except (OSError, ValueError, KeyError) as error:  # the Hub client's errors are OSErrors
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        cannot = "is a folder that cannot be read" if os.path.isdir(path) else "is neither a folder nor on the Hub"
+        raise RecipeError(
+            f"{key}={name!r} {cannot}: {reason} Correct the name, log in, or download it first and give the folder."
+        ) from error
+
+
+def load_pretrained_config(args: ModelArguments, trust_remote_code: bool) -> PretrainedConfig:
+    """The configuration of `model_name_or_path`, without its weights."""
+    return load_pretrained(
+        "model_name_or_path",
+        args.model_name_or_path,
+        AutoConfig.from_pretrained,
+        revision=args.model_revision,
+        trust_remote_code=trust_remote_code,
+    )
