@@ -62,11 +62,12 @@ class MatrixConfig(SFTConfig):
     effective_rank_steps: int = setting(0, at_least=0)
     """Steps between two measurements of the LM head's effective rank; 0: at the start and at the end only."""
     logging_nan_inf_filter: bool = False
-    """Whether a NaN or infinite loss is left out of the logged mean; True would hide that a run has failed."""
+    """Whether a NaN or infinite loss is left out of the log; True would log it as 0.0 and hide that the run failed."""
 
     def __post_init__(self):
+        # 1. What can be checked at once
         if self.bf16 is None and not self.fp16 and not self.use_cpu and not is_torch_bf16_gpu_available():
-            self.bf16 = False
+            self.bf16 = False  # SFTConfig would set True, and refuse itself
         check_fields(self)
         self._check_embeddings()
         if self.mce_weight > 0:
@@ -76,12 +77,13 @@ class MatrixConfig(SFTConfig):
                 "eval_packing=True with packing=False: rows are packed, but batched without their positions, so they "
                 "would see each other. Set packing: true as well, or remove eval_packing."
             )
+        # 2. What is known once SFTConfig has read the DeepSpeed and FSDP settings
         super().__post_init__()
         if self.mce_weight > 0:
             self._check_sharding()
 
     def _check_embeddings(self) -> None:
-        """`mce_embeddings` names vectors that exist, and a gradient has a parameter to go to."""
+        """Refuse vectors that do not exist, and a gradient that has no parameter to go to."""
         if self.mce_embeddings in ("lm_head", "input"):
             return
         if not self.mce_embeddings.endswith(".safetensors"):
@@ -99,7 +101,7 @@ class MatrixConfig(SFTConfig):
             )
 
     def _check_loss(self) -> None:
-        """Settings that replace the loss which MCE is added to, or give it a meaning that MCE has not."""
+        """Refuse settings that replace the loss MCE is added to, or change it in a way that has no meaning for MCE."""
         if self.label_smoothing_factor > 0:
             raise self._loss_clash("label_smoothing_factor", "MCE is defined against the one true token")
         if self.loss_type == "dft":
@@ -108,13 +110,11 @@ class MatrixConfig(SFTConfig):
         if self.use_liger_kernel:
             raise self._loss_clash("use_liger_kernel", "its fused loss replaces the forward that computes MCE")
         if (self.packing or self.eval_packing) and self.packing_strategy == "wrapped":
-            reason = (
-                "it cuts rows anywhere and lets them see each other, so a token's loss depends on the rows around it"
-            )
+            reason = "it lets rows see each other, so a token's loss depends on the rows it is packed with"
             raise self._loss_clash("packing_strategy", reason)
 
     def _check_sharding(self) -> None:
-        """Ways of spreading the model over processes in which no process can compute the MCE term."""
+        """Refuse ways of spreading the model over processes in which the MCE term would be lost or wrong."""
         sharding = Sharding.of(self)
         no_vocabulary = "each process would hold a slice of the vocabulary, and the loss needs all of it"
         if sharding.tensor_parallel > 1:
@@ -154,9 +154,13 @@ class Sharding:
     """How the model is spread over processes, known before a weight is loaded."""
 
     tensor_parallel: int
+    """Processes that share each layer's weights, by Accelerate's parallelism config."""
     sequence_parallel: int
+    """Processes that share each row's tokens."""
     deepspeed_tensor_parallel: int
+    """Processes that share each layer's weights, by the `tensor_parallel` block of the DeepSpeed config."""
     fsdp_version: str | None
+    """"1", "2", or None without FSDP."""
 
     @classmethod
     def of(cls, training: SFTConfig) -> "Sharding":
@@ -335,12 +339,12 @@ class DataArguments:
             )
 
 
-# ----------------------------------------------------------------------------------------------- the recipe, its names
+# ----------------------------------------------------------------------------------------------------------- recipe
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a run is told."""
+    """Everything that decides a run."""
 
     model: ModelArguments
     data: DataArguments
@@ -382,8 +386,6 @@ _HINTS = {
 SETTINGS = Settings({"model": ModelArguments, "data": DataArguments, "training": MatrixConfig}, _HINTS)
 
 
-# ------------------------------------------------------------------------------------------------------ the reading
-
 _PATHS = ("dataset", "eval_dataset", "deepspeed", "mce_embeddings", "model_name_or_path", "tokenizer_name_or_path")
 
 
@@ -411,7 +413,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run: boo
     if given.get("leakage_check"):
         given["leakage_check"] = [find_from_repository(source, path) for source in given["leakage_check"]]
 
-    # 3. The dataclasses check themselves; what concerns more than one is checked between
+    # 3. Each dataclass checks itself; then the combinations that concern more than one of them
     parts = SETTINGS.split(given)
     try:
         model, data = ModelArguments(**parts["model"]), DataArguments(**parts["data"])
@@ -427,7 +429,7 @@ def _build_training(given: dict[str, Any], dry_run: bool) -> MatrixConfig:
         return _build_without_hardware(given) if dry_run else MatrixConfig(**given)
     except RecipeError:
         raise
-    except (ValueError, NotImplementedError) as error:  # how transformers and TRL refuse a setting
+    except (ValueError, NotImplementedError, OSError) as error:  # how transformers and TRL refuse a setting
         raise RecipeError(" ".join(str(error).split())) from error
 
 
@@ -450,8 +452,8 @@ def _build_without_hardware(given: dict[str, Any]) -> MatrixConfig:
     return training
 
 
-# ------------------------------------------------------------------- combinations that concern more than one dataclass
-# `given` holds the keys of the recipe: only there can be seen that a setting was given and would do nothing.
+# ----------------------------------------------------------------------------------------------------- combinations
+# `given` is what the recipe says, without defaults: a setting that was given and would do nothing shows only there.
 
 
 def _check_combinations(model: ModelArguments, data: DataArguments, given: Mapping[str, Any]) -> None:
