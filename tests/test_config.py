@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import itertools
 import json
 import shlex
 from pathlib import Path
@@ -209,8 +210,8 @@ REFUSED = [  # overrides of GOOD; what is said; the overrides as the message wou
     ("--leakage drop", "leakage given.*Set leakage_check", "--leakage drop --leakage_check openai/gsm8k:main"),
     ("--streaming", "streaming=True.*Set max_steps", STREAM),
     ("--streaming_buffer 5", "streaming_buffer=5.*Set streaming to true", f"--streaming_buffer 5 {STREAM}"),
-    (f"{STREAM} --train_sampling_strategy group_by_length", "streaming=True.*train_sampling_strategy='group_by_length'.*"
-     "Remove train_sampling_strategy", STREAM),
+    (f"{STREAM} --train_sampling_strategy group_by_length",
+     "streaming=True.*train_sampling_strategy='group_by_length'.*Remove train_sampling_strategy", STREAM),
     (f"{STREAM} --shuffle_dataset", "streaming=True.*shuffle_dataset=True.*Remove shuffle_dataset", STREAM),
     # loss
     ("--label_smoothing_factor 0.1", "mce_weight=1.0.*label_smoothing_factor=0.1.*set mce_weight to 0",
@@ -223,8 +224,9 @@ REFUSED = [  # overrides of GOOD; what is said; the overrides as the message wou
     ("--mce_embeddings lmhead", "mce_embeddings='lmhead'.*Did you mean lm_head", "--mce_embeddings lm_head"),
     ("--mce_embeddings none.safetensors", "mce_embeddings='none.safetensors': no file at /.*/none.safetensors.*Correct",
      "--mce_embeddings {files}/vectors.safetensors"),
-    ("--mce_embeddings {files}/vectors.safetensors --mce_embedding_grad", "mce_embedding_grad=True.*vectors.safetensors.*"
-     "Set mce_embedding_grad to false", "--mce_embeddings input --mce_embedding_grad"),
+    ("--mce_embeddings {files}/vectors.safetensors --mce_embedding_grad",
+     "mce_embedding_grad=True.*vectors.safetensors.*Set mce_embedding_grad to false",
+     "--mce_embeddings input --mce_embedding_grad"),
     # paths
     ("--dataset no/such.jsonl", "dataset='no/such.jsonl': nothing at /.*/no/such.jsonl.*Correct",
      "--dataset {files}/rows.jsonl"),
@@ -235,7 +237,8 @@ REFUSED = [  # overrides of GOOD; what is said; the overrides as the message wou
     (f"{PRETRAINED} --model_name_or_path ./none", "model_name_or_path='./none': no folder at /.*/none.*Correct",
      f"{PRETRAINED} --model_name_or_path {{files}}"),
     # DeepSpeed files
-    ("--deepspeed none.json", "deepspeed='none.json': no file at /.*/none.json.*Correct", "--deepspeed {files}/ds.json"),
+    ("--deepspeed none.json", "deepspeed='none.json': no file at /.*/none.json.*Correct",
+     "--deepspeed {files}/ds.json"),
     ("--deepspeed {files}/scheduler.json", "scheduler.json'.*lr_scheduler_type.*Remove the block",
      "--deepspeed {files}/ds.json"),
     ("--deepspeed {files}/cut.json", "cut.json' line 2: this is not JSON", "--deepspeed {files}/ds.json"),
@@ -288,7 +291,7 @@ OWN_FIELDS = {f.name: f for cls in OWN for f in dataclasses.fields(cls) if f.nam
 @pytest.mark.parametrize("cls", OWN)
 def test_every_setting_has_a_sentence_under_it(cls):
     body = class_body(cls)
-    for node, below in zip(body, body[1:], strict=False):
+    for node, below in itertools.pairwise(body):
         if isinstance(node, ast.AnnAssign):
             assert isinstance(below, ast.Expr), node.target.id
             assert below.value.value.endswith("."), node.target.id

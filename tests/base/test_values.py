@@ -87,5 +87,5 @@ def test_a_range_holds_its_closed_ends_alone():
 
 
 def test_a_choice_may_name_what_else_is_allowed():
-    with pytest.raises(RecipeError, match="source='lmhead'.*lm_head, input, or a path.*Did you mean lm_head"):
+    with pytest.raises(RecipeError, match=r"source='lmhead'.*lm_head, input, or a path.*Did you mean lm_head"):
         check_choice("source", "lmhead", ["lm_head", "input"], also="a path")
