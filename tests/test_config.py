@@ -247,6 +247,8 @@ REFUSED = [  # overrides of GOOD; what is said; the overrides as the message wou
     # what transformers refuses or cannot find
     ("--accelerator_config none.json", "none.json", ""),
     ("--debug foo", "foo", ""),
+    ("--load_best_model_at_end --eval_strategy epoch --eval_dataset builtin", "load_best_model_at_end.*strategy",
+     "--load_best_model_at_end --eval_strategy epoch --eval_dataset builtin --save_strategy epoch"),
 ]  # fmt: skip
 
 
