@@ -220,7 +220,7 @@ class ModelArguments:
     lora_target_modules: list[str] | str | None = None
     """Layers that get an adapter: names, a regular expression, or "all-linear"; None: PEFT's choice for the model."""
     lora_modules_to_save: list[str] | None = None
-    """Modules that are trained whole beside the adapters, e.g. [lm_head]."""
+    """Modules that are trained in full, besides the adapters, e.g. [lm_head]."""
     load_in_4bit: bool = False
     """QLoRA: whether the frozen weights are stored in 4 bits, by bitsandbytes."""
     gpu: str | None = setting(None, choices=GPUS)
@@ -385,7 +385,7 @@ _HINTS = {
 
 SETTINGS = Settings({"model": ModelArguments, "data": DataArguments, "training": MatrixConfig}, _HINTS)
 
-
+# Settings that may be relative paths
 _PATHS = ("dataset", "eval_dataset", "deepspeed", "mce_embeddings", "model_name_or_path", "tokenizer_name_or_path")
 
 
@@ -402,7 +402,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run: boo
     # 1. What is given: names, types and ranges are checked
     path = Path(path).expanduser()
     resolved = SETTINGS.read(path, overrides)
-    given = copy.deepcopy(resolved)  # nobody who changes a dataclass below changes what the run writes down
+    given = copy.deepcopy(resolved)  # a change to a dataclass must not change what the run writes down
     resolved.pop("hub_token", None)  # a secret: it is passed on, and never written
 
     # 2. Relative paths, and a folder for the run

@@ -89,7 +89,7 @@ def test_a_file_that_is_not_one_flat_mapping_is_refused_in_one_line(file, conten
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_recipe_names_the_recipes_beside_it(file, tmp_path):
+def test_a_missing_recipe_names_the_recipes_in_its_folder(file, tmp_path):
     file("packing: true\n")
     with pytest.raises(RecipeError, match=rf"{tmp_path}/tni\.yaml.*tiny\.yaml.*Did you mean tiny\.yaml"):
         SETTINGS.read(tmp_path / "tni.yaml")
