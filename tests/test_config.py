@@ -1,11 +1,21 @@
+"""The settings of a language-model run: what a recipe becomes, and every combination that is refused."""
+
+import ast
+import dataclasses
+import inspect
+import itertools
 import json
-import os
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from matrix_llm.config import MatrixConfig, RecipeError, load_recipe
+from matrix_llm.base.values import INHERITED_RANGES
+from matrix_llm.config import DataArguments, MatrixConfig, ModelArguments, RecipeError, load_recipe
+from matrix_llm.ssl.config import load_ssl_recipe
+from tests.support.paths import ROOT
 
 GOOD = """\
 # model
@@ -23,25 +33,18 @@ eval_strategy: no
 def recipe(tmp_path):
     """recipe("key: value") writes GOOD plus these lines and returns the path."""
 
-    def write(*lines: str, base: str = GOOD) -> Path:
+    def write(*lines: str) -> Path:
         path = tmp_path / "tiny.yaml"
-        path.write_text(base + "\n".join(lines), encoding="utf-8")
+        path.write_text(GOOD + "\n".join(lines), encoding="utf-8")
         return path
 
     return write
 
 
-def refusal(path, *overrides, **options) -> str:
-    with pytest.raises(RecipeError) as error:
-        load_recipe(path, overrides, **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+# ------------------------------------------------------------------------------------------------------ what is read
 
 
-# ------------------------------------------------------------------------------------------------------------ what works
-
-
-def test_recipe_fills_the_three_dataclasses(recipe):
+def test_a_recipe_fills_the_three_dataclasses(recipe):
     loaded = load_recipe(recipe("too_long: truncate", "mce_top_k: 64"))
     assert loaded.training.learning_rate == 2e-5
     assert loaded.training.mce_top_k == 64
@@ -49,47 +52,16 @@ def test_recipe_fills_the_three_dataclasses(recipe):
     assert loaded.training.report_to == []
     assert loaded.data.too_long == "truncate"
     assert loaded.model.model_config == {"model_type": "llama", "hidden_size": 16}
-    assert loaded.resolved["eval_strategy"] == "no"  # YAML 1.1 reads a bare no as False
-    assert set(loaded.resolved) == {
-        "model_config", "tokenizer_vocab_size", "dataset", "learning_rate", "eval_strategy", "too_long", "mce_top_k",
-    }  # fmt: skip
+    assert loaded.resolved == {**yaml.safe_load(GOOD), "learning_rate": 2e-5, "eval_strategy": "no",
+                               "too_long": "truncate", "mce_top_k": 64}  # fmt: skip
 
 
-def test_overrides_win_with_dashes_underscores_equals_and_bare_flags(recipe):
-    overrides = [
-        "--learning-rate",
-        "1e-4",
-        "--max_steps=5",
-        "--packing",
-        "--mce-top-k",
-        "64",
-        "--run_name",
-        "7",
-        "--weight_decay",
-        "0",
-    ]
+def test_overrides_win_over_the_file(recipe):
+    overrides = shlex.split("--learning-rate 1e-4 --max_steps=5 --packing --mce-top-k 32 --run_name 7 --weight_decay 0")
     loaded = load_recipe(recipe("mce_top_k: 64", "packing: false"), overrides)
     assert (loaded.training.learning_rate, loaded.training.max_steps, loaded.training.packing) == (1e-4, 5, True)
-    assert loaded.training.mce_top_k == 64
-    assert loaded.training.run_name == "7"
+    assert (loaded.training.mce_top_k, loaded.training.run_name) == (32, "7")
     assert loaded.resolved["packing"] is True
-
-
-def test_lists_mappings_and_null_on_the_command_line(recipe):
-    overrides = [
-        "--use_peft",
-        "--lora_target_modules",
-        "q_proj,v_proj",
-        "--mce_steps",
-        "null",
-        '--lr_scheduler_kwargs={"num_cycles": 2}',
-    ]
-    loaded = load_recipe(recipe("mce_steps: 3"), overrides)
-    assert loaded.model.lora_target_modules == ["q_proj", "v_proj"]
-    assert loaded.training.lr_scheduler_kwargs == {"num_cycles": 2}
-    assert loaded.training.mce_steps is None
-    regex = load_recipe(recipe(), ["--use_peft", "--lora_target_modules", r".*\.(q|v)_proj"])
-    assert regex.model.lora_target_modules == r".*\.(q|v)_proj"
 
 
 def test_matrix_config_is_built_in_python_like_sft_config(tmp_path):
@@ -100,32 +72,45 @@ def test_matrix_config_is_built_in_python_like_sft_config(tmp_path):
     assert config.gradient_checkpointing is True
 
 
+@pytest.mark.parametrize("value", [0, -3, "big", True, 1.5])
+@pytest.mark.parametrize("name", ["mce_top_k", "mce_sketch_dim"])
+def test_sizes_given_in_python_are_checked_like_those_of_a_recipe(tmp_path, name, value):
+    with pytest.raises(RecipeError, match=f"{name}={value!r}.*must be"):
+        MatrixConfig(output_dir=str(tmp_path), **{name: value})
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the plan differs from the run only where there is no GPU")
 def test_a_machine_without_gpu_can_plan_a_gpu_recipe(recipe, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(
-        tmp_path / "elsewhere"
-    )  # the current folder comes first, and must not hold a ds_configs of its own
+    monkeypatch.chdir(tmp_path / "elsewhere")  # the current folder comes first: it must have no ds_configs of its own
     (tmp_path / ".git").mkdir()
     (tmp_path / "ds_configs").mkdir()
     (tmp_path / "ds_configs/zero3.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     path = recipe("bf16: true", "tf32: true", "deepspeed: ds_configs/zero3.json")
-    assert "bf16" in refusal(path)
+    with pytest.raises(RecipeError, match=r"tiny\.yaml: .*bf16"):
+        load_recipe(path)
     loaded = load_recipe(path, dry_run=True)
     assert (loaded.training.bf16, loaded.training.tf32, loaded.training.use_cpu) == (True, True, False)
     assert loaded.training.deepspeed == str(tmp_path / "ds_configs/zero3.json")  # found from the recipe's repository
     assert loaded.resolved["deepspeed"] == "ds_configs/zero3.json"
 
 
-# ------------------------------------------------------------------------------------------------------------ names
+def test_leakage_sources_are_found_from_the_recipes_repository(recipe, tmp_path):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "a.jsonl").write_text("")
+    loaded = load_recipe(recipe("leakage_check: [a.jsonl, openai/gsm8k:main]"))
+    assert loaded.data.leakage_check == [f"{tmp_path}/a.jsonl", "openai/gsm8k:main"]
+    assert loaded.resolved["leakage_check"] == ["a.jsonl", "openai/gsm8k:main"]
 
 
-def test_misspelt_key_names_the_nearest(recipe):
-    message = refusal(recipe("learning_rat: 1.0"))
-    assert "tiny.yaml line 9: 'learning_rat' is not a setting. Did you mean learning_rate" in message
-    assert "on the command line: 'mce_wieght' is not a setting. Did you mean mce_weight" in refusal(
-        recipe(), "--mce-wieght", "1"
-    )
+def test_what_a_run_writes_down_holds_no_token_and_nothing_that_was_changed_later(recipe):
+    loaded = load_recipe(recipe("hub_token: hf_secret", "lora_modules_to_save: [lm_head]", "use_peft: true"))
+    assert loaded.training.hub_token == "hf_secret"
+    assert "hub_token" not in loaded.resolved
+    loaded.model.model_config["vocab_size"] = 300
+    loaded.model.lora_modules_to_save.append("embed_tokens")
+    assert loaded.resolved["model_config"] == {"model_type": "llama", "hidden_size": 16}
+    assert loaded.resolved["lora_modules_to_save"] == ["lm_head"]
 
 
 @pytest.mark.parametrize(
@@ -137,199 +122,202 @@ def test_misspelt_key_names_the_nearest(recipe):
         ("group_by_length", "train_sampling_strategy: group_by_length"),
         ("evaluation_strategy", "eval_strategy"),
         ("scheduler", "lr_scheduler_type: cosine"),
+        ("mce_wieght", "Did you mean mce_weight"),
     ],
 )
-def test_removed_names_come_with_the_way_out(recipe, key, way_out):
-    assert way_out in refusal(recipe(f"{key}: 1"))
+def test_a_name_that_does_not_exist_comes_with_what_to_write(recipe, key, way_out):
+    with pytest.raises(RecipeError, match=rf"tiny\.yaml line 9: '{key}' is not a setting.*{way_out}"):
+        load_recipe(recipe(f"{key}: 1"))
 
 
-def test_a_section_is_refused_because_recipes_are_flat(recipe):
-    assert "one flat mapping" in refusal(recipe("training: {max_steps: 3}"))
+# ------------------------------------------------------------------------------------------------------------ ranges
+
+RANGES = {  # a value that is refused, and the settings that refuse it
+    "0": """learning_rate num_train_epochs logging_steps eval_steps save_steps adam_epsilon per_device_train_batch_size
+        per_device_eval_batch_size gradient_accumulation_steps max_length mce_steps mce_order mce_sketch_dim mce_top_k
+        lora_r lora_alpha save_total_limit dataset_num_proc max_train_rows max_eval_rows builtin_rows builtin_eval_rows
+        accuracy_max_new_tokens streaming_buffer leakage_ngram leakage_share max_steps""",
+    "-1": """mce_weight mce_warmup_steps effective_rank_steps accuracy_rows accuracy_steps weight_decay warmup_steps
+        max_grad_norm seed data_seed dataloader_num_workers""",
+    "1.0": "lora_dropout label_smoothing_factor adam_beta1 adam_beta2",
+    "1.1": "leakage_share",
+    "-5": "max_steps",
+    "259": "tokenizer_vocab_size",
+    "nan": "mce_weight",
+    "inf": "weight_decay",
+}
 
 
-def test_a_key_given_twice_names_both_lines(recipe):
-    assert "line 9: 'dataset' is given twice, first on line 5" in refusal(recipe("dataset: builtin"))
+@pytest.mark.parametrize(("value", "keys"), RANGES.items())
+def test_values_out_of_range_are_refused_with_the_range(recipe, value, keys):
+    path = recipe()
+    for key in keys.split():
+        with pytest.raises(RecipeError, match=rf"{key}={value}(\.0)? cannot work: it must be \w+"):
+            load_recipe(path, [f"--{key}={value}"])
 
 
-def test_a_word_that_belongs_to_no_setting_is_refused(recipe):
-    assert "'5' belongs to no setting" in refusal(recipe(), "--max_steps=3", "5")
-    assert "--max_steps has no value" in refusal(recipe(), "--max_steps", "--packing")
-
-
-# ------------------------------------------------------------------------------------------------------------ values
+def test_every_range_is_tried():
+    own = {f.name for f in OWN_FIELDS.values() if str(f.metadata.get("range", ""))}
+    assert {*INHERITED_RANGES, *own} == {key for keys in RANGES.values() for key in keys.split()}
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ("max_steps: ten", "max_steps='ten' is a text, but max_steps must be an integer"),
-        ("max_steps: true", "max_steps=True is true or false, but max_steps must be an integer"),
-        ("max_steps: 1.5", "must be an integer"),
-        ("packing: 1", "must be true or false"),
-        ("run_name: 7", "Put it in quotes"),
-        ("adam_beta1: [0.9]", "must be a number"),
-        ("lora_modules_to_save: [1]", "must be"),
-        ("lr_scheduler_type: cosin", "Did you mean cosine"),
-        ("mce_solver: krilov", "Did you mean krylov"),
-        ("dtype: bf16", "Did you mean bfloat16"),
-        ("too_long: cut", "drop, truncate, error"),
-    ],
-)
-def test_wrong_type_names_key_value_and_line(recipe, line, said):
-    message = refusal(recipe(line))
-    assert "tiny.yaml line 9: " in message
-    assert said in message
+    "override", ["momentum=1", "base_learning_rate=0", "probe_learning_rate=0", "effective_rank_steps=-1",
+                 "max_train_rows=0", "learning_rate=0", "per_device_train_batch_size=0", "image_size=0"],
+)  # fmt: skip
+def test_image_recipes_have_ranges_too(override):
+    with pytest.raises(RecipeError, match=f"{override}.*must be|{override}.*image"):
+        load_ssl_recipe(ROOT / "recipes" / "ssl" / "digits.yaml", [f"--{override}"])
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "max_steps: -5",  # negative steps
-        "max_steps: 0",
-        "num_train_epochs: 0",
-        "per_device_train_batch_size: 0",
-        "gradient_accumulation_steps: 0",
-        "mce_weight: -1",
-        "mce_weight: .nan",
-        "weight_decay: .inf",
-        "mce_steps: 0",
-        "warmup_steps: -1",
-        "tokenizer_vocab_size: 100",
-    ],
-)
-def test_values_out_of_range_are_refused(recipe, line):
-    key = line.split(":")[0]
-    base = GOOD.replace("tokenizer_vocab_size: 300\n", "") if key == "tokenizer_vocab_size" else GOOD
-    message = refusal(recipe(line, base=base))
-    assert f"{key}=" in message
-    assert "must be" in message
+# ------------------------------------------------------------------------------------------------------ combinations
+
+PRETRAINED = "--model_config null --tokenizer_vocab_size null --model_name_or_path x/y"
+STREAM = "--streaming --max_steps 5"
+
+REFUSED = [  # overrides of GOOD; what is said; the overrides as the message would mend them
+    # model
+    ("--model_name_or_path x/y", "model_name_or_path and model_config.*both.*exactly one", PRETRAINED),
+    ("--model_config null", "model_name_or_path and model_config.*neither.*exactly one", PRETRAINED),
+    ("--model_config '{hidden_size: 16}'", "model_config=.*model_type", "--model_config '{model_type: llama}'"),
+    ("--tokenizer_vocab_size null", "model_config.*exactly one of.*tokenizer_name_or_path",
+     "--tokenizer_vocab_size null --tokenizer_name_or_path x/y"),
+    ("--tokenizer_name_or_path x/y", "model_config.*exactly one of.*tokenizer_vocab_size", ""),
+    (f"{PRETRAINED} --tokenizer_vocab_size 300", "tokenizer_vocab_size=300.*Remove it", PRETRAINED),
+    (f"{PRETRAINED} --load_in_4bit", "load_in_4bit=True.*use_peft: true", f"{PRETRAINED} --load_in_4bit --use_peft"),
+    ("--load_in_4bit --use_peft", "load_in_4bit=True.*model_name_or_path", f"{PRETRAINED} --load_in_4bit --use_peft"),
+    ("--gpu h100", "gpu='h100'.*Did you mean h100-80gb", "--gpu h100-80gb"),
+    # adapters
+    ("--lora_r 8", "lora_r given.*use_peft: true", "--lora_r 8 --use_peft"),
+    ("--use_peft --lora_target_modules q_proj,lm_head", "mce_weight=1.0.*`lm_head`.*lora_modules_to_save",
+     "--use_peft --lora_target_modules [q_proj] --lora_modules_to_save [lm_head]"),
+    ("--use_peft --lora_target_modules [model.embed_out]", "mce_weight=1.0.*`model.embed_out`.*lora_modules_to_save",
+     "--use_peft --lora_target_modules [model.embed_out] --mce_weight 0"),
+    ("--use_peft --lora_target_modules '.*(proj|head)'", "mce_weight=1.0.*`lm_head`.*lora_modules_to_save",
+     "--use_peft --lora_target_modules '.*proj'"),
+    ("--use_peft --lora_target_modules '*proj'", "lora_target_modules='.proj' is not a regular.*list of module names",
+     "--use_peft --lora_target_modules all-linear"),
+    # data
+    ("--dataset null", 'dataset is not given.*"builtin"', "--dataset builtin"),
+    ("--prompt_template metamaths", "prompt_template='metamaths'.*Did you mean 'metamath'",
+     "--prompt_template metamath"),
+    ("--response_separator '###'", "response_separator='###'.*prompt_template", "--response_separator="),
+    ("--accuracy_steps 5", "accuracy_steps=5.*Set accuracy_rows", "--accuracy_steps 5 --accuracy_rows 8"),
+    ("--dataset x/y --accuracy_rows 8", "accuracy_rows=8.*eval_dataset",
+     "--dataset x/y --accuracy_rows 8 --eval_dataset x/y"),
+    ("--eval_strategy steps", "eval_strategy='steps'.*Give eval_dataset",
+     "--eval_strategy steps --eval_dataset builtin"),
+    ("--leakage drop", "leakage given.*Set leakage_check", "--leakage drop --leakage_check openai/gsm8k:main"),
+    ("--streaming", "streaming=True.*Set max_steps", STREAM),
+    ("--streaming_buffer 5", "streaming_buffer=5.*Set streaming to true", f"--streaming_buffer 5 {STREAM}"),
+    (f"{STREAM} --train_sampling_strategy group_by_length",
+     "streaming=True.*train_sampling_strategy='group_by_length'.*Remove train_sampling_strategy", STREAM),
+    (f"{STREAM} --shuffle_dataset", "streaming=True.*shuffle_dataset=True.*Remove shuffle_dataset", STREAM),
+    # loss
+    ("--label_smoothing_factor 0.1", "mce_weight=1.0.*label_smoothing_factor=0.1.*set mce_weight to 0",
+     "--label_smoothing_factor 0.1 --mce_weight 0"),
+    ("--loss_type dft", "mce_weight=1.0.*loss_type='dft'.*set mce_weight to 0", "--loss_type dft --mce_weight 0"),
+    ("--use_liger_kernel", "mce_weight=1.0.*use_liger_kernel=True.*Remove use_liger_kernel", ""),
+    ("--packing --packing_strategy wrapped", "mce_weight=1.0.*packing_strategy='wrapped'.*Remove packing_strategy",
+     "--packing"),
+    ("--eval_packing", "eval_packing=True.*Set packing: true", "--eval_packing --packing"),
+    ("--mce_embeddings lmhead", "mce_embeddings='lmhead'.*Did you mean lm_head", "--mce_embeddings lm_head"),
+    ("--mce_embeddings none.safetensors", "mce_embeddings='none.safetensors': no file at /.*/none.safetensors.*Correct",
+     "--mce_embeddings {files}/vectors.safetensors"),
+    ("--mce_embeddings {files}/vectors.safetensors --mce_embedding_grad",
+     "mce_embedding_grad=True.*vectors.safetensors.*Set mce_embedding_grad to false",
+     "--mce_embeddings input --mce_embedding_grad"),
+    # paths
+    ("--dataset no/such.jsonl", "dataset='no/such.jsonl': nothing at /.*/no/such.jsonl.*Correct",
+     "--dataset {files}/rows.jsonl"),
+    ("--eval_dataset {files}/none", "eval_dataset='.*/none': nothing at /.*/none.*Correct",
+     "--eval_dataset {files}/rows.jsonl"),
+    ("--leakage_check {files}/none.jsonl", "leakage_check='.*none.jsonl': nothing at /.*none.jsonl.*Correct",
+     "--leakage_check {files}/rows.jsonl,openai/gsm8k:main"),
+    (f"{PRETRAINED} --model_name_or_path ./none", "model_name_or_path='./none': no folder at /.*/none.*Correct",
+     f"{PRETRAINED} --model_name_or_path {{files}}"),
+    # DeepSpeed files
+    ("--deepspeed none.json", "deepspeed='none.json': no file at /.*/none.json.*Correct",
+     "--deepspeed {files}/ds.json"),
+    ("--deepspeed {files}/scheduler.json", "scheduler.json'.*lr_scheduler_type.*Remove the block",
+     "--deepspeed {files}/ds.json"),
+    ("--deepspeed {files}/cut.json", "cut.json' line 2: this is not JSON", "--deepspeed {files}/ds.json"),
+    ("--deepspeed {files}/list.json", "list.json'.*JSON object.*ds_configs/", "--deepspeed {files}/ds.json"),
+    ("--deepspeed {files}/latin1.json", "latin1.json'.*Save the file as UTF-8", "--deepspeed {files}/ds.json"),
+    # what transformers refuses or cannot find
+    ("--accelerator_config none.json", "none.json", ""),
+    ("--debug foo", "foo", ""),
+    ("--load_best_model_at_end --eval_strategy epoch --eval_dataset builtin", "load_best_model_at_end.*strategy",
+     "--load_best_model_at_end --eval_strategy epoch --eval_dataset builtin --save_strategy epoch"),
+]  # fmt: skip
 
 
-def test_learning_rate_must_be_above_zero(recipe):
-    assert "learning_rate=0.0 cannot work: it must be above 0" in refusal(recipe(), "--learning_rate", "0.0")
+@pytest.fixture
+def files(tmp_path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name, content in {
+        "rows.jsonl": b"", "vectors.safetensors": b"", "ds.json": b"{}", "scheduler.json": b'{"scheduler": {}}',
+        "cut.json": b"{\n", "list.json": b"[1]", "latin1.json": b'{"a": "\xe9"}',
+    }.items():  # fmt: skip
+        (folder / name).write_bytes(content)
+    return folder
 
 
-@pytest.mark.parametrize("value", [0, -3, "big", True, 1.5])
-def test_sketch_and_top_k_are_auto_none_or_a_size(tmp_path, value):
-    for name in ("mce_top_k", "mce_sketch_dim"):
-        with pytest.raises(RecipeError, match=name):
-            MatrixConfig(output_dir=str(tmp_path), **{name: value})
+@pytest.mark.parametrize(("overrides", "refusal", "mended"), REFUSED, ids=[overrides for overrides, _, _ in REFUSED])
+def test_a_combination_that_cannot_work_is_refused_and_the_way_out_works(recipe, files, overrides, refusal, mended):
+    path = recipe()
+    with pytest.raises(RecipeError, match=refusal) as error:
+        load_recipe(path, shlex.split(overrides.replace("{files}", str(files))), dry_run=True)
+    assert str(error.value).startswith(str(path)) or "on the command line" in str(error.value)
+    assert "\n" not in str(error.value)
+    load_recipe(path, shlex.split(mended.replace("{files}", str(files))), dry_run=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ combinations
+# ---------------------------------------------------------------------------------------------------- documentation
+
+OWN = [ModelArguments, DataArguments, MatrixConfig]
 
 
-@pytest.mark.parametrize("clash", [{"label_smoothing_factor": 0.1}, {"loss_type": "dft"}, {"use_liger_kernel": True}])
-def test_losses_that_mce_cannot_join_are_refused(tmp_path, clash):
-    with pytest.raises(RecipeError, match=rf"mce_weight=1.0 together with {next(iter(clash))}.*set mce_weight to 0"):
-        MatrixConfig(output_dir=str(tmp_path), **clash)
-    if "use_liger_kernel" not in clash:
-        MatrixConfig(output_dir=str(tmp_path), mce_weight=0.0, **clash)
+def class_body(cls) -> list[ast.stmt]:
+    return ast.parse(inspect.getsource(cls)).body[0].body
 
 
-def test_adapter_on_lm_head_is_refused_unless_mce_is_off(recipe):
-    path = recipe("use_peft: true", "lora_target_modules: [q_proj, lm_head]")
-    message = refusal(path)
-    assert "mce_weight=1.0 needs the LM head, but lora_target_modules puts an adapter on `lm_head`" in message
-    assert "list `lm_head` under lora_modules_to_save" in message
-    assert load_recipe(path, ["--mce_weight", "0"]).training.mce_weight == 0
-    assert "lm_head" in refusal(recipe("use_peft: true", "lora_target_modules: '.*(proj|head)'"))
+def own_names(cls) -> list[str]:
+    return [node.target.id for node in class_body(cls) if isinstance(node, ast.AnnAssign)]
 
 
-def test_lora_settings_without_use_peft_are_refused(recipe):
-    assert "lora_r given, but use_peft is not" in refusal(recipe("lora_r: 8"))
+OWN_FIELDS = {f.name: f for cls in OWN for f in dataclasses.fields(cls) if f.name in own_names(cls)}
 
 
-def test_a_stream_needs_max_steps_and_one_order(recipe):
-    assert "streaming=True: a stream has no known end, so num_train_epochs means nothing. Set max_steps" in refusal(
-        recipe("streaming: true")
-    )
-    path = recipe("streaming: true", "max_steps: 5")
-    assert load_recipe(path).data.streaming_buffer == 10000
-    assert load_recipe(path, ["--packing"]).training.packing
-    assert "a stream has one order" in refusal(path, "--train_sampling_strategy", "group_by_length")
-    assert "streaming_buffer=5 does nothing without streaming" in refusal(recipe("streaming_buffer: 5"))
+@pytest.mark.parametrize("cls", OWN)
+def test_every_setting_has_a_sentence_under_it(cls):
+    body = class_body(cls)
+    for node, below in itertools.pairwise(body):
+        if isinstance(node, ast.AnnAssign):
+            assert isinstance(below, ast.Expr), node.target.id
+            assert below.value.value.endswith("."), node.target.id
 
 
-def test_leakage_settings_need_a_test_set_that_is_there(recipe, tmp_path):
-    assert "leakage given, but leakage_check names no test set" in refusal(recipe("leakage: drop"))
-    assert f"leakage_check='{tmp_path}/none.jsonl': nothing at" in refusal(
-        recipe(f"leakage_check: [{tmp_path}/none.jsonl]")
-    )
-    for name in "ab":
-        (tmp_path / f"{name}.jsonl").write_text("")
-    loaded = load_recipe(recipe(), ["--leakage_check", f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", "--leakage", "drop"])
-    assert loaded.data.leakage_check == [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"]
-    (tmp_path / ".git").mkdir()  # a relative path is found from the recipe's repository
-    assert load_recipe(recipe("leakage_check: [a.jsonl, openai/gsm8k:main]")).data.leakage_check == [
-        f"{tmp_path}/a.jsonl",
-        "openai/gsm8k:main",
-    ]
-    assert "leakage_share=1.5 cannot work" in refusal(recipe("leakage_check: [a.jsonl]", "leakage_share: 1.5"))
-    assert "report, drop, stop" in refusal(recipe("leakage_check: [a.jsonl]", "leakage: remove"))
+def documented_settings() -> dict[str, tuple[str, str]]:
+    """The rows `| key | default | allowed | meaning |` of docs/training.md."""
+    found = {}
+    for line in (ROOT / "docs" / "training.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 4 and cells[0].startswith("`"):
+            found[cells[0].strip("`")] = (cells[1].strip("`"), cells[2])
+    return found
 
 
-def test_the_response_separator_is_white_space(recipe):
-    assert load_recipe(recipe('response_separator: ""')).data.response_separator == ""
-    assert load_recipe(recipe(), ["--response_separator="]).data.response_separator == ""
-    assert load_recipe(recipe()).data.response_separator == " "
-    assert "response_separator='###' is no white space" in refusal(recipe('response_separator: "###"'))
-
-
-def test_an_unknown_gpu_names_the_nearest(recipe):
-    assert "Did you mean h100-80gb" in refusal(recipe(), "--gpu", "h100")
-    assert load_recipe(recipe(), ["--gpu", "h200-141gb"]).model.gpu == "h200-141gb"
-
-
-def test_model_is_loaded_or_built_but_not_both(recipe):
-    assert "both are given" in refusal(recipe("model_name_or_path: x/y"))
-    assert "neither is given" in refusal(recipe(base="dataset: builtin\n"))
-    assert "tokenizer_vocab_size" in refusal(recipe(base="dataset: builtin\nmodel_config: {model_type: llama}\n"))
-
-
-def test_missing_files_are_named_with_their_absolute_path(recipe, tmp_path):
-    assert f"no recipe at {tmp_path}/tni.yaml. Recipes in that folder: tiny.yaml. Did you mean tiny.yaml" in (
-        recipe() and refusal(tmp_path / "tni.yaml")
-    )
-    assert f"dataset='no/such.jsonl': nothing at {os.getcwd()}/no/such.jsonl" in refusal(
-        recipe(), "--dataset", "no/such.jsonl"
-    )
-    assert f"nothing at {tmp_path}/none" in refusal(recipe(), "--eval_dataset", f"{tmp_path}/none")
-    assert "no file at" in refusal(recipe(), "--mce_embeddings", f"{tmp_path}/none.safetensors")
-    assert "no file at" in refusal(recipe(), "--deepspeed", "none.json")
-    assert "Did you mean lm_head" in refusal(recipe(), "--mce_embeddings", "lmhead")
-
-
-def test_gradient_into_embeddings_from_a_file_is_refused(tmp_path):
-    file = tmp_path / "e.safetensors"
-    file.write_bytes(b"")
-    with pytest.raises(RecipeError, match="gradient goes nowhere"):
-        MatrixConfig(output_dir=str(tmp_path), mce_embeddings=str(file), mce_embedding_grad=True)
-
-
-def test_deepspeed_scheduler_block_is_refused(recipe, tmp_path):
-    file = tmp_path / "ds.json"
-    file.write_text(json.dumps({"scheduler": {"type": "WarmupLR"}}))
-    assert "replaces lr_scheduler_type in silence" in refusal(recipe(f"deepspeed: {file}"), dry_run=True)
-
-
-def test_evaluation_without_rows_is_refused(recipe):
-    assert "Give eval_dataset" in refusal(recipe(), "--eval_strategy", "steps")
-    assert (
-        load_recipe(recipe(), ["--eval_strategy", "steps", "--eval_dataset", "builtin"]).data.eval_dataset == "builtin"
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("", "is empty"),
-        ("- a\n- b\n", "holds a list"),
-        ("dataset: [1, 2\nx: 3\n", "line 2: this is not YAML"),
-        ("a: b: c\n", "line 1"),
-    ],
-)
-def test_a_file_that_is_no_flat_mapping_names_file_and_line(recipe, text, said):
-    message = refusal(recipe(base=text))
-    assert "tiny.yaml" in message
-    assert said in message
+def test_the_training_page_has_every_setting_with_its_default_and_range():
+    documented = documented_settings()
+    assert OWN_FIELDS.keys() <= documented.keys()
+    every = {f.name: f for cls in OWN for f in dataclasses.fields(cls)}
+    for name, (default, allowed) in documented.items():
+        field = every[name]
+        expected = str(field.metadata.get("range", INHERITED_RANGES.get(name, "")))
+        if choices := field.metadata.get("choices"):
+            expected = ", ".join(f"`{choice}`" for choice in choices)
+        assert name == "gpu" or allowed == expected, name
+        if name in OWN_FIELDS:
+            assert yaml.safe_load(default) == field.default, name

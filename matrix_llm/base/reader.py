@@ -1,10 +1,10 @@
-"""The strict reader of a flat YAML recipe with command-line overrides: names, types and ranges, checked against dataclasses.
+"""The strict reader of a recipe: one flat YAML file, and `--key value` overrides, checked against dataclasses.
 
 >>> from dataclasses import dataclass
 >>> @dataclass
 ... class Training:
 ...     learning_rate: float = 1e-3
->>> Settings({"training": Training}).overrides(["--learning-rate", "2e-5"])
+>>> Settings({"training": Training}).read_overrides(["--learning-rate", "2e-5"])
 {'learning_rate': 2e-05}
 """
 
@@ -17,119 +17,168 @@ from typing import Any
 import yaml
 
 from matrix_llm.base.errors import RecipeError
-from matrix_llm.base.values import WORDS, alternatives, check_value, nearest
+from matrix_llm.base.values import alternatives, check_value, nearest, type_name
 
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, which YAML readers otherwise let win in silence."""
-
-    def construct_mapping(self, node, deep=False):
-        seen: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            line = key_node.start_mark.line + 1
-            if key in seen:
-                raise RecipeError(
-                    f"{self.name} line {line}: {key!r} is given twice, first on line {seen[key]}. Keep one."
-                )
-            seen[key] = line
-        return super().construct_mapping(node, deep)
+COMMAND_LINE = "on the command line"
 
 
 class Settings:
     """The settings that a recipe may hold: the fields of some dataclasses, whose names do not overlap.
 
     Args:
-        parts: a name for each dataclass.
-        hints: for names that are no setting but are often tried, what to write instead.
+        parts: a name for each dataclass, such as {"model": ModelArguments}.
+        hints: for names that do not exist but are often tried, what to write instead.
     """
 
     def __init__(self, parts: Mapping[str, type], hints: Mapping[str, str] | None = None) -> None:
-        self._hints = hints or {}
-        self._types: dict[str, Any] = {
-            name: hint for part in parts.values() for name, hint in typing.get_type_hints(part).items()
-        }
-        self._fields = {f.name: (part, f) for part, cls in parts.items() for f in dataclasses.fields(cls) if f.init}
         self._parts = tuple(parts)
+        self._hints = hints or {}
+        self._fields = {f.name: f for cls in parts.values() for f in dataclasses.fields(cls) if f.init}
+        self._part_of = {f.name: part for part, cls in parts.items() for f in dataclasses.fields(cls) if f.init}
+        self._annotations = {
+            name: annotation for cls in parts.values() for name, annotation in typing.get_type_hints(cls).items()
+        }
 
     def read(self, path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         """The checked settings of a recipe file, with the overrides of the command line.
 
         Raises:
-            RecipeError: no such file, no YAML, a name that is no setting, a value of another type or out of range.
+            RecipeError: the file cannot be read or is not a flat YAML mapping; a name that does not exist; a value of
+                another type, out of range or not among the choices.
         """
-        return {**self._read_yaml(path), **self.overrides(overrides)}
+        return {**self._read_file(path), **self.read_overrides(overrides)}
+
+    def read_overrides(self, words: Sequence[str]) -> dict[str, Any]:
+        """["--learning-rate", "1e-4", "--packing"] -> {"learning_rate": 1e-4, "packing": True}"""
+        settings = {}
+        remaining = list(words)
+        while remaining:
+            # 1. --key, with dashes or underscores
+            flag = remaining.pop(0)
+            if not flag.startswith("--"):
+                raise RecipeError(f"{COMMAND_LINE}: {flag!r} belongs to no setting. Write --key value, or --key=value.")
+            name, equals, word = flag[2:].partition("=")
+            key = name.replace("-", "_")
+            self._check_name(key, COMMAND_LINE)
+            # 2. its value: after the equals sign, or the next word, or true
+            if not equals:
+                if remaining and not remaining[0].startswith("--"):
+                    word = remaining.pop(0)
+                elif bool in alternatives(self._annotations[key]):
+                    word = "true"
+                else:
+                    raise RecipeError(f"{COMMAND_LINE}: --{name} has no value. Write --{name} value.")
+            settings[key] = self._check_value(key, word, COMMAND_LINE, from_text=True)
+        return settings
 
     def split(self, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """The settings of each part, as keyword arguments for its dataclass."""
-        return {part: {k: v for k, v in settings.items() if self._fields[k][0] == part} for part in self._parts}
+        return {part: {k: v for k, v in settings.items() if self._part_of[k] == part} for part in self._parts}
+
+    def _read_file(self, path: Path) -> dict[str, Any]:
+        settings = {}
+        for line, key, value in _parse_yaml(path):
+            where = f"{path} line {line}"
+            self._check_name(key, where)
+            settings[key] = self._check_value(key, value, where)
+        return settings
 
     def _check_name(self, key: Any, where: str) -> None:
         if key in self._fields:
             return
         if key in self._hints:
-            raise RecipeError(f"{where}: {key!r} is not a setting: {self._hints[key]}.")
-        nested = (
-            " A recipe is one flat mapping: use a comment for a section."
-            if key in (*self._parts, "train", "loss")
-            else ""
-        )
-        raise RecipeError(f"{where}: {key!r} is not a setting.{nested or nearest(key, self._fields)}")
+            way_out = f": {self._hints[key]}."
+        elif key in (*self._parts, "train", "loss"):
+            way_out = ". A recipe is one flat mapping: use a comment for a section."
+        else:
+            way_out = f".{nearest(key, self._fields)}"
+        raise RecipeError(f"{where}: {key!r} is not a setting{way_out}")
 
-    def _check(self, key: str, value: Any, where: str, from_text: bool) -> Any:
-        return check_value(key, value, where, from_text, annotation=self._types[key], setting=self._fields[key][1])
-
-    def _read_yaml(self, path: Path) -> dict[str, Any]:
-        if not path.is_file():
-            beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-            there = f" Recipes in that folder: {', '.join(beside)}.{nearest(path.name, beside)}" if beside else ""
-            raise RecipeError(f"no recipe at {path.absolute()}.{there}")
-        loader = _StrictLoader(path.read_text(encoding="utf-8"))
-        loader.name = str(path)
+    def _check_value(self, key: str, value: Any, where: str, *, from_text: bool = False) -> Any:
         try:
-            root = loader.get_single_node()
-            values = loader.construct_document(root) if root is not None else None
-        except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            raise RecipeError(
-                f"{path} line {mark.line + 1 if mark else '?'}: this is not YAML: {error.problem or error.context}."
-            ) from None
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{path}: this is not YAML: {error}.") from None
-        if not isinstance(values, dict):
-            what = "is empty" if values is None else f"holds {WORDS.get(type(values), type(values).__name__)}"
-            raise RecipeError(f"{path} {what}, but a recipe is one flat mapping of settings, `key: value` a line.")
-        settings = {}
-        assert root is not None  # values came from it
-        for (key_node, _), (key, value) in zip(root.value, values.items(), strict=True):
-            where = f"{path} line {key_node.start_mark.line + 1}"
-            self._check_name(key, where)
-            settings[key] = self._check(key, value, where, from_text=False)
-        return settings
+            return check_value(key, value, self._fields[key], self._annotations[key], from_text=from_text)
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from None
 
-    def overrides(self, words: Sequence[str]) -> dict[str, Any]:
-        """["--learning-rate", "1e-4", "--packing"] -> {"learning_rate": 1e-4, "packing": True}"""
-        settings = {}
-        words = list(words)
-        while words:
-            flag = words.pop(0)
-            if not flag.startswith("--"):
+
+# -------------------------------------------------------------------------------------------------------------- YAML
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses two kinds of keys: one given twice, of which YAML readers take the last without a word,
+    and a list or a mapping, which Python cannot look up."""
+
+    def construct_mapping(self, node, deep=False):
+        first_line: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            line = _line(key_node)
+            if not isinstance(key_node, yaml.ScalarNode):
+                kind = "list" if isinstance(key_node, yaml.SequenceNode) else "mapping"
+                raise RecipeError(f"{self.name} line {line}: a {kind} cannot be a key. Write `key: value`.")
+            key = self.construct_object(key_node, deep=True)
+            if key in first_line:
                 raise RecipeError(
-                    f"on the command line: {flag!r} belongs to no setting. Write --key value, or --key=value."
+                    f"{self.name} line {line}: {key!r} is given twice, first on line {first_line[key]}. Keep one."
                 )
-            name, equals, value = flag[2:].partition("=")
-            key = name.replace("-", "_")
-            self._check_name(key, "on the command line")
-            if not equals and words and not words[0].startswith("--"):
-                value, equals = words.pop(0), "="
-            if not equals and bool not in alternatives(self._types[key]):
-                raise RecipeError(f"on the command line: --{name} has no value. Write --{name} value.")
-            settings[key] = self._check(key, value if equals else "true", "on the command line", from_text=True)
-        return settings
+            first_line[key] = line
+        return super().construct_mapping(node, deep)
 
 
-def find_beside(path: str, recipe: Path) -> str:
-    """A relative path as seen from the current directory, or else from the repository that holds the recipe."""
+# No setting takes a date, and PyYAML raises a bare ValueError for one like 2026-13-01. A date stays the text it is.
+_StrictLoader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
+
+
+def _line(node: yaml.Node) -> int:
+    return node.start_mark.line + 1
+
+
+def _parse_yaml(path: Path) -> list[tuple[int, Any, Any]]:
+    """Line, key and value of each entry of the mapping in a YAML file."""
+    # 1. The root node, which knows its lines, and the value it stands for
+    text = _read_text(path)
+    try:
+        loader = _StrictLoader(text)
+        loader.name = str(path)
+        root = loader.get_single_node()
+        values = loader.construct_document(root) if root is not None else None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        code = f"U+{ord(text[error.position]):04X}"
+        raise RecipeError(f"{path} line {line}: the character {code} is not allowed in YAML. Remove it.") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{path} line {mark.line + 1}" if mark else str(path)
+        raise RecipeError(f"{place}: this is not YAML: {error.problem or error.context}.") from None
+
+    # 2. Both must be one mapping
+    if not isinstance(root, yaml.MappingNode) or not isinstance(values, dict):
+        found = "is empty" if values is None else f"holds {type_name(type(values))}"
+        raise RecipeError(f"{path} {found}, but a recipe is one flat mapping: write one `key: value` on each line.")
+    return [(_line(node), *entry) for (node, _), entry in zip(root.value, values.items(), strict=True)]
+
+
+def _read_text(path: Path) -> str:
+    if not path.exists() or path.is_dir():
+        folder = path if path.is_dir() else path.parent
+        names = sorted(file.name for file in folder.glob("*.y*ml"))
+        found = f"{path.absolute()} is a folder, not a recipe." if path.is_dir() else f"no recipe at {path.absolute()}."
+        there = f" Recipes in that folder: {', '.join(names)}.{nearest(path.name, names)}" if names else ""
+        raise RecipeError(f"{found}{there or ' Give the path of a .yaml file.'}")
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        byte = f"0x{error.object[error.start]:02x}"
+        raise RecipeError(f"{path} line {line}: byte {byte} is not UTF-8 text. Save the file as UTF-8.") from None
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}. Give a readable .yaml file.") from None
+
+
+# ------------------------------------------------------------------------------------------------------------- paths
+
+
+def find_from_repository(path: str, recipe: Path) -> str:
+    """A relative path as seen from the current folder or, if there is nothing there, from the recipe's repository."""
     if not Path(path).expanduser().exists():
         for folder in recipe.absolute().parents:
             if (folder / "pyproject.toml").exists() or (folder / ".git").exists():

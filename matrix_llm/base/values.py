@@ -1,4 +1,12 @@
-"""What a setting's value may be: its type from YAML or from a word of the command line, its range, its choices."""
+"""Which values a setting may take: its type, its range and its choices.
+
+A dataclass states the allowed values where it declares the field, and says below it what the field means:
+
+    mce_weight: float = setting(1.0, at_least=0)
+    \"\"\"Weight of the MCE term; 0 trains on cross-entropy alone.\"\"\"
+
+`check_value` converts and checks one value of a recipe or the command line, `check_fields` an object built in Python.
+"""
 
 import dataclasses
 import difflib
@@ -7,101 +15,109 @@ import math
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from matrix_llm.base.errors import RecipeError
 
-# ------------------------------------------------------------------------------------------------------------------- ranges
+# ------------------------------------------------------------------------------------------------ ranges and choices
 
-_POSITIVE = (lambda x: x > 0, "above 0")
-_COUNT = (lambda x: x >= 1, "at least 1")
-_NOT_NEGATIVE = (lambda x: x >= 0, "at least 0")
-_FRACTION = (lambda x: 0 <= x < 1, "at least 0 and below 1")
 
-_RANGES = {
-    **dict.fromkeys(
-        ["learning_rate", "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "adam_epsilon"], _POSITIVE
-    ),
-    **dict.fromkeys(
-        ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length"],
-        _COUNT,
-    ),
-    **dict.fromkeys(["mce_steps", "mce_order", "lora_r", "lora_alpha", "save_total_limit", "dataset_num_proc"], _COUNT),
-    **dict.fromkeys(
-        ["max_train_rows", "max_eval_rows", "builtin_rows", "builtin_eval_rows", "accuracy_max_new_tokens"], _COUNT
-    ),
-    **dict.fromkeys(
-        [
-            "mce_weight",
-            "mce_warmup_steps",
-            "effective_rank_steps",
-            "accuracy_rows",
-            "accuracy_steps",
-            "weight_decay",
-            "warmup_steps",
-        ],
-        _NOT_NEGATIVE,
-    ),
-    **dict.fromkeys(["max_grad_norm", "seed", "data_seed", "dataloader_num_workers"], _NOT_NEGATIVE),
-    **dict.fromkeys(["streaming_buffer", "leakage_ngram", "image_size"], _COUNT),
-    **dict.fromkeys(["base_learning_rate", "probe_learning_rate"], _POSITIVE),
-    "momentum": _FRACTION,
-    "leakage_share": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
-    **dict.fromkeys(["lora_dropout", "label_smoothing_factor", "adam_beta1", "adam_beta2"], _FRACTION),
-    "max_steps": (lambda x: x == -1 or x >= 1, "-1 (num_train_epochs decides) or at least 1"),
-    "tokenizer_vocab_size": (lambda x: x >= 260, "at least 260: 256 bytes and 3 special tokens, and one merge"),
+@dataclass(frozen=True)
+class Range:
+    """The finite numbers between some bounds.
+
+    >>> 1.0 in Range(at_least=0, below=1), str(Range(at_least=0, below=1))
+    (False, 'at least 0 and below 1')
+    """
+
+    above: float | None = None
+    at_least: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+    or_else: float | None = None
+    """One number outside the bounds that is allowed too."""
+    note: str = ""
+    """Said after the bounds in an error: where they come from, or what `or_else` means."""
+
+    def __contains__(self, number: float) -> bool:
+        if number == self.or_else:
+            return True
+        return (
+            (isinstance(number, int) or math.isfinite(number))  # isfinite overflows on a huge integer
+            and (self.above is None or number > self.above)
+            and (self.at_least is None or number >= self.at_least)
+            and (self.below is None or number < self.below)
+            and (self.at_most is None or number <= self.at_most)
+        )
+
+    def __str__(self) -> str:
+        bounds = {"above": self.above, "at least": self.at_least, "below": self.below, "at most": self.at_most}
+        text = " and ".join(f"{words} {bound}" for words, bound in bounds.items() if bound is not None)
+        text += f", or {self.or_else}" if self.or_else is not None else ""
+        return text + (f" ({self.note})" if self.note else "")
+
+
+def setting(default: Any, *, choices: Iterable[str] = (), **bounds: Any) -> Any:
+    """A dataclass field that states its allowed values: `choices`, or the bounds of a `Range`."""
+    return dataclasses.field(default=default, metadata={"choices": list(choices), "range": Range(**bounds)})
+
+
+_POSITIVE, _NOT_NEGATIVE, _COUNT = Range(above=0), Range(at_least=0), Range(at_least=1)
+_FRACTION = Range(at_least=0, below=1)
+
+# transformers.TrainingArguments and trl.SFTConfig declare these without a range, and would accept any number.
+# The table is here, and not in config.py, because image recipes are checked against it too.
+INHERITED_RANGES = {
+    # steps and batches
+    "num_train_epochs": _POSITIVE,
+    "max_steps": Range(at_least=1, or_else=-1, note="num_train_epochs decides"),
+    "per_device_train_batch_size": _COUNT,
+    "per_device_eval_batch_size": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "max_length": _COUNT,
+    # optimizer
+    "learning_rate": _POSITIVE,
+    "warmup_steps": _NOT_NEGATIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "adam_beta1": _FRACTION,
+    "adam_beta2": _FRACTION,
+    "adam_epsilon": _POSITIVE,
+    "max_grad_norm": _NOT_NEGATIVE,
+    "label_smoothing_factor": _FRACTION,
+    # logging and saving
+    "logging_steps": _POSITIVE,
+    "eval_steps": _POSITIVE,
+    "save_steps": _POSITIVE,
+    "save_total_limit": _COUNT,
+    # seeds and processes
+    "seed": _NOT_NEGATIVE,
+    "data_seed": _NOT_NEGATIVE,
+    "dataloader_num_workers": _NOT_NEGATIVE,
+    "dataset_num_proc": _COUNT,
 }
 
 
-def check_range(key: str, value: Any) -> None:
-    if value is None or isinstance(value, (bool, str)) or key not in _RANGES:
-        return
-    holds, wanted = _RANGES[key]
-    if not (math.isfinite(value) and holds(value)):
-        raise RecipeError(f"{key}={value!r} cannot work: it must be {wanted}.")
+def check_choice(key: str, value: Any, choices: Sequence[str], also: str = "") -> None:
+    """Raise RecipeError with the nearest choice. `also` names, in words, what else is allowed."""
+    if value not in choices:
+        also = f", or {also}" if also else ""
+        allowed = ", ".join(map(str, choices))
+        raise RecipeError(f"{key}={value!r} is not one of {allowed}{also}.{nearest(value, choices)}")
 
 
-def nearest(name: str, names) -> str:
+def nearest(name: Any, names: Iterable[str]) -> str:
+    """ " Did you mean ...?" with the names closest to `name`, or "" where none is close."""
     close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
-def check_choice(key: str, value: Any, choices: Sequence[str], also: str = "") -> None:
-    if value not in choices:
-        also = f", or {also}" if also else ""
-        raise RecipeError(
-            f"{key}={value!r} is not one of {', '.join(map(str, choices))}{also}.{nearest(value, choices)}"
-        )
+# ------------------------------------------------------------------------------------------------------------- types
 
-
-# ------------------------------------------------------------------------------------------------------------------ values
-
-
-def alternatives(annotation: Any) -> list[Any]:
-    """`int | str | None` -> [int, str, NoneType]; a Literal gives its type."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return [part for each in typing.get_args(annotation) for part in alternatives(each)]
-    if typing.get_origin(annotation) is typing.Literal:
-        return [type(each) for each in typing.get_args(annotation)]
-    return [annotation]
-
-
-_ORDER: list[type] = [
-    type(None),
-    bool,
-    int,
-    float,
-    dict,
-    list,
-    tuple,
-    enum.Enum,
-    str,
-    object,
-]  # of trying: "64" is an integer before it is a text
-WORDS = {
+TYPE_NAMES = {
     bool: "true or false",
     int: "an integer",
     float: "a number",
@@ -112,55 +128,82 @@ WORDS = {
     type(None): "null",
 }
 
+# The order in which the types of a setting are tried: "64" is an integer before it is a text.
+_TRIED: list[type] = [type(None), bool, int, float, dict, list, tuple, enum.Enum, str, object]
 
-def class_of(kind: Any) -> type:
+
+def alternatives(annotation: Any) -> list[Any]:
+    """The types an annotation allows: `int | str | None` -> [int, str, NoneType]; of a Literal, its values' types."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [kind for each in typing.get_args(annotation) for kind in alternatives(each)]
+    if typing.get_origin(annotation) is typing.Literal:
+        return [type(each) for each in typing.get_args(annotation)]
+    return [annotation]
+
+
+def _class_of(kind: Any) -> type:
+    """`list[str]` -> list"""
     return typing.get_origin(kind) or kind
 
 
-def _from_text(text: str, origin: Any, text_allowed: bool) -> Any:
-    """What a word of the command line means where `origin` is wanted; a plain text stays one where a text is allowed as well."""
-    if origin in (list, tuple) and not text.startswith("["):
-        if text_allowed and not re.fullmatch(r"[\w.-]+(, *[\w.-]+)+", text):
-            return text
-        return [part.strip() for part in text.split(",")]  # --lora_target_modules q_proj,v_proj
-    if origin is type(None) and text.lower() == "none" and not text_allowed:
+def type_name(kind: Any) -> str:
+    return TYPE_NAMES.get(_class_of(kind), _class_of(kind).__name__)
+
+
+def _parse_word(word: str, cls: Any, text_allowed: bool) -> Any:
+    """A word of the command line as a value of `cls`, in YAML; it stays a text if that is allowed and more likely."""
+    if cls in (list, tuple) and not word.startswith("["):
+        if text_allowed and not re.fullmatch(r"[\w.-]+(, *[\w.-]+)+", word):
+            return word
+        return [part.strip() for part in word.split(",")]  # --lora_target_modules q_proj,v_proj
+    if cls is type(None) and word.lower() == "none" and not text_allowed:
         return None
-    return yaml.safe_load(text)
+    return yaml.safe_load(word)
 
 
 def _convert(value: Any, kind: Any, from_text: bool, text_allowed: bool) -> Any:
-    """`value` as `kind`, or ValueError. YAML 1.1 reads 2e-5 as a text, so a text that spells a number is one where a number is wanted."""
-    origin = class_of(kind)
-    if from_text and origin in (bool, dict, list, tuple, type(None)):
-        value = _from_text(value, origin, text_allowed)
-    if origin is int and isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value):
+    """`value` as `kind`, or ValueError."""
+    cls = _class_of(kind)
+    if from_text and cls in (bool, dict, list, tuple, type(None)):
+        value = _parse_word(value, cls, text_allowed)
+    # YAML 1.1 reads 2e-5 as a text, so a text that spells a number is taken as one where a number is wanted.
+    if cls is int and isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value):
         return int(value)
-    if origin is float and (isinstance(value, str) or type(value) in (int, float)):
+    if cls is float and (isinstance(value, str) or type(value) in (int, float)):
         return value if type(value) is int else float(value)
-    if issubclass(origin, enum.Enum) and isinstance(value, str):
-        return origin(value).value
-    if origin in (list, tuple) and isinstance(value, (list, tuple)):
+    if issubclass(cls, enum.Enum) and isinstance(value, str):
+        return cls(value).value
+    if cls in (list, tuple) and isinstance(value, (list, tuple)):
         element = next(iter(typing.get_args(kind)), str)
-        return origin(_convert(each, element, False, text_allowed=element is str) for each in value)
-    if origin in (bool, int, str, dict, type(None)) and type(value) is origin:  # `type is`: True is no int
+        return cls(_convert(each, element, False, text_allowed=element is str) for each in value)
+    if cls in (bool, int, str, dict, type(None)) and type(value) is cls:  # not isinstance: True is an int in Python
         return value
     raise ValueError
 
 
-def check_value(
-    key: str, value: Any, where: str, from_text: bool, *, annotation: Any, setting: dataclasses.Field
-) -> Any:
-    """The value in the type that the dataclass wants, checked against its choices and its range."""
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+def check_value(key: str, value: Any, field: dataclasses.Field, annotation: Any, *, from_text: bool = False) -> Any:
+    """The value in the type that `annotation` asks for, within the range and the choices of the field.
+
+    Args:
+        from_text: the value is a word of the command line, not yet parsed.
+
+    Raises:
+        RecipeError: another type, out of range, or not among the choices.
+    """
+    # 1. The types and the choices that the dataclass allows
     kinds = alternatives(annotation)
-    choices = list(setting.metadata.get("choices") or [])
-    for kind in kinds:
-        if issubclass(class_of(kind), enum.Enum):
-            choices = [each.value for each in kind]
-    if value is False and "no" in [*choices, setting.default]:
+    enums = [kind for kind in kinds if issubclass(_class_of(kind), enum.Enum)]
+    if enums:  # transformers writes `SchedulerType | str`, and means one of SchedulerType's values
+        kinds = [kind for kind in kinds if kind is not str]
+    kinds.sort(key=lambda kind: [issubclass(_class_of(kind), each) for each in _TRIED].index(True))
+    choices = [each.value for kind in enums for each in kind] or field.metadata.get("choices", [])
+
+    # 2. The first type that takes the value
+    if value is False and "no" in [*choices, field.default]:
         value = "no"  # YAML 1.1 reads a bare `no` as False: eval_strategy: no
-    if any(issubclass(class_of(kind), enum.Enum) for kind in kinds):
-        kinds = [kind for kind in kinds if kind is not str]  # `SchedulerType | str`: the text must be one of the names
-    kinds.sort(key=lambda kind: [issubclass(class_of(kind), each) for each in _ORDER].index(True))
     for kind in kinds:
         try:
             result = _convert(value, kind, from_text, text_allowed=str in kinds)
@@ -169,18 +212,27 @@ def check_value(
             continue
     else:
         if choices:
-            check_choice(f"{where}: {key}", value, choices)
-        wanted = " or ".join(dict.fromkeys(WORDS.get(class_of(k), class_of(k).__name__) for k in kinds))
-        hint = " Put it in quotes." if str in kinds and isinstance(value, (int, float)) else ""
-        raise RecipeError(
-            f"{where}: {key}={value!r} is {WORDS.get(type(value), type(value).__name__)}, but {key} must be {wanted}.{hint}"
-        )
-    if isinstance(result, float) and not math.isfinite(result):
-        raise RecipeError(f"{where}: {key}={result!r} cannot work: it must be finite.")
+            check_choice(key, value, choices)
+        wanted = " or ".join(dict.fromkeys(map(type_name, [*kinds[1:], kinds[0]] if kinds[0] is type(None) else kinds)))
+        quotes = " Put it in quotes." if str in kinds and isinstance(value, (int, float)) else ""
+        raise RecipeError(f"{key}={value!r} is {type_name(type(value))}, but {key} must be {wanted}.{quotes}")
+
+    # 3. Range and choices
     if choices and result is not None:
-        check_choice(f"{where}: {key}", result, choices)
-    try:
-        check_range(key, result)
-    except RecipeError as error:
-        raise RecipeError(f"{where}: {error}") from None
+        check_choice(key, result, choices)
+    allowed = field.metadata.get("range", INHERITED_RANGES.get(key, Range()))
+    if type(result) in (int, float) and result not in allowed:
+        raise RecipeError(f"{key}={result!r} cannot work: it must be {str(allowed) or 'finite'}.")
     return result
+
+
+def check_fields(settings: Any) -> None:
+    """Convert and check the fields of a dataclass that were declared with `setting`, in place.
+
+    Settings of a recipe have been checked before; this is for those given in Python.
+    """
+    annotations = typing.get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        if "range" in field.metadata:
+            value = getattr(settings, field.name)
+            setattr(settings, field.name, check_value(field.name, value, field, annotations[field.name]))

@@ -14,8 +14,8 @@ from typing import Any
 from transformers import CONFIG_MAPPING, TrainingArguments
 
 from matrix_llm.base.errors import RecipeError
-from matrix_llm.base.reader import Settings, find_beside
-from matrix_llm.base.values import nearest
+from matrix_llm.base.reader import Settings, find_from_repository
+from matrix_llm.base.values import nearest, setting
 from matrix_llm.ssl.augment import AugmentConfig
 from matrix_llm.ssl.methods import METHODS, check_loss_settings, method_named
 
@@ -74,7 +74,7 @@ class SSLDataArguments:
     eval_split: str = "test"
     image_column: str | None = None
     label_column: str | None = None
-    max_train_rows: int | None = None
+    max_train_rows: int | None = setting(None, at_least=1)
 
     def __post_init__(self):
         if self.dataset is None:
@@ -90,12 +90,16 @@ class SSLTrainingConfig(TrainingArguments):
     """
 
     optimizer: str = field(default="sgd", metadata={"choices": ["sgd", "lars", "adamw"]})
-    momentum: float = 0.9
-    base_learning_rate: float | None = None  # learning_rate = base_learning_rate * batch of all ranks / 256
+    momentum: float = setting(0.9, at_least=0, below=1)
+    base_learning_rate: float | None = setting(
+        None, above=0
+    )  # learning_rate = base_learning_rate * batch of all ranks / 256
     ema_momentum: float | None = None  # of the target network; not given: the method's
     ema_schedule: str | None = field(default=None, metadata={"choices": ["cosine", "constant"]})
-    probe_learning_rate: float = 0.1  # of the online probe, by the same schedule
-    effective_rank_steps: int = 100  # log effective ranks of the last batch every so many steps; 0: never
+    probe_learning_rate: float = setting(0.1, above=0)  # of the online probe, by the same schedule
+    effective_rank_steps: int = setting(
+        100, at_least=0
+    )  # log effective ranks of the last batch every so many steps; 0: never
     weight_decay: float = 1e-5
     max_grad_norm: float = 0.0
     lr_scheduler_type: str = "cosine"
@@ -186,7 +190,7 @@ def load_ssl_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run:
         )
     for key in ("dataset", "eval_dataset"):
         if isinstance(settings.get(key), str):
-            settings[key] = find_beside(settings[key], path)
+            settings[key] = find_from_repository(settings[key], path)
     given = SETTINGS.split(settings)
     if dry_run:
         given["training"] |= {"use_cpu": True}
