@@ -44,7 +44,8 @@ def test_jsonl_json_parquet_and_a_folder_give_the_same_rows(tmp_path):
     jsonl(tmp_path / "folder/train-0.jsonl", OBJECTS[:2])
     jsonl(tmp_path / "folder/train-1.jsonl", OBJECTS[2:])
     jsonl(tmp_path / "folder/test.jsonl", OBJECTS[:1])
-    jsonl(tmp_path / "folder/.train-2.jsonl", OBJECTS)  # hidden, such as an editor's backup
+    (tmp_path / "folder/.hidden").mkdir()  # such as a version control's
+    jsonl(tmp_path / "folder/.hidden/train-2.jsonl", OBJECTS)
     jsonl(tmp_path / "a.jsonl", OBJECTS)
     for name in ("a.jsonl", "a.json", "a.parquet", "folder"):
         assert read(tmp_path / name) == ROWS, name

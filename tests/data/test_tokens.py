@@ -121,6 +121,8 @@ def test_a_row_does_not_depend_on_the_others_of_its_batch(tiny_tokenizer):
 def test_text_rows_train_on_every_token(tiny_tokenizer):
     ((ids, labels),) = encode(tiny_tokenizer, Row("text", answer="12 pens"))
     assert ids == labels == [*tiny_tokenizer("12 pens")["input_ids"], tiny_tokenizer.eos_token_id]
+    found = Encoder(tiny_tokenizer, "text").encode([Row("text", answer="12 pens")], [0])
+    assert found["trained"] == [len(ids) - 1]  # nothing predicts the first
 
 
 def test_messages_train_on_the_assistants_words_only(tiny_tokenizer):
