@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tests.support.parity_runs import CASES, ENGINES, REFERENCE, Runner, differences, why_no_deepspeed  # noqa: E402
+from tests.support.engines import why_no_deepspeed  # noqa: E402
+from tests.support.parity_runs import CASES, ENGINES, REFERENCE, Runner, differences  # noqa: E402
 
 LABELS = {
     "accumulation 1x8": "1 process, 8 micro-batches",

@@ -11,28 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.parity_runs import (
-    CASES,
-    ENGINES,
-    REFERENCE,
-    STEPS,
-    deepspeed_config,
-    differences,
-    environment,
-    free_port,
-    shared_runner,
-    why_no_deepspeed,
-)
+from tests.support.engines import deepspeed_config, environment, free_port, skip_without_deepspeed, why_no_deepspeed
+from tests.support.parity_runs import CASES, ENGINES, REFERENCE, STEPS, differences, shared_runner
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
 OTHERS = [name for name in ENGINES if name != REFERENCE]
-
-
-def skip_without_deepspeed(engine):
-    if engine.startswith("zero") and (reason := why_no_deepspeed()):
-        pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")

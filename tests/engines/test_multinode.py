@@ -9,17 +9,8 @@ import time
 
 import pytest
 
-from tests.support.parity_runs import (
-    REFERENCE,
-    Found,
-    deepspeed_config,
-    differences,
-    environment,
-    free_port,
-    job_of,
-    shared_runner,
-    why_no_deepspeed,
-)
+from tests.support.engines import deepspeed_config, environment, free_port, skip_without_deepspeed
+from tests.support.parity_runs import REFERENCE, Found, differences, job_of, shared_runner
 from tests.support.paths import ROOT, SUPPORT
 
 pytestmark = pytest.mark.slow
@@ -55,8 +46,7 @@ def reference(tmp_path_factory):
 
 @pytest.mark.parametrize("engine", LAUNCH)
 def test_two_machines_match_one_process(engine, reference, tmp_path):
-    if engine.startswith("zero") and (reason := why_no_deepspeed()):
-        pytest.skip(reason)
+    skip_without_deepspeed(engine)
     models, expected = reference
     job = job_of(engine, tmp_path, models, CASES)
     (tmp_path / "job.json").write_text(json.dumps(job))
@@ -97,8 +87,7 @@ def test_the_slurm_script_is_stopped_requeued_and_goes_on_to_the_end(tmp_path):
     """docs/slurm.sh itself on two loopback nodes, with stand-ins for srun and scontrol; SLURM's SIGTERM reaches the launchers."""
     from tests.support.tiny import TINY
 
-    if reason := why_no_deepspeed():
-        pytest.skip(reason)
+    skip_without_deepspeed("zero2")
     run, steps = tmp_path / "run", 40
     settings = {
         **TINY,

@@ -25,7 +25,7 @@ from matrix_llm.run.checkpoint_files import (
     what_is_missing,
 )
 from matrix_llm.run.checkpoint_files import main as checkpoints_main
-from tests.engines.test_distributed import deepspeed_config, skip_without_deepspeed
+from tests.support.engines import deepspeed_config, skip_without_deepspeed
 from tests.support.paths import SUPPORT
 
 RECIPE = {  # 3 optimizer steps an epoch, so 8 steps cross two epochs; rows are logged every 3 steps, between the checkpoints

@@ -13,8 +13,8 @@ import pytest
 from matrix_llm.run import preemption
 from matrix_llm.run.checkpoint_files import last_complete_checkpoint
 from matrix_llm.run.preemption import StopOnSignal, resume_command
-from tests.engines.test_distributed import deepspeed_config, free_port, skip_without_deepspeed
 from tests.run.test_checkpoint_files import RECIPE, assert_one_line, assert_same_run, server, unbroken  # noqa: F401
+from tests.support.engines import deepspeed_config, free_port, skip_without_deepspeed
 from tests.support.paths import ROOT
 
 

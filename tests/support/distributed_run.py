@@ -33,7 +33,7 @@ from matrix_llm.config import MatrixConfig
 from matrix_llm.model import lm_head as head
 from matrix_llm.model.load import train_tokenizer
 from matrix_llm.trainer import MatrixTrainer
-from tests.support.parity_runs import free_port
+from tests.support.engines import free_port
 from tests.support.tiny import config, rows
 
 EMPTY = (

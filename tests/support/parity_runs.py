@@ -1,11 +1,7 @@
 """Engines, cases and their differences: shared by tests/test_distributed.py, tests/test_multinode.py and benchmarks/parity.py."""
 
 import atexit
-import importlib.util
 import json
-import os
-import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -14,7 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.support.paths import ROOT, SUPPORT
+from tests.support.engines import deepspeed_config, environment
+from tests.support.paths import SUPPORT
 
 STEPS = 20
 REFERENCE = "single"  # one process, eight rows at once, the vocabulary read anew by every micro-batch
@@ -54,47 +51,6 @@ CASES = {
     "top_k 16": ({"architecture": "llama", "mce_top_k": 16, "mce_steps": 6}, 1),
     "packed": ({"architecture": "llama", "packing": True, "max_length": 48, "mce_top_k": 16, "mce_steps": 6}, 1),
 }
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def deepspeed_config(path: Path, stage: int | str) -> str:
-    """The repository's own file, made fit for CPU processes and for a model so small that ZeRO-3 would not partition its weights."""
-    name = stage if isinstance(stage, str) else f"zero{stage}"
-    blocks = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
-    blocks["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW, as on every other engine
-    blocks["zero_optimization"]["stage3_param_persistence_threshold"] = (
-        0  # keeps tensors under 100,000 elements whole otherwise
-    )
-    path.write_text(json.dumps(blocks))
-    return str(path)
-
-
-def why_no_deepspeed() -> str | None:
-    if importlib.util.find_spec("deepspeed") is None:
-        return "deepspeed is not installed (pip install -e .[deepspeed])"
-    if shutil.which("g++") is None or (
-        shutil.which("ninja") is None and not Path(sys.executable).with_name("ninja").exists()
-    ):
-        return "DeepSpeed compiles its CPU communication op, which needs g++ and ninja"
-    return None
-
-
-def environment() -> dict[str, str]:
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "DS_ACCELERATOR": "cpu",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    env["PYTHONPATH"] = os.pathsep.join([str(SUPPORT), str(ROOT), env.get("PYTHONPATH", "")])
-    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])  # ninja, for DeepSpeed's op
-    return env
 
 
 def make_models(folder: Path) -> Path:
