@@ -33,7 +33,7 @@ srun bash -c 'exec accelerate launch $ENGINE --num_machines "$SLURM_NNODES" --nu
 STATUS=$?
 
 # A run that was told to stop has saved itself and said how to go on. Any other failure would only repeat.
-if grep -q '^=> go on with: ' "$LOG"; then
+if grep -q '^=> resume with: ' "$LOG"; then
     scontrol requeue "$SLURM_JOB_ID"
     STATUS=0
 fi
