@@ -78,7 +78,8 @@ from typing import Any
 
 from study_statistics import SAMPLES
 
-from matrix_llm.base.files import NON_FINITE, read_jsonl, write_text
+from matrix_llm.base.files import read_jsonl, write_text
+from matrix_llm.run.run_folder import NON_FINITE
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN, MEASURE = ROOT / "matrix_llm" / "train.py", ROOT / "benchmarks" / "study_measure.py"

@@ -33,7 +33,8 @@ from study import (
 )
 from study_statistics import SAMPLES, TEMPERATURE, distinct_n
 
-from matrix_llm.base.files import NON_FINITE, read_jsonl
+from matrix_llm.base.files import read_jsonl
+from matrix_llm.run.run_folder import NON_FINITE
 
 SUBMITTED, MEASURED, SAMPLED = "submitted.jsonl", "measured.json", "eval_samples"
 Planned = list[tuple[str, list[str]]]

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Train on several nodes, and go on by itself after a preemption or at the time limit.
+# Train on several nodes, and resume without help after a preemption or at the time limit.
 #
 #   sbatch --nodes 2 docs/slurm.sh recipes/llemma7b.yaml --deepspeed ds_configs/zero3.json --gradient_accumulation_steps 2
 #   ENGINE="--config_file ds_configs/fsdp2.yaml" sbatch --nodes 2 docs/slurm.sh recipes/llemma7b.yaml --gradient_accumulation_steps 2
@@ -23,7 +23,7 @@ PER_NODE=${PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
 MAIN=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 PORT=${PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 export ENGINE PER_NODE MAIN PORT
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 # the launcher's own patience between SIGTERM and SIGKILL; 30 s otherwise
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 # seconds between the launcher's SIGTERM and SIGKILL; 30 s otherwise
 
 # one launcher a node; SLURM_NODEID differs from node to node, so it is expanded there
 LOG=$(mktemp)
@@ -32,8 +32,8 @@ srun bash -c 'exec accelerate launch $ENGINE --num_machines "$SLURM_NNODES" --nu
     matrix_llm/train.py "$@" --resume_from_checkpoint true' node "$@" 2>&1 | tee "$LOG"
 STATUS=$?
 
-# A run that was told to stop has saved itself and said how to go on. Any other failure would only repeat.
-if grep -q '^=> go on with: ' "$LOG"; then
+# A run that was told to stop has saved a checkpoint and printed how to resume. Any other failure would only repeat.
+if grep -q '^=> resume with: ' "$LOG"; then
     scontrol requeue "$SLURM_JOB_ID"
     STATUS=0
 fi

@@ -16,8 +16,12 @@ from pathlib import Path
 
 if (
     not __package__
-):  # run as a script: import from the repository, not from this folder, whose ssl/ would hide the standard one
+):  # run as a script: import from the repository, not from this folder, whose ssl/ hides the standard one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    from matrix_llm.base.threads import wait_passively
+
+    wait_passively()  # before torch is imported
 
 import json
 import os
@@ -28,20 +32,23 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from matrix_llm.base.errors import DataError, RecipeError, scrub
-from matrix_llm.base.files import NON_FINITE, write_text
+from matrix_llm.base.console import say
+from matrix_llm.base.errors import RecipeError
+from matrix_llm.base.files import write_text
 from matrix_llm.config import Recipe, load_recipe
 from matrix_llm.publish.push import destination_of, push
+from matrix_llm.run.command import Command, exit_process, run_command
 from matrix_llm.run.run_folder import (
+    CARD,
+    METRICS,
     PARTIAL,
-    begin,
-    check_output_dir,
-    leave,
+    PLOT,
+    RESULTS,
+    STAGING,
+    find_resume_checkpoint,
     move_into_place,
-    one_line,
-    resume_path,
-    say,
     say_stopped,
+    start_run_folder,
 )
 
 if TYPE_CHECKING:
@@ -73,6 +80,17 @@ def print_plan(recipe: Recipe, tokenizer, dataset, report) -> None:
     say("# the first row and its label mask\n" + "\n".join(masked_sample(next(iter(dataset)), tokenizer)))
 
 
+def print_dry_run(recipe: Recipe) -> None:
+    """Steps 2 and 3 of the module's list."""
+    from matrix_llm.run.prepare import prepare_data
+
+    tokenizer, (dataset, report), held_out = prepare_data(recipe, say=say, dry_run=True)
+    for part in (report, held_out[1] if held_out else None):
+        say("\n".join(part.lines()) if part else "no held-out rows")
+    say("")
+    print_plan(recipe, tokenizer, dataset, report)
+
+
 def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     """Steps 4 to 6 of the module's list. A run that `stop` ends early leaves a checkpoint and prints how to go on."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -84,7 +102,7 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     from matrix_llm.plan.steps import describe_loss, plan_steps
     from matrix_llm.publish.push import model_card, versions
     from matrix_llm.run.decode import AccuracyCallback, measure_accuracy
-    from matrix_llm.run.metrics import METRICS, PLOT, MetricsFileCallback, plot_losses
+    from matrix_llm.run.metrics import MetricsFileCallback, plot_losses
     from matrix_llm.run.preemption import resume_command
     from matrix_llm.run.prepare import prepare_data
     from matrix_llm.trainer import MatrixTrainer
@@ -148,14 +166,14 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
         for problem, response in zip(problems[:2], found.responses[:2], strict=False):
             say(f"   Q: {problem.query}\n   A:{response}\n   gold: {problem.answer}")
 
-    resume = resume_path(training)
+    resume = find_resume_checkpoint(training)
     earlier = output / PARTIAL
     if resume and earlier.is_file():
         results |= json.loads(earlier.read_text(encoding="utf-8"))  # accuracy before training cannot be measured again
     else:
         measure("before")
     if trainer.is_world_process_zero():
-        begin(output, recipe.resolved, results)
+        start_run_folder(output, recipe.resolved, results)
 
     clock = time.perf_counter()
     trainer.add_callback(stop)
@@ -172,7 +190,7 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
         results["evaluation"] = trainer.evaluate()
     measure("after")
 
-    staging = output / ".saving"
+    staging = output / STAGING
     if trainer.is_world_process_zero():
         shutil.rmtree(staging, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
@@ -186,65 +204,26 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
         results["versions"] = versions()
         entries = read_jsonl(output / METRICS)
         plot_losses(entries, output / PLOT, title=output.name)
-        write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
-        write_text(output / "README.md", str(model_card(recipe, entries, results)))
+        write_text(output / RESULTS, json.dumps(results, indent=2) + "\n")
+        write_text(output / CARD, str(model_card(recipe, entries, results)))
         earlier.unlink(missing_ok=True)
         say(f"=> {output}/ holds the weights, tokenizer, recipe.yaml, {METRICS}, results.json, {PLOT} and README.md")
     trainer.accelerator.wait_for_everyone()  # no rank leaves while another still needs it
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 with one line on stderr where the recipe or the data cannot be used."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    dry_run = any(a in ("--dry_run", "--dry-run") for a in arguments)
-    arguments = [a for a in arguments if a not in ("--dry_run", "--dry-run")]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if arguments else 2
-    try:
-        recipe = load_recipe(arguments[0], arguments[1:], dry_run=dry_run)
-        destination = destination_of(recipe, ask=not dry_run)
-        if dry_run:
-            from matrix_llm.run.prepare import prepare_data
-
-            prepared = prepare_data(recipe, say=say, dry_run=True)
-            for part in (prepared.report, prepared.held_out_report):
-                say("\n".join(part.lines()) if part else "no held-out rows")
-            say("")
-            print_plan(recipe, prepared.tokenizer, prepared.train, prepared.report)
-            return 0
-        check_output_dir(recipe.training, recipe.resolved)
-        from transformers import set_seed
-
-        from matrix_llm.run.preemption import stop_on_signals
-
-        set_seed(recipe.training.seed)
-        with stop_on_signals() as stop:
-            train(recipe, stop, arguments)
-        if (
-            destination is not None and not stop.stopped
-        ):  # here, where no other process waits at a barrier that times out
-            say(f"=> {push(Path(str(recipe.training.output_dir)), destination)}")
-    except (RecipeError, DataError) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {scrub(str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: aborted, without saving.", file=sys.stderr)
-        return 130
-    except Exception as error:
-        from matrix_llm.base.errors import NonFiniteLossError
-
-        output = Path(str(recipe.training.output_dir))
-        if isinstance(error, NonFiniteLossError) and recipe.training.process_index == 0:
-            write_text(output / NON_FINITE, f"{error}\n")
-        line = one_line(error, output)
-        if line is None:
-            raise
-        print(f"error: {line}" if line else "", end="\n" if line else "", file=sys.stderr)
-        return 1
-    return 0
+    """Train, or print the plan, as the arguments say. Returns the exit status (matrix_llm/run/command.py)."""
+    command = Command(
+        usage=USAGE,
+        load_recipe=load_recipe,
+        find_destination=destination_of,
+        remove_push_settings=lambda recipe: None,  # destination_of has done it
+        print_plan=print_dry_run,
+        train=train,
+        push=push,
+    )
+    return run_command(command, arguments)
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

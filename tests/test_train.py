@@ -11,7 +11,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from matrix_llm.base.files import NON_FINITE, read_jsonl
+from matrix_llm.base.files import read_jsonl
+from matrix_llm.run.run_folder import NON_FINITE
 from matrix_llm.train import main
 from tests.support.paths import ROOT
 from tests.support.tiny import TINY
@@ -142,10 +143,10 @@ def test_an_earlier_run_is_never_written_over(recipe, tmp_path, capsys):
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
 
 
-def test_resuming_without_a_checkpoint_starts_afresh_and_says_so(recipe, tmp_path, capsys):
+def test_resuming_without_a_checkpoint_starts_from_the_beginning_and_says_so(recipe, tmp_path, capsys):
     (tmp_path / "run" / "checkpoint-7").mkdir(parents=True)  # a kill left this before trainer_state.json was written
     assert main([recipe(max_steps=1), "--resume_from_checkpoint", "true"]) == 0
-    assert "no whole checkpoint" in capsys.readouterr().out
+    assert "no complete checkpoint" in capsys.readouterr().out
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
@@ -199,7 +200,7 @@ def test_a_run_that_diverges_leaves_a_note_until_it_goes_on(recipe, tmp_path, ca
 
 @pytest.mark.slow
 def test_the_script_runs_from_another_folder_and_leaves_the_standard_ssl_alone(recipe, tmp_path):
-    """matrix_llm/ first on sys.path would hide the standard library's ssl behind matrix_llm/ssl, and break every HTTPS client."""
+    """With matrix_llm/ first on sys.path, matrix_llm/ssl would hide the standard ssl and break every HTTPS client."""
     copy = tmp_path / "copy" / "matrix_llm"
     shutil.copytree(ROOT / "matrix_llm", copy)
     (copy / "ssl").mkdir(exist_ok=True)

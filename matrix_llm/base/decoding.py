@@ -1,9 +1,12 @@
-"""Neutral decoding settings: what greedy decoding needs of `generate`, whatever a model's own settings ask for. No torch here."""
+"""Neutral decoding settings: what `generate` must be given to decode greedily, whatever the model's own settings say.
+
+No torch here, so that `eval` can import it without loading torch.
+"""
 
 from typing import Any
 
-# A model's generation_config.json may hold settings that turn greedy decoding into something else, or that warn on every
-# batch. `generate` fills in only what is left None, so each is named here with its neutral value.
+# A model's generation_config.json may turn greedy decoding into something else, or cause a warning in every batch.
+# `generate` takes from it whatever it is not given, so each setting is named here with its neutral value.
 NEUTRAL_DECODING: dict[str, Any] = {
     "do_sample": False,
     "num_beams": 1,

@@ -1,17 +1,15 @@
-"""Every error that a user can mend, in one family, and the scrubbing of secrets from what is printed.
+"""One family for every error that a user can correct, and the removal of secrets from printed text.
 
-    try: ...
-    except MatrixLLMError as error: print(f"error: {error}"); exit 2, or 1 once training has begun
-
-The message of each is one line that names the key or the place, the value found, the reason and the way out. Any other
-exception is a fault of this package, and keeps its traceback.
+The message is one line: the setting or the place, the value found, the reason, the way out. Commands print that line
+and exit with status 2, or 1 once training has begun. Any other exception is a bug in this package and keeps its
+traceback.
 """
 
 import re
 
 
 class MatrixLLMError(Exception):
-    """Base class: something that the person who started the command can put right."""
+    """Base class: a mistake or a failure that the user can correct."""
 
 
 class RecipeError(MatrixLLMError, ValueError):
@@ -19,7 +17,7 @@ class RecipeError(MatrixLLMError, ValueError):
 
 
 class ModelError(RecipeError):
-    """A model that the loss cannot be computed on, or that would train wrongly in silence."""
+    """A model whose loss cannot be computed, or that would silently train wrongly."""
 
 
 class DataError(MatrixLLMError, ValueError):
@@ -35,7 +33,7 @@ class ProbeError(MatrixLLMError, ValueError):
 
 
 class EvalError(MatrixLLMError, ValueError):
-    """An evaluation that cannot start or go on."""
+    """An evaluation that cannot start or continue."""
 
 
 class CheckpointError(MatrixLLMError, RuntimeError):
@@ -43,18 +41,18 @@ class CheckpointError(MatrixLLMError, RuntimeError):
 
 
 class PushError(MatrixLLMError, RuntimeError):
-    """The Hub could not be reached, or refused."""
+    """The Hub could not be reached, or refused the request."""
 
 
 class NonFiniteLossError(MatrixLLMError, RuntimeError):
-    """The loss became NaN or infinite; the weights are those of the step before."""
+    """The loss became NaN or infinite. The weights are those of the previous step."""
 
 
 SECRET = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{16,}")
 
 
 def scrub(text: str, *tokens: str | None) -> str:
-    """`text` without the given tokens, and without anything that looks like a Hub token.
+    """`text` with the given tokens, and anything that looks like a Hub token, masked.
 
     >>> scrub("Bearer hf_abcdefghijklmnopqrstuvwxyz")
     'Bearer hf_***'

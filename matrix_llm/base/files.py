@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name in the same folder, then moved into place."""
+"""Files that are complete or absent: written under a temporary name in the same folder, then moved into place."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-NON_FINITE = "non_finite.txt"  # in the folder of a run whose loss became NaN or infinite: what train.py said; gone once it goes on
-
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path`, moved there when the block ends without an error and removed otherwise.
+    """A temporary path in the folder of `path`; it replaces `path` if the block succeeds, and is removed if it fails.
 
     >>> with atomic_path("/tmp/matrix_llm_example.txt") as temporary:
-    ...     _ = temporary.write_text("whole")
+    ...     _ = temporary.write_text("complete")
     >>> Path("/tmp/matrix_llm_example.txt").read_text()
-    'whole'
+    'complete'
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +27,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()  # mkstemp makes files private
+        # mkstemp makes private files: keep the mode of the file that is replaced, or give a new file the usual one
+        mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
         temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
@@ -37,15 +36,16 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
+    mask = os.umask(0)  # the only way to read it is to set it
     os.umask(mask)
     return mask
 
 
 def write_text(path: str | os.PathLike[str], text: str | Iterable[str]) -> None:
-    """The whole file or none, in UTF-8 with "\\n" line ends, on the disk before it takes its name.
+    """Write the whole file or nothing, in UTF-8 with "\\n" line ends.
 
-    Half of a surrogate pair, which a model may write and UTF-8 cannot hold, is written as its escape sequence.
+    The text is flushed to the disk before the file takes its name: after a power cut the old file is there, or all of
+    the new one. A lone surrogate, which a model may generate and UTF-8 cannot encode, is written as its escape.
     """
     with (
         atomic_path(path) as temporary,
@@ -57,7 +57,10 @@ def write_text(path: str | os.PathLike[str], text: str | Iterable[str]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file such as metrics.jsonl; a last line cut off by a kill is left out, and a missing file is empty."""
+    """The objects of a JSONL file such as metrics.jsonl.
+
+    A line that is not JSON, such as the last one of a run that was killed, is skipped. A missing file has no objects.
+    """
     entries = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:

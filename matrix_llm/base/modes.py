@@ -1,4 +1,4 @@
-"""Evaluation mode for a block of code, with every module's own mode put back afterwards."""
+"""Evaluation mode for a block of code; every module's own mode is restored afterwards."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode inside the block, and as it was after it, also where the caller had mixed modes.
+    """Put every module in eval mode for the block, then restore each one's mode, even where the caller had mixed them.
 
     >>> layer = nn.Dropout()
     >>> with evaluation_mode(layer):
@@ -23,4 +23,4 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module in training:
-            module.training = True  # not .train(), which would switch the children too
+            module.training = True  # not .train(), which would switch its children too

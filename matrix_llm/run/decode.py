@@ -2,13 +2,7 @@
 
 For quick figures before and after a training run; the benchmark scripts in eval/ use a faster engine.
 
-1. Prompts are tokenised as in training: the prompt alone, with the tokenizer's special tokens, since the response's
-   tokens were appended to it. A closing end-of-text token, which some tokenizers add, is dropped.
-2. Longest first, so that a batch holds prompts of like length and running out of memory shows in the first batch.
-3. Batches are padded on the LEFT with an explicit attention mask: every row then continues from its own last token.
-4. Each row is cut at its first end-of-text token and decoded; texts return in the order of the prompts.
-
-Shapes: B batch, T longest prompt of the batch, L longest continuation.
+Shapes: B prompts in a batch, T tokens in the longest of them, L tokens in the longest continuation.
 """
 
 import re
@@ -20,17 +14,18 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, Trainer, TrainerCallback
 
 from matrix_llm.base.decoding import NEUTRAL_DECODING
+from matrix_llm.base.errors import DataError, RecipeError
 from matrix_llm.base.modes import evaluation_mode
 from matrix_llm.base.statistics import wilson_interval
 from matrix_llm.data.prompts import PROMPT_TEMPLATES
 
 ANSWER_MARKER = "The answer is: "
-ANSWER_WINDOW = 200  # characters read after the marker: a model that babbles digits cannot make scoring slow
+ANSWER_WINDOW = 200  # characters read after the marker, so that a model that babbles digits cannot make scoring slow
 NUMBER = re.compile(r"([-+]?)([0-9][0-9,]*)?(?:\.([0-9]+))?(?:/([0-9]+))?")
 
 
 class Question(Protocol):
-    """What `measure_accuracy` reads of a problem; `matrix_llm.data.wordproblems.Problem` is one."""
+    """What `measure_accuracy` needs of a problem; `matrix_llm.data.wordproblems.Problem` has it."""
 
     @property
     def query(self) -> str: ...
@@ -43,38 +38,46 @@ class Accuracy:
     """Exact-match accuracy of greedy responses, as extracted by `final_answer`."""
 
     correct: int
+    """Responses whose final answer is the right one, 0 to `total`."""
     total: int
+    """Problems asked, at least 1."""
     accuracy: float
+    """`correct / total`, 0 to 1."""
     low: float
-    """`low` to `high` is Wilson's 95 % interval."""
+    """Lower end of Wilson's 95 % interval for `accuracy`."""
     high: float
+    """Upper end of that interval."""
     unanswered: int
-    """Responses without a final answer; they count as wrong."""
+    """Responses without a final answer. They count as wrong."""
     responses: tuple[str, ...]
+    """The text of each response, in the order of the problems."""
     is_correct: tuple[bool, ...]
-    """One per problem, for tables by style."""
+    """The verdict on each response, for tables by style of problem."""
 
 
 def final_answer(text: str) -> str | None:
-    """The first number after the last "The answer is: " (MetaMath's rule), in one spelling; None if there is none.
+    """The first number after the last "The answer is: " (MetaMath's rule), in a normal form; None if there is none.
 
-    Commas, a plus sign, leading zeros and a fraction of zeros go. The time does not depend on what follows the marker.
+    The normal form has no commas, plus sign, leading zeros, trailing decimal zeros or denominator 1. The time taken
+    does not depend on what follows the marker.
 
     >>> final_answer("So x = 1,200 / 2. The answer is: $1,200.00 a year"), final_answer("The answer is: -3/4")
     ('1200', '-3/4')
     >>> final_answer("The answer is 7") is None
     True
     """
+    # 1. the first match that is a number: the pattern also matches nothing, a lone sign and "/2"
     start = text.rfind(ANSWER_MARKER)
     if start < 0:
         return None
     start += len(ANSWER_MARKER)
     for match in NUMBER.finditer(text[start : start + ANSWER_WINDOW]):
         sign, whole, decimals, denominator = match.groups()
-        if whole or decimals:  # the pattern also matches nothing, and a lone sign or "/2"
+        if whole or decimals:
             break
     else:
         return None
+    # 2. its normal form
     whole = (whole or "").replace(",", "").lstrip("0") or "0"
     decimals = (decimals or "").rstrip("0")
     number = f"{whole}.{decimals}" if decimals else whole
@@ -95,40 +98,51 @@ def generate_greedy(
 ) -> list[str]:
     """The model's greedy continuation of each prompt, without the prompt and without special tokens.
 
-    Neither the tokenizer (its padding side) nor the model (modes, `use_cache`, generation config) is changed. In float32
-    a text does not depend on the other prompts of its batch, up to exact ties of the logits.
+    Neither the tokenizer (its padding side) nor the model (modes, `use_cache`, generation config) is changed. In
+    float32 a text does not depend on the other prompts of its batch, except where two logits are exactly equal.
+
+    Raises:
+        ValueError: `max_new_tokens` or `batch_size` is below 1.
+        DataError: a prompt has no tokens.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name}={value} must be 1 or more.")
     if not prompts:
         return []
-    stops = _stop_tokens(model, tokenizer)
+    # 1. Tokenise as in training, where the response's tokens follow the prompt's: a closing end-of-text token, which
+    #    some tokenizers add, is removed.
     prompt_ids: list[list[int]] = tokenizer(list(prompts))["input_ids"]
     if tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id:
         prompt_ids = [ids[:-1] for ids in prompt_ids]
     for index, ids in enumerate(prompt_ids):
         if not ids:
-            raise ValueError(f"prompt {index} ({prompts[index]!r}) has no tokens, so there is nothing to continue.")
+            raise DataError(f"prompt {index} ({prompts[index]!r}) has no tokens, so there is nothing to continue.")
+    # 2. Greedy, whatever the checkpoint's generation config says.
+    stops = _stop_tokens(model, tokenizer)
     pad = next(token for token in (tokenizer.pad_token_id, *stops, 0) if token is not None)  # masked: any token will do
     settings = GenerationConfig(
         **NEUTRAL_DECODING, max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=pad, eos_token_id=stops or None
     )
+    # 3. Longest first: the prompts of a batch have similar lengths, and running out of memory shows in the first batch.
     device = next(model.parameters()).device
     longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompt_ids[index]))
     texts = [""] * len(prompts)
     with evaluation_mode(model), torch.no_grad():  # no inference_mode: its tensors could stay in a rotary cache
         for start in range(0, len(prompts), batch_size):
             chosen = longest_first[start : start + batch_size]
-            length = len(prompt_ids[chosen[0]])
+            # 4. Pad on the LEFT, with an explicit mask: each prompt is then continued from its own last token.
+            length = len(prompt_ids[chosen[0]])  # T
             padding = [length - len(prompt_ids[index]) for index in chosen]
-            input_ids = torch.tensor(
-                [[pad] * n + prompt_ids[i] for i, n in zip(chosen, padding, strict=True)]
-            )  # (B, T)
-            attention_mask = torch.tensor([[0] * n + [1] * (length - n) for n in padding])  # (B, T)
-            inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
-            output = model.generate(**inputs, generation_config=settings)  # type: ignore[operator]
-            for index, new_ids in zip(chosen, output[:, length:].tolist(), strict=True):  # (B, L)
+            padded = [[pad] * n + prompt_ids[index] for index, n in zip(chosen, padding, strict=True)]
+            mask = [[0] * n + [1] * (length - n) for n in padding]
+            inputs = {
+                "input_ids": torch.tensor(padded, device=device),  # (B, T)
+                "attention_mask": torch.tensor(mask, device=device),  # (B, T)
+            }
+            output = model.generate(**inputs, generation_config=settings)  # type: ignore[operator]  # (B, T + L)
+            # 5. Cut each continuation at its first end-of-text token, and put its text in the place of its prompt.
+            for index, new_ids in zip(chosen, output[:, length:].tolist(), strict=True):
                 end = next((place for place, token in enumerate(new_ids) if token in stops), len(new_ids))
                 texts[index] = tokenizer.decode(new_ids[:end], skip_special_tokens=True)
     return texts
@@ -144,24 +158,33 @@ def measure_accuracy(
     batch_size: int = 64,
     is_correct: Callable[[str, str], bool] | None = None,
 ) -> Accuracy:
-    """Share of `problems` whose greedy response ends in the right answer.
+    """The share of `problems` whose greedy response ends in the right answer.
 
-    `is_correct(response, answer)` replaces the number that `final_answer` finds, for answers that are not numbers:
-    `functools.partial(eval.answers.is_correct, benchmark="math")`.
+    Args:
+        template: the prompt of training, with {instruction} where the question goes. It is replaced, not formatted, so
+            that the braces of LaTeX survive.
+        is_correct: (response, answer) -> verdict, for answers that are not numbers, such as
+            `functools.partial(eval.answers.is_correct, benchmark="math")`. By default the normal forms that
+            `final_answer` gives to the response's answer and to the problem's must be equal.
 
-    `template` is the prompt of training, with {instruction} where the query goes. It is replaced, not formatted, so
-    that the braces of LaTeX survive. Answers are compared as `final_answer` spells them.
+    Raises:
+        DataError: there are no problems, or one has no number to compare with.
+        RecipeError: the template does not hold {instruction} exactly once.
     """
     if not problems:
-        raise ValueError("there are no problems to measure accuracy on.")
+        raise DataError("there are no problems to measure accuracy on.")
     if template.count("{instruction}") != 1:
-        raise ValueError(f"template={template!r} must hold {{instruction}} once: that is where the query goes.")
+        raise RecipeError(
+            f"template={template!r} must hold {{instruction}} exactly once: that is where the question goes."
+        )
+    # 1. the answers to compare with
     expected = [final_answer(ANSWER_MARKER + problem.answer) for problem in problems]
     for index, (problem, answer) in enumerate(zip(problems, expected, strict=True)):
         if answer is None and is_correct is None:
-            raise ValueError(
+            raise DataError(
                 f"problem {index} has the answer {problem.answer!r}, which holds no number to compare with."
             )
+    # 2. the model's responses
     responses = generate_greedy(
         model,
         tokenizer,
@@ -169,6 +192,7 @@ def measure_accuracy(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
+    # 3. the verdicts
     given = [final_answer(response) for response in responses]
     if is_correct is None:
         verdicts = tuple(a == b for a, b in zip(given, expected, strict=True))
@@ -191,20 +215,27 @@ def measure_accuracy(
 
 
 class AccuracyCallback(TrainerCallback):
-    """Logs greedy accuracy on a sample of problems every `every` steps: `accuracy`, and Wilson's 95 % interval around it as
-    `accuracy_low` and `accuracy_high`. Training is not disturbed: greedy decoding draws no random number, and modes are restored.
+    """Logs greedy accuracy on a sample of problems while training.
+
+    Logged are `accuracy` and the ends of its 95 % interval, `accuracy_low` and `accuracy_high`. Training is not
+    affected: greedy decoding draws no random numbers, and modes are restored.
+
+    Args:
+        every: optimizer steps between two measurements, at least 1.
+        settings: those of `measure_accuracy`.
 
     >>> trainer.add_callback(AccuracyCallback(trainer, problems, every=500))  # doctest: +SKIP
-
-    `settings` are `measure_accuracy`'s.
     """
 
     def __init__(self, trainer: Trainer, problems: Sequence[Question], *, every: int, **settings: Any) -> None:
         if every < 1:
-            raise ValueError(f"every={every} must be 1 or more: accuracy is measured every so many optimizer steps.")
+            raise ValueError(
+                f"every={every} must be 1 or more: it is the number of optimizer steps between measurements."
+            )
         self.trainer, self.problems, self.every, self.settings = trainer, problems, every, settings
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if state.global_step % self.every == 0:
-            found = measure_accuracy(self.trainer.model, self.trainer.processing_class, self.problems, **self.settings)  # type: ignore[arg-type]
+            model, tokenizer = self.trainer.model, self.trainer.processing_class
+            found = measure_accuracy(model, tokenizer, self.problems, **self.settings)  # type: ignore[arg-type]
             self.trainer.log({"accuracy": found.accuracy, "accuracy_low": found.low, "accuracy_high": found.high})

@@ -1,4 +1,4 @@
-"""What a run leaves behind beside its weights: metrics.jsonl while it runs, loss.png and the figures for the card after."""
+"""The numbers of a run: metrics.jsonl while it trains, then loss.png and the last values for its card."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from matrix_llm.base.files import atomic_path, read_jsonl, write_text
+from matrix_llm.run.run_folder import METRICS, PLOT
 
-METRICS = "metrics.jsonl"
-PLOT = "loss.png"
-TRAIN_COLOURS = {"ce": "#1f77b4", "mce": "#d62728"}
+__all__ = ["METRICS", "PLOT", "MetricsFileCallback", "last_values", "plot_losses"]
+
+COLOURS = {"ce": "#1f77b4", "mce": "#d62728"}
 
 
 class MetricsFileCallback(TrainerCallback):
-    """Appends every log entry to metrics.jsonl in the output directory, one JSON object a line, flushed as it comes.
+    """Appends every log entry to metrics.jsonl in the output directory, one JSON object per line, as it is logged.
 
-    A resumed run first drops the lines of the steps it is going to repeat.
+    A resumed run first removes the lines of the steps that it is going to repeat.
     """
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
@@ -27,9 +28,8 @@ class MetricsFileCallback(TrainerCallback):
         path = Path(str(args.output_dir)) / METRICS
         kept = []
         for entry in read_jsonl(path) if state.global_step else []:
-            if (
-                entry["step"] > state.global_step or "train_runtime" in entry
-            ):  # the summary, and what followed it, will come again
+            # a line of a later step, or the summary at the end of a run: it and all that follow will be written again
+            if entry["step"] > state.global_step or "train_runtime" in entry:
                 break
             kept.append(entry)
         write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
@@ -48,14 +48,18 @@ class MetricsFileCallback(TrainerCallback):
 
 
 def plot_losses(entries: list[dict[str, Any]], path: Path, *, title: str) -> None:
-    """CE and MCE against optimizer steps; solid for training, dotted with markers for held-out rows."""
+    """Plot CE and MCE over optimizer steps to `path`: solid for training, dotted with markers for held-out rows.
+
+    Args:
+        entries: the lines of metrics.jsonl. A loss that they do not hold is left out.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, colour in TRAIN_COLOURS.items():
+    for name, colour in COLOURS.items():
         for prefix, style, label in (("", "-", "training"), ("eval_", "o:", "held out")):
             points = [(e["step"], e[prefix + name]) for e in entries if prefix + name in e]
             if points:

@@ -1,11 +1,11 @@
-"""A run that is asked to stop (SIGTERM, Ctrl-C) saves a checkpoint on all processes at the next step and exits with status 0.
+"""A run that is asked to stop (SIGTERM, Ctrl-C) saves a checkpoint on all processes at the next step; its status is 0.
 
-Schedulers, `accelerate launch` and torchrun send SIGTERM and follow with SIGKILL after a while, so the handler only notes the
-request. At the end of every optimizer step the processes agree whether any of them was asked: one all-reduce of one number.
-Stopping on one process's own flag would leave the others waiting in a collective.
+Schedulers, `accelerate launch` and torchrun send SIGTERM, and SIGKILL some time later. The signal handler only notes
+the request. At the end of every optimizer step the processes agree, in one all-reduce of one number, whether any of
+them was asked. A process that stopped by itself would leave the others waiting in a collective.
 
-A second Ctrl-C, a second or more after the first, aborts at once. A repeated SIGTERM changes nothing: launchers and schedulers
-pass on what the process has already received, and they have SIGKILL.
+A second Ctrl-C, a second or more after the first, aborts at once. A second SIGTERM changes nothing: launchers and
+schedulers repeat what the process has already received, and they can send SIGKILL.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,41 +27,66 @@ from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 LAUNCHERS = ("accelerate", "torchrun", "torch.distributed.run", "torch.distributed.launch", "deepspeed")
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that this process gets when its parent dies
+
+
+@dataclass(frozen=True)
+class StopRequest:
+    """The first signal that asked the run to stop."""
+
+    number: int
+    """The signal, SIGTERM or SIGINT."""
+    time: float
+    """When it arrived, on the monotonic clock."""
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends training at the next step, with a checkpoint, once any process has been asked to.
+    """Ends training at the next step, with a checkpoint, once any process has received a signal.
 
-    `stopped` is True afterwards, on every process; a request during the last step is no reason to stop before the end.
+    A request that arrives during the last step does not stop the run: it saves its final weights.
     """
 
+    launcher: list[str]
+    """The command line of the launcher that started this process; [] without one."""
+    training_has_begun: bool
+    """True from the beginning of training on. Errors before it are the recipe's or the data's."""
+    stopped: bool
+    """True once training was ended early; the same on every process."""
+
     def __init__(self) -> None:
-        self.launcher = _parent_command()  # now: it may be gone when the run stops
-        self.stopped = False
-        self._training = True
-        self._asked: tuple[float, int] | None = None
+        self.launcher = _launcher_command()  # now: the launcher may be gone when the run stops
+        self.training_has_begun = self.stopped = False
+        self._training_is_over = False
+        self._request: StopRequest | None = None
 
     def receive(self, number: int, frame: object = None) -> None:
+        """The signal handler.
+
+        Raises:
+            KeyboardInterrupt: a second Ctrl-C, a second or more after the first signal.
+        """
         now = time.monotonic()
-        if self._asked is None:
-            self._asked = now, number
+        if self._request is None:
+            self._request = StopRequest(number, now)
             who = f"process {os.environ['RANK']} received " if "RANK" in os.environ else ""
-            what = (
-                "saving a checkpoint at the end of this step"
-                if self._training
-                else "training is over, saving its weights"
-            )
+            what = "saving a checkpoint at the end of this step"
+            if self._training_is_over:
+                what = "training is over, saving the final weights"
             text = f"\n=> {who}{signal.Signals(number).name}: {what} (Ctrl-C again aborts)\n"
             os.write(2, text.encode())  # print is not safe in a handler
-        elif number == signal.SIGINT and now - self._asked[0] > 1:
+        elif (
+            number == signal.SIGINT and now - self._request.time > 1
+        ):  # sooner: the launcher's copy of the same key press
             raise KeyboardInterrupt
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self.training_has_begun = True
+
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self._training = False
+        self._training_is_over = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        asked = self._asked is not None
+        asked = self._request is not None
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             flag = torch.tensor([float(asked)], device=args.device)
             distributed.all_reduce(flag, distributed.ReduceOp.MAX)
@@ -71,15 +97,18 @@ class StopOnSignal(TrainerCallback):
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopOnSignal]:
-    """Installs the handlers for the time of the block; elsewhere than in the main thread, where Python allows none, it does nothing."""
+    """Install the handlers within the block, and restore the earlier ones after it.
+
+    Outside the main thread, where Python allows no handlers, the callback never stops the run.
+    """
     callback = StopOnSignal()
     if threading.current_thread() is not threading.main_thread():
         yield callback
         return
     before = {number: signal.signal(number, callback.receive) for number in (signal.SIGTERM, signal.SIGINT)}
     if sys.platform == "linux" and callback.launcher:
-        # `accelerate launch` with one process dies of SIGTERM without telling its child: the kernel tells it. Without a launcher,
-        # `nohup python ... &` must outlive its shell.
+        # `accelerate launch` with one process dies of SIGTERM without passing it on, so the kernel is asked to send it.
+        # Not without a launcher: `nohup python ... &` must outlive its shell.
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
         yield callback
@@ -88,8 +117,8 @@ def stop_on_signals() -> Iterator[StopOnSignal]:
             signal.signal(number, handler)
 
 
-def _parent_command() -> list[str]:
-    """The command line of the parent process if it is a launcher; [] if it is not, or where /proc is not there to tell."""
+def _launcher_command() -> list[str]:
+    """The command line of the parent process if it is a launcher; [] if it is not, or if there is no /proc to read."""
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
     except OSError:
@@ -98,22 +127,29 @@ def _parent_command() -> list[str]:
 
 
 def resume_command(arguments: Sequence[str], launcher: Sequence[str] = (), script: str = "matrix_llm/train.py") -> str:
-    """The command that goes on with the run: the launcher's own where it is known, `python SCRIPT` otherwise.
+    """The command that resumes a stopped run.
+
+    Args:
+        arguments: those that the script was started with.
+        launcher: the launcher's command line, up to its own arguments for the script; [] for `python SCRIPT`.
+        script: the script's path in the repository.
 
     >>> resume_command(["recipes/tiny.yaml", "--resume_from_checkpoint=true", "--seed", "1"])
     'python matrix_llm/train.py recipes/tiny.yaml --seed 1 --resume_from_checkpoint true'
     """
+    # 1. everything up to the script, which the launcher knows by its path or its module name
     file, module = Path(script).name, script.removesuffix(".py").replace("/", ".")
     place = next((index for index, word in enumerate(launcher) if word.endswith(file) or word == module), None)
     start = list(launcher[: place + 1]) if place is not None else ["python", script]
+    # 2. the arguments, without an earlier --resume_from_checkpoint and its value
     kept: list[str] = []
     value_follows = False
     for word in arguments:
         if word.startswith("--") and word[2:].replace("-", "_").split("=")[0] == "resume_from_checkpoint":
             value_follows = "=" not in word
-        elif not value_follows or word.startswith("--"):
-            kept.append(word)
+        elif value_follows and not word.startswith("--"):
             value_follows = False
         else:
+            kept.append(word)
             value_follows = False
     return shlex.join([*start, *kept, "--resume_from_checkpoint", "true"])

@@ -1,60 +1,69 @@
-"""Trainers whose checkpoints are whole or absent: `checkpoints.py` inside a `transformers.Trainer`."""
+"""A `transformers.Trainer` whose checkpoints are complete or absent: checkpoint_files.py put to work."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
+from torch.distributed.checkpoint import CheckpointException
 from transformers import Trainer
 
 from matrix_llm.base.errors import CheckpointError
-from matrix_llm.run.checkpoint_files import (
-    SAVING,
-    finish_checkpoint,
-    last_complete_checkpoint,
-    not_written,
-    remove_old_checkpoints,
-    why_not_written,
-)
+from matrix_llm.run.checkpoint_files import SAVING, finish_checkpoint, last_complete_checkpoint, remove_old_checkpoints
+from matrix_llm.run.failures import cannot_write, why_not_written
 
 
 class WholeCheckpoints(Trainer):
-    """Put before another trainer: `class MatrixTrainer(WholeCheckpoints, SFTTrainer)`."""
+    """A mix-in that goes before another trainer: `class MatrixTrainer(WholeCheckpoints, SFTTrainer)`.
+
+    Saving and resuming are Trainer's own. This class has them write into a temporary folder, which takes the
+    checkpoint's name when it is complete.
+    """
 
     _saving = False
+    """True while Trainer saves: its files then go to the temporary folder, and it must not push them."""
     _resumed_from: str | None = None
+    """The checkpoint that `train` resumed from."""
 
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)
         return str(Path(folder, SAVING)) if self._saving else folder
 
     def _save_checkpoint(self, model, trial) -> None:
-        """The trainer's own, written into a temporary folder that takes the checkpoint's name once it is whole."""
+        """Trainer's own, written into a temporary folder that takes the checkpoint's name when it is complete.
+
+        Raises:
+            CheckpointError: this process could not write its share. Nothing of the checkpoint stays.
+        """
         output = Path(self._get_output_dir(trial))
         final = output / f"checkpoint-{self.state.global_step}"
         staged = output / SAVING / final.name
         self._saving = True
         try:
+            # 1. an empty temporary folder, before any process writes into it
             if self.args.should_save:
                 shutil.rmtree(staged.parent, ignore_errors=True)
             self.accelerator.wait_for_everyone()
+            # 2. every process writes its share
             super()._save_checkpoint(model, trial)
             self._keep_window(staged)
             if self.args.should_save:
                 self._complete(staged, final)
-            self.accelerator.wait_for_everyone()  # every process has written its part
+            self.accelerator.wait_for_everyone()
+            # 3. the manifest, and the checkpoint's name
             if self.args.should_save:
                 finish_checkpoint(staged, final, processes=self.args.world_size)
                 staged.parent.rmdir()
-        except BaseException as error:  # torch.distributed.checkpoint raises a BaseException
+        except (Exception, CheckpointException) as error:  # the latter is a BaseException
             reason = why_not_written(error)
             if reason is None:
                 raise
             shutil.rmtree(staged.parent, ignore_errors=True)  # it may be what fills the disk
-            raise not_written(final, reason, output) from error
+            raise cannot_write(final, reason, output) from error
         finally:
             self._saving = False
-        self.accelerator.wait_for_everyone()  # nobody goes on from a checkpoint that is not there yet
+        self.accelerator.wait_for_everyone()  # no process goes on before the checkpoint is there
+        # 4. what Trainer does with a saved checkpoint
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(final))
         self._remove_old()
@@ -65,36 +74,47 @@ class WholeCheckpoints(Trainer):
             remove_old_checkpoints(output, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._saving:  # while it is being written, it is about to move
+        if not self._saving:  # a checkpoint that is still being written is about to move
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _keep_window(self, folder: Path) -> None:
-        """For subclasses: this process's part of the state that Trainer does not keep."""
+        """For subclasses: save the part of this process's state that Trainer does not save."""
 
     def _complete(self, staged: Path, final: Path) -> None:
-        """By the first process: the one path that Trainer writes into the checkpoint, and what a subclass adds."""
+        """By the first process: correct the path of the best checkpoint, which Trainer stores in trainer_state.json.
+
+        Subclasses add the files that Trainer leaves out.
+        """
+        # If this checkpoint is the best, Trainer has noted the temporary folder
         if self.state.best_model_checkpoint and Path(self.state.best_model_checkpoint).parent.name == SAVING:
             self.state.best_model_checkpoint = str(final)
-        if (
-            self.state.best_global_step
-            and (best := final.with_name(f"checkpoint-{self.state.best_global_step}")).is_dir()
-        ):
-            self.state.best_model_checkpoint = str(best)
+        # If an earlier one is, Trainer has looked for it in the temporary folder, where it is not
+        if self.state.best_global_step:
+            best = final.with_name(f"checkpoint-{self.state.best_global_step}")
+            if best.is_dir():
+                self.state.best_model_checkpoint = str(best)
         self.state.save_to_json(str(staged / "trainer_state.json"))
 
     def _run_epoch(self, *args, **kwargs) -> None:
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
-        else:  # resumed from the checkpoint of the last step: Trainer would train one more
+        else:  # resumed from the checkpoint of the last step: Trainer would train one step too many
             self.control.should_training_stop = True
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """Trainer's own; with True it resumes from the last complete checkpoint.
+
+        Raises:
+            CheckpointError: True was given, and there is no complete checkpoint.
+        """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(last_complete_checkpoint(Path(str(self.args.output_dir))) or "") or None
-            if resume_from_checkpoint is None:
+            last = last_complete_checkpoint(Path(str(self.args.output_dir)))
+            if last is None:
                 raise CheckpointError(
-                    f"no whole checkpoint in {self.args.output_dir}. Leave resume_from_checkpoint out to start anew."
+                    f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint. "
+                    "Leave it out to start from the beginning."
                 )
+            resume_from_checkpoint = str(last)
         self._resumed_from = resume_from_checkpoint or None
         output = super().train(resume_from_checkpoint or None, *args, **kwargs)
         self._remove_old()  # a kill just after the last checkpoint leaves one too many, and no later save removes it

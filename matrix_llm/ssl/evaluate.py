@@ -19,6 +19,10 @@ from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+if __name__ == "__main__":
+    from matrix_llm.base.threads import wait_passively
+
+    wait_passively()  # before torch is imported
 
 import argparse
 import json

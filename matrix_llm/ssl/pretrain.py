@@ -15,28 +15,33 @@ from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+if __name__ == "__main__":
+    from matrix_llm.base.threads import wait_passively
+
+    wait_passively()  # before torch is imported
 
 import json
-import os
 import shutil
 import time
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from matrix_llm.base.errors import ImageDataError, RecipeError, scrub
+from matrix_llm.base.console import say
+from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.files import write_text
 from matrix_llm.publish.push import destination_of, push
+from matrix_llm.run.command import Command, exit_process, run_command
 from matrix_llm.run.run_folder import (
+    CARD,
+    METRICS,
     PARTIAL,
-    begin,
-    check_output_dir,
-    leave,
+    RESULTS,
+    STAGING,
+    find_resume_checkpoint,
     move_into_place,
-    one_line,
-    resume_path,
-    say,
     say_stopped,
+    start_run_folder,
 )
 from matrix_llm.ssl.config import RESNET_50, SSLRecipe, load_ssl_recipe
 from matrix_llm.ssl.data import Images, load_images
@@ -213,7 +218,7 @@ def pretrain(recipe: SSLRecipe, stop: "StopOnSignal", arguments: list[str]) -> N
 
     from matrix_llm.base.files import read_jsonl
     from matrix_llm.publish.card import versions
-    from matrix_llm.run.metrics import METRICS, MetricsFileCallback
+    from matrix_llm.run.metrics import MetricsFileCallback
     from matrix_llm.run.preemption import resume_command
     from matrix_llm.ssl.trainer import SSLTrainer
 
@@ -225,9 +230,9 @@ def pretrain(recipe: SSLRecipe, stop: "StopOnSignal", arguments: list[str]) -> N
         model, training, images=images, augment=recipe.augment, eval_images=held_out if model.probe is not None else None,
         callbacks=[MetricsFileCallback(), stop],
     )  # fmt: skip
-    resume = resume_path(training)
+    resume = find_resume_checkpoint(training)
     if trainer.is_world_process_zero():
-        begin(output, recipe.resolved, {})
+        start_run_folder(output, recipe.resolved, {})
         trainer.transform.save(output)  # evaluate.py reads it for a checkpoint, too
 
     clock = time.perf_counter()
@@ -251,14 +256,14 @@ def pretrain(recipe: SSLRecipe, stop: "StopOnSignal", arguments: list[str]) -> N
     if skipped:
         say(f"=> {len(skipped)} unreadable image(s) were skipped, e.g. {skipped[0]}")
     if trainer.is_world_process_zero():
-        staging = output / ".saving"
+        staging = output / STAGING
         shutil.rmtree(staging, ignore_errors=True)
         model.backbone.save_pretrained(staging)
         model.save_pretrained(staging / PRETRAINING)
         move_into_place(staging, output)
         results["versions"] = versions()
-        write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
-        write_text(output / "README.md", card(recipe, model, read_jsonl(output / METRICS), results))
+        write_text(output / RESULTS, json.dumps(results, indent=2) + "\n")
+        write_text(output / CARD, card(recipe, model, read_jsonl(output / METRICS), results))
         (output / PARTIAL).unlink(missing_ok=True)
         say(
             f"=> {output}/ holds the backbone, preprocessor_config.json, {PRETRAINING}/, recipe.yaml, {METRICS}, results.json and README.md"
@@ -266,44 +271,26 @@ def pretrain(recipe: SSLRecipe, stop: "StopOnSignal", arguments: list[str]) -> N
     trainer.accelerator.wait_for_everyone()
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 with one line on stderr where the recipe or the images cannot be used."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    dry_run = any(a in ("--dry_run", "--dry-run") for a in arguments)
-    arguments = [a for a in arguments if a not in ("--dry_run", "--dry-run")]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if arguments else 2
-    from matrix_llm.run.preemption import stop_on_signals
+def print_plan(recipe: SSLRecipe) -> None:
+    """What --dry_run shows: the recipe as resolved, and the plan of the run."""
+    images, _ = load_data(recipe)
+    say(f"# {recipe.path}, resolved\n{yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True)}")
+    say("\n".join(plan_lines(recipe, images, build_model(recipe, images))))
 
-    try:
-        recipe = load_ssl_recipe(arguments[0], arguments[1:], dry_run=dry_run)
-        if dry_run:
-            images, _ = load_data(recipe)
-            say(f"# {recipe.path}, resolved\n{yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True)}")
-            say("\n".join(plan_lines(recipe, images, build_model(recipe, images))))
-            return 0
-        destination = destination_of(recipe)
-        check_output_dir(recipe.training, recipe.resolved)
-        with stop_on_signals() as stop:
-            pretrain(recipe, stop, arguments)
-        if destination is not None and not stop.stopped:
-            say(f"=> {push(Path(str(recipe.training.output_dir)), destination)}")
-    except (RecipeError, ImageDataError, ValueError) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {scrub(str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: aborted, without saving.", file=sys.stderr)
-        return 130
-    except Exception as error:
-        line = one_line(error, Path(str(recipe.training.output_dir)))
-        if line is None:
-            raise
-        print(f"error: {scrub(line)}" if line else "", end="\n" if line else "", file=sys.stderr)
-        return 1
-    return 0
+
+def main(arguments: list[str] | None = None) -> int:
+    """Pre-train, or print the plan, as the arguments say. Returns the exit status (matrix_llm/run/command.py)."""
+    command = Command(
+        usage=USAGE,
+        load_recipe=load_ssl_recipe,
+        find_destination=destination_of,
+        remove_push_settings=lambda recipe: None,  # destination_of has done it
+        print_plan=print_plan,
+        train=pretrain,
+        push=push,
+    )
+    return run_command(command, arguments)
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

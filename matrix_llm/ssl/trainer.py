@@ -23,7 +23,7 @@ from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
-from matrix_llm.base.errors import ImageDataError, NonFiniteLossError
+from matrix_llm.base.errors import ImageDataError, NonFiniteLossError, RecipeError
 from matrix_llm.run.saving import WholeCheckpoints
 from matrix_llm.ssl.augment import Augment, AugmentConfig, EvalTransform, TwoViewCollator
 from matrix_llm.ssl.config import SSLTrainingConfig
@@ -100,7 +100,7 @@ class SSLTrainer(WholeCheckpoints):
         eval_images: labelled images for the online probe's held-out accuracy.
 
     Raises:
-        ValueError: fewer images than one step takes; a probe without labels, or labels outside its classes.
+        RecipeError: fewer images than one step takes; a probe without labels, or labels outside its classes.
 
     >>> # trainer = SSLTrainer(model, SSLTrainingConfig("runs/x"), images=load_images("digits"), augment=AugmentConfig(image_size=16))
     """
@@ -118,25 +118,25 @@ class SSLTrainer(WholeCheckpoints):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         if len(images) < args.images_per_step:
-            raise ValueError(
+            raise RecipeError(
                 f"{images.name} has {len(images)} images, but one step takes {args.images_per_step} (per_device_train_batch_size="
                 f"{args.per_device_train_batch_size} on {args.world_size} process(es)), and incomplete batches are dropped. "
                 "Set per_device_train_batch_size lower."
             )
         if model.config.queue_size and model.config.queue_size < args.images_per_step:
-            raise ValueError(
+            raise RecipeError(
                 f"queue_size={model.config.queue_size} is smaller than a batch of {args.images_per_step} keys. "
                 "Set queue_size to at least that."
             )
         for part in (images, eval_images):
             if model.probe is not None and part is not None:
                 if part.labels is None:
-                    raise ValueError(
+                    raise RecipeError(
                         f"{part.name} has no labels, which the online probe needs. Set online_probe: false."
                     )
                 low, high = int(part.labels.min()), int(part.labels.max())
                 if low < 0 or high >= model.config.probe_classes:
-                    raise ValueError(
+                    raise RecipeError(
                         f"{part.name} has the label {low if low < 0 else high}, but the online probe knows {model.config.probe_classes} "
                         "classes. Use the training images' classes, or set online_probe: false."
                     )
@@ -306,11 +306,11 @@ class SSLTrainer(WholeCheckpoints):
         """Held-out accuracy of the online probe; effective ranks of held-out features, of all, within (eq. 20) and between classes (21).
 
         Raises:
-            ValueError: no labelled held-out images, or no probe.
+            RecipeError: no labelled held-out images, or no probe.
         """
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None or self.ssl_model.probe is None:
-            raise ValueError(
+            raise RecipeError(
                 "evaluation needs labelled eval_images and the online probe. Give eval_dataset, or set eval_strategy: no."
             )
         started = time.perf_counter()

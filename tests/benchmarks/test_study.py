@@ -23,9 +23,10 @@ import study_measure
 import study_report
 import study_statistics as statistics
 
-from matrix_llm.base.files import NON_FINITE, write_text
+from matrix_llm.base.files import write_text
 from matrix_llm.config import load_recipe
 from matrix_llm.run.decode import generate_greedy
+from matrix_llm.run.run_folder import NON_FINITE
 
 # --- measuring ---------------------------------------------------------------------------------------------------------------------
 

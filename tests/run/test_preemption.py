@@ -1,4 +1,4 @@
-"""A run asked to stop saves everywhere and goes on later as if nothing had been; a run that must stop stops on all processes."""
+"""A run that is asked to stop saves on all processes and resumes to the same bits."""
 
 import json
 import os
@@ -13,8 +13,8 @@ import pytest
 from matrix_llm.run import preemption
 from matrix_llm.run.checkpoint_files import last_complete_checkpoint
 from matrix_llm.run.preemption import StopOnSignal, resume_command
-from tests.run.test_checkpoint_files import RECIPE, assert_one_line, assert_same_run, server, unbroken  # noqa: F401
 from tests.support.engines import deepspeed_config, free_port, skip_without_deepspeed
+from tests.support.killed_runs import RECIPE, assert_one_line, assert_same_run
 from tests.support.paths import ROOT
 
 
@@ -26,8 +26,8 @@ def test_a_signal_to_one_process_saves_on_all_and_exits_0_and_the_resumed_run_is
     engine,
     rank,
     name,
-    server,  # noqa: F811
-    unbroken,  # noqa: F811
+    server,
+    unbroken,
     tmp_path,
 ):
     whole, _ = unbroken(engine)
@@ -37,17 +37,17 @@ def test_a_signal_to_one_process_saves_on_all_and_exits_0_and_the_resumed_run_is
     assert last_complete_checkpoint(run).name == "checkpoint-5"
     assert not (run / "model.safetensors").exists()
     assert f"{name}: saving a checkpoint at the end of this step" in shown
-    assert f"=> go on with: python matrix_llm/train.py {tmp_path}/run.yaml --resume_from_checkpoint true" in shown
+    assert f"=> resume with: python matrix_llm/train.py {tmp_path}/run.yaml --resume_from_checkpoint true" in shown
     codes, shown = server.run(run, "--resume_from_checkpoint", "true", engine=engine)
     assert set(codes) == {0}, shown[-4000:]
     assert_same_run(run, whole)
 
 
 @pytest.mark.slow
-def test_a_signal_in_the_last_step_does_not_keep_the_run_from_finishing(server, unbroken, tmp_path):  # noqa: F811
+def test_a_signal_in_the_last_step_does_not_keep_the_run_from_finishing(server, unbroken, tmp_path):
     codes, shown = server.run(tmp_path / "run", signal={"rank": 0, "step": RECIPE["max_steps"], "name": "SIGTERM"})
     assert codes == [0]
-    assert "go on with" not in shown
+    assert "resume with" not in shown
     assert_same_run(tmp_path / "run", unbroken("single")[0])
 
 
@@ -117,7 +117,7 @@ def test_a_sigterm_to_accelerate_launch_itself_saves_before_the_workers_go(name,
     assert last is not None, shown[-4000:]
     assert f"saved in {last}" in shown
     assert (
-        f"accelerate.commands.launch {' '.join(LAUNCHES[name])}" in shown.split("=> go on with: ")[1]
+        f"accelerate.commands.launch {' '.join(LAUNCHES[name])}" in shown.split("=> resume with: ")[1]
     )  # the launcher's own command
     assert not list((tmp_path / "run").glob(".*"))
 
@@ -157,7 +157,7 @@ def test_the_resume_command_replaces_an_earlier_resumption():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_one_line(engine, server, tmp_path):  # noqa: F811
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_one_line(engine, server, tmp_path):
     skip_without_deepspeed(engine)
     start = time.monotonic()
     codes, shown = server.run(tmp_path / "run", engine=engine, nan={"rank": 1, "step": 4}, grace=60)
@@ -168,7 +168,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_one_line(engine, s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
-def test_a_checkpoint_that_one_process_cannot_write_stops_all(engine, server, unbroken, tmp_path):  # noqa: F811
+def test_a_checkpoint_that_one_process_cannot_write_stops_all(engine, server, unbroken, tmp_path):
     skip_without_deepspeed(engine)
     run = tmp_path / "run"
     codes, shown = server.run(run, engine=engine, limit={"step": 5, "bytes": 150_000}, grace=60)

@@ -1,42 +1,40 @@
-"""A server for tests/test_checkpoints.py: it imports everything once and runs matrix_llm/train.py in forked processes, some of which kill
-themselves with SIGKILL. A line of JSON in is a job, a line of JSON out its exit codes.
+"""A server that runs matrix_llm/train.py in forked processes, some of which kill themselves with SIGKILL.
+
+It imports everything once. A line of JSON in is a job, a line of JSON out the exit code of each of its processes.
 
 {"arguments": [...], "processes": 2, "log": "/tmp/log", "output": "/tmp/run", "kill": {"rank": 1, "step": 3}}
-{"arguments": [...], "processes": 1, "log": "/tmp/log", "output": "/tmp/run", "kill": {"rank": 0, "event": 12, "tear": true}}
-{"arguments": [...], "processes": 1, "log": "/tmp/log", "output": "/tmp/run", "kill": {"rank": 0, "moving": "checkpoint-4"}}
 
-"signal": {"rank": 1, "step": 3, "name": "SIGTERM"} sends a signal instead, "limit": {"step": 5, "bytes": 150000} forbids larger files from
-that step on, "nan": {"rank": 1, "step": 3} spoils that process's weights, "env" adds environment variables.
+Other kills:
+- "kill": {"rank": 0, "event": 12, "tear": true}
+- "kill": {"rank": 0, "moving": "checkpoint-4"}
+Instead of "kill":
+- "signal": {"rank": 1, "step": 3, "name": "SIGTERM"} sends a signal
+- "limit": {"step": 5, "bytes": 150000} forbids larger files from that step on
+- "nan": {"rank": 1, "step": 3} spoils that process's weights
+"env" adds environment variables; "grace" is how many seconds pass between SIGTERM and SIGKILL to the other processes.
 
-A step kills before the backward pass of that step. An event is one thing done to a file below the output directory while the run
-trains or saves (a file opened for writing or removed, a folder made, moved or removed), and kills just before it; "tear" first
-cuts the file of a checkpoint written last to half, as a kill within its writing would. "moving" kills just before that folder of
-the run gets another name.
+"step" kills before the backward pass of that step. An event is one operation on a file below the output directory while
+the run trains or saves (a file opened for writing or removed, a folder made, moved or removed), and "event" kills just
+before it; "tear" first cuts the file of a checkpoint that was written last to half, as a kill in the middle of writing
+would. "moving" kills just before that folder of the run gets another name.
 """
 
 import json
 import os
 import resource
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def end_here() -> None:
+def kill_this_process() -> None:
     sys.stdout.flush()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def watch(job: dict, rank: int) -> dict:
-    """Install the killer, and count events."""
+    """Install what is to be done to this process, and count its events."""
     from matrix_llm.trainer import MatrixTrainer
 
     kill = job.get("kill") if (job.get("kill") or {}).get("rank") == rank else None
@@ -55,11 +53,10 @@ def watch(job: dict, rank: int) -> dict:
         if kill and (moving or counter["events"] == kill.get("event")):
             if kill.get("tear") and os.path.isfile(last_file[0]):
                 os.truncate(last_file[0], os.path.getsize(last_file[0]) // 2)
-            end_here()
+            kill_this_process()
         if name == "open":
-            last_file[0] = (
-                path if "/.saving" in path else ""
-            )  # a kill does not shorten metrics.jsonl, to which rows are appended
+            # a kill does not shorten metrics.jsonl, to which lines are appended
+            last_file[0] = path if "/.saving" in path else ""
         if path.endswith("results.partial.json") and name == "os.remove":
             counter["on"] = False  # the run is finished
 
@@ -71,7 +68,7 @@ def watch(job: dict, rank: int) -> dict:
 
     def killed_step(self, *args, **kwargs):
         if kill and self.state.global_step + 1 == kill.get("step"):
-            end_here()
+            kill_this_process()
         if (asked := job.get("signal")) and (rank, self.state.global_step + 1) == (asked["rank"], asked["step"]):
             os.kill(os.getpid(), getattr(signal, asked["name"]))
         if (spoil := job.get("nan")) and (rank, self.state.global_step + 1) == (spoil["rank"], spoil["step"]):
@@ -123,7 +120,9 @@ def child(job: dict, rank: int, port: int) -> None:
 
 
 def run(job: dict) -> list[int]:
-    """Exit codes; where one process was killed, the launcher's part is played: SIGTERM to the others, then SIGKILL."""
+    """The exit codes. When one process fails, the others get SIGTERM and then SIGKILL, as from a launcher."""
+    from tests.support.engines import free_port
+
     port = free_port()
     pids = {}
     for rank in range(job["processes"]):

@@ -92,6 +92,6 @@ if __name__ == "__main__":
     if trainer.is_world_process_zero():
         torch.save(found, out)
     trainer.accelerator.wait_for_everyone()
-    from matrix_llm.run.run_folder import leave
+    from matrix_llm.run.command import exit_process
 
-    leave(0)
+    exit_process(0)

@@ -1,0 +1,26 @@
+"""What a command prints: progress on stdout, and one line on stderr for an error that the user can correct."""
+
+import os
+import sys
+
+from matrix_llm.base.errors import scrub
+
+
+def is_first_process() -> bool:
+    """True in process 0 of a distributed run, and in a run without a launcher."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(text: str) -> None:
+    """Print on the first process only."""
+    if is_first_process():
+        print(text, flush=True)
+
+
+def fail(message: str, status: int) -> int:
+    """Print `error: message` on stderr, without Hub tokens, and return `status` for the caller to exit with.
+
+    >>> sys.exit(fail("max_steps='ten' is not a number.", 2))  # doctest: +SKIP
+    """
+    print(f"error: {scrub(message)}", file=sys.stderr, flush=True)
+    return status
