@@ -32,7 +32,8 @@ from matrix_llm.base.errors import DataError, RecipeError, scrub
 from matrix_llm.base.files import NON_FINITE, write_text
 from matrix_llm.config import Recipe, load_recipe
 from matrix_llm.data.tokens import load_rows, row_texts
-from matrix_llm.publish.push import destination_of, push
+from matrix_llm.publish.destination import find_destination, remove_push_settings
+from matrix_llm.publish.push import push
 from matrix_llm.run.run_folder import (
     PARTIAL,
     begin,
@@ -93,7 +94,8 @@ def held_out_problems(recipe: Recipe) -> list[HeldOutProblem]:
 def print_plan(recipe: Recipe, tokenizer, dataset, report) -> None:
     """What --dry_run shows: the recipe as resolved, the step arithmetic, memory per GPU, one row with its mask."""
     from matrix_llm.model.load import load_config
-    from matrix_llm.plan.steps import describe_loss, masked_sample, memory_lines, plan_steps
+    from matrix_llm.plan.memory import memory_lines
+    from matrix_llm.plan.steps import describe_loss, masked_sample, plan_steps
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     config = load_config(recipe.model, tokenizer, trust_remote_code=recipe.training.trust_remote_code)
@@ -118,7 +120,7 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     from matrix_llm.data.prompts import resolve_template
     from matrix_llm.model.load import load_config, load_model, lora_config
     from matrix_llm.plan.steps import describe_loss, plan_steps
-    from matrix_llm.publish.push import model_card, versions
+    from matrix_llm.publish.card import model_card, versions
     from matrix_llm.run.decode import AccuracyCallback, measure_accuracy
     from matrix_llm.run.metrics import METRICS, PLOT, MetricsFileCallback, plot_losses
     from matrix_llm.run.preemption import resume_command
@@ -238,7 +240,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if arguments else 2
     try:
         recipe = load_recipe(arguments[0], arguments[1:], dry_run=dry_run)
-        destination = destination_of(recipe, ask=not dry_run)
+        destination = find_destination(recipe, ask=not dry_run)
+        remove_push_settings(recipe)
         if dry_run:
             from matrix_llm.run.prepare import prepare_data
 

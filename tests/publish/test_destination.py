@@ -1,11 +1,9 @@
-"""push_to_hub in a recipe of train.py: the real client against a small Hub on loopback (hub_server.py)."""
-
-# ruff: noqa: F401, F811 - fixtures of another file
+"""`push_to_hub` in a recipe: the real client against a small Hub on loopback (hub_server.py)."""
 
 import pytest
 import yaml
 
-from tests.publish.test_push import client, contents, hub, last_line, server
+from tests.support.finished_run import contents
 from tests.support.hub_server import TOKEN, Repository
 
 
@@ -41,7 +39,7 @@ def test_a_recipe_that_says_private_never_feeds_a_public_repository(hub, train):
     hub.repositories["user/out"] = Repository(private=False)
     outcome = train(hub_private_repo=True)
     assert outcome.status == 1
-    assert "'user/out' is public, but private was asked for" in last_line(outcome)
+    assert "'user/out' is public, but private was asked for" in outcome.error_line()
     assert not hub.seen("PUT|/commit/|preupload")
 
 
@@ -63,7 +61,7 @@ def test_the_plan_of_a_recipe_asks_nothing_and_shows_no_token(hub, train):
 def test_a_recipe_that_could_not_be_pushed_stops_before_anything_is_loaded(hub, train, tmp_path, settings, words):
     outcome = train(**settings)
     assert outcome.status in (1, 2)
-    assert [word for word in words if word not in last_line(outcome)] == []
+    assert [word for word in words if word not in outcome.error_line()] == []
     assert outcome.out == ""
     assert not (tmp_path / "out").exists()
 
@@ -74,7 +72,7 @@ def test_a_push_that_fails_at_the_end_leaves_the_run_and_the_command_to_push_it(
     assert outcome.status == 1
     assert TOKEN not in outcome.shown()
     command = f"python -m matrix_llm.hub push {tmp_path / 'out'} --repo team/x --public"
-    assert command in last_line(outcome)
+    assert command in outcome.error_line()
     hub.faults.clear()
     assert client("hub", *command.split()[3:]).status == 0
     assert not hub.repositories["team/x"].private
