@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from matrix_llm.base.errors import RecipeError
@@ -253,7 +254,7 @@ def _licence_in(folder: Path) -> str | None:
         return None
     try:
         return ModelCard.load(card, ignore_metadata_errors=True).data.license
-    except (OSError, ValueError):  # front matter that is not YAML, or a file that is not UTF-8, states nothing
+    except (OSError, ValueError, yaml.YAMLError):  # a file or front matter that cannot be read states nothing
         return None
 
 
@@ -265,7 +266,8 @@ def write_card(run: Path, *, licence: str | None = None, base_model: str | None 
     """
     if is_image_run(run):
         raise RecipeError(
-            f"{str(run)!r} is an image run, whose card ssl/pretrain.py wrote. Edit {CARD} there; push sends it so."
+            f"{str(run)!r} holds an image backbone, whose card ssl/pretrain.py wrote. Edit its {CARD}; a push sends it "
+            "unchanged."
         )
     write_text(run / CARD, card_of(run, read_settings(run), licence, base_model))
     return run / CARD

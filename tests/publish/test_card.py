@@ -80,6 +80,14 @@ def test_a_rendered_card_keeps_the_licence_of_the_old_one(tmp_path):
         assert ModelCard.load(run / "README.md").data.license == "mit"
 
 
+@pytest.mark.parametrize("content", [b"---\na: [\n---\nx", b"---\n- a\n---\nx", b"\xff\xfe"])
+def test_an_old_card_that_cannot_be_read_is_replaced(tmp_path, content):
+    run = write_run(tmp_path)
+    (run / "README.md").write_bytes(content)
+    assert main(["card", str(run)]) == 0
+    assert ModelCard.load(run / "README.md").data.license is None
+
+
 @pytest.mark.parametrize("name", ["recipe.yaml", "results.json"])
 def test_a_folder_that_is_not_a_finished_run_is_refused_by_the_file_it_lacks(tmp_path, capsys, name):
     run = write_run(tmp_path)

@@ -65,7 +65,7 @@ def test_a_pretrained_image_backbone_is_pushed_with_its_own_card_and_weights(hub
     assert sent["model.safetensors"] == (run / "model.safetensors").read_bytes()
     assert ModelCard(sent["README.md"].decode()).data.pipeline_tag == "image-feature-extraction"
     assert main(["card", str(run)]) == 2
-    assert "Edit README.md" in capsys.readouterr().err
+    assert "Edit its README.md" in capsys.readouterr().err
 
 
 def test_the_pushed_card_carries_licence_method_and_scores(hub, client, run):

@@ -1,7 +1,7 @@
-"""A small Hub for tests: the endpoints that huggingface_hub asks when it pushes and loads a model, in memory, on loopback.
+"""A small Hub for tests: the endpoints that huggingface_hub needs to push and load a model, in memory, on loopback.
 
-As a script it is the other side, a process with HF_ENDPOINT in its environment (the client reads it once) that runs command lines
-for the tests, one after the other, so that torch is imported once.
+Run as a script, this file is the client's side: a process with HF_ENDPOINT in its environment, which huggingface_hub
+reads only once. It runs command lines for the tests, one after the other, so that torch is imported once.
 """
 
 import base64
@@ -306,7 +306,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer(content, headers=headers)
 
 
-# ----------------------------------------------------------------------------------------------------------- the other side
+# --------------------------------------------------------------------------------------------------- the client's side
 
 
 @dataclass
@@ -348,7 +348,7 @@ class Client:
         )  # fmt: skip
 
     def __call__(self, module: str, *arguments, **environment: str) -> Outcome:
-        """`python -m matrix_llm.<module> arguments`, with HF_TOKEN and whatever else is in `environment`; module "load": see `_load`."""
+        """Run `python -m matrix_llm.<module> arguments` with HF_TOKEN and `environment`; "load" is `_load`."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         order = {
@@ -367,7 +367,7 @@ class Client:
 
 
 def _load(local: str, repo: str, cache: str, base: str = "") -> int:
-    """Prints the largest difference of the logits of a pushed model and of the folder that it was pushed from."""
+    """Print the largest difference of the logits of a pushed model and of the folder that it was pushed from."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -392,7 +392,7 @@ def _serve_orders():
 
     really_sleep, waits = time.sleep, []
 
-    def sleep(seconds):  # backoff is asked for, not lived through
+    def sleep(seconds):  # waits are recorded instead of waited
         waits.append(seconds)
         really_sleep(min(seconds, 0.01))
 
