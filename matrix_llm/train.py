@@ -36,7 +36,8 @@ from matrix_llm.base.console import say
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.files import write_text
 from matrix_llm.config import Recipe, load_recipe
-from matrix_llm.publish.push import destination_of, push
+from matrix_llm.publish.destination import find_destination, remove_push_settings
+from matrix_llm.publish.push import push
 from matrix_llm.run.command import Command, exit_process, run_command
 from matrix_llm.run.run_folder import (
     CARD,
@@ -63,7 +64,8 @@ GATHER = "stage3_gather_16bit_weights_on_model_save"
 def print_plan(recipe: Recipe, tokenizer, dataset, report) -> None:
     """What --dry_run shows: the recipe as resolved, the step arithmetic, memory per GPU, one row with its mask."""
     from matrix_llm.model.load import load_config
-    from matrix_llm.plan.steps import describe_loss, masked_sample, memory_lines, plan_steps
+    from matrix_llm.plan.memory import memory_lines
+    from matrix_llm.plan.steps import describe_loss, masked_sample, plan_steps
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     config = load_config(recipe.model, tokenizer, trust_remote_code=recipe.training.trust_remote_code)
@@ -100,7 +102,7 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     from matrix_llm.model.adapters import lora_config
     from matrix_llm.model.load import load_config, load_model
     from matrix_llm.plan.steps import describe_loss, plan_steps
-    from matrix_llm.publish.push import model_card, versions
+    from matrix_llm.publish.card import model_card, versions
     from matrix_llm.run.decode import AccuracyCallback, measure_accuracy
     from matrix_llm.run.metrics import MetricsFileCallback, plot_losses
     from matrix_llm.run.preemption import resume_command
@@ -216,8 +218,8 @@ def main(arguments: list[str] | None = None) -> int:
     command = Command(
         usage=USAGE,
         load_recipe=load_recipe,
-        find_destination=destination_of,
-        remove_push_settings=lambda recipe: None,  # destination_of has done it
+        find_destination=find_destination,
+        remove_push_settings=remove_push_settings,
         print_plan=print_dry_run,
         train=train,
         push=push,

@@ -1,12 +1,13 @@
-"""The arithmetic of a run, before it starts: batches, steps, tokens, the loss in words, a row with its mask. No weight is loaded.
+"""The arithmetic of a run before it starts: batches, steps, tokens, the loss in words, a row with its mask.
 
-How much memory it takes is counted in memory.py.
+No weight is loaded. The memory that the run takes is estimated in memory.py.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import groupby
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -14,43 +15,38 @@ from matrix_llm.config import MatrixConfig, Recipe
 from matrix_llm.data.selection import DataReport
 from matrix_llm.data.tokens import IGNORED
 from matrix_llm.loss.settings import LossSettings
-from matrix_llm.plan.memory import count_parameters, memory_lines, plan_memory
-
-__all__ = [
-    "StepPlan",
-    "count_parameters",
-    "describe_loss",
-    "masked_sample",
-    "memory_lines",
-    "plan_memory",
-    "plan_steps",
-]
 
 
 def describe_loss(training: MatrixConfig, config: PretrainedConfig) -> str:
-    """The loss in words, e.g. "CE + 1 x MCE, krylov, 6 steps, top 16 of 32016 and tail, no sketch, embeddings lm_head, detached"."""
+    """The loss in words, with the defaults that a recipe leaves open.
+
+    E.g. "CE + 1 x MCE, krylov, 6 steps, top 16 of 32016 and tail, no sketch, embeddings lm_head, detached".
+    """
     if training.mce_weight == 0:
         return "CE (mce_weight: 0 is plain SFT)"
-    text = config.get_text_config()
-    solver = LossSettings.from_config(training).solver_for(text.vocab_size)
-    parts = [f"CE + {training.mce_weight:g} x MCE", solver.name]
-    if rising := training.mce_warmup_steps:
-        parts[0] += (
-            f" (rising over the first {f'{rising:g} steps' if rising >= 1 else f'{100 * rising:g} % of the steps'})"
-        )
+    vocabulary_size = config.get_text_config().vocab_size
+    solver = LossSettings.from_config(training).solver_for(vocabulary_size)
+
+    # 1. the weight
+    weight = f"CE + {training.mce_weight:g} x MCE"
+    if (warmup := training.mce_warmup_steps) >= 1:
+        weight += f" (rising over the first {warmup:g} steps)"
+    elif warmup > 0:
+        weight += f" (rising over the first {100 * warmup:g} % of the steps)"
+
+    # 2. how log Q is evaluated
+    parts = [weight, solver.name]
     if solver.name == "krylov":
+        everything = f"the whole vocabulary of {vocabulary_size}"
         parts.append(f"{solver.steps} steps")
-        parts.append(
-            f"top {solver.top_k} of {text.vocab_size} and tail"
-            if solver.top_k
-            else f"the whole vocabulary of {text.vocab_size}"
-        )
-    if solver.name == "taylor":
+        parts.append(f"top {solver.top_k} of {vocabulary_size} and tail" if solver.top_k else everything)
+    elif solver.name == "taylor":
         parts.append(f"order {solver.order}")
+
+    # 3. the token vectors
     parts.append(f"sketch {solver.sketch_dim}" if solver.sketch_dim else "no sketch")
-    parts.append(
-        f"embeddings {training.mce_embeddings}{', with gradient' if training.mce_embedding_grad else ', detached'}"
-    )
+    parts.append(f"embeddings {training.mce_embeddings}")
+    parts.append("with gradient" if training.mce_embedding_grad else "detached")
     return ", ".join(parts)
 
 
@@ -59,46 +55,71 @@ class StepPlan:
     """How often the optimizer will step, and on how much."""
 
     rows: int
+    """Rows of an epoch; with packing, packed ones."""
+
     micro_batch: int
+    """Rows of one forward pass on one process."""
+
     accumulation: int
+    """Micro-batches of one optimizer step."""
+
     processes: int
-    epochs: float | None  # None: a stream, whose length is not known
+    """Processes that train in parallel."""
+
+    epochs: float | None
+    """Passes over the rows; None for a stream, whose length is not known."""
+
     steps: int
+    """Optimizer steps."""
+
     tokens_per_step: float
+    """Tokens of one optimizer step on all processes, on average."""
 
     @property
     def effective_batch(self) -> int:
+        """Rows of one optimizer step."""
         return self.micro_batch * self.accumulation * self.processes
 
     def lines(self) -> list[str]:
+        factors = f"{self.micro_batch} x {self.accumulation} accumulation x {self.processes} processes"
+        span = f"({self.epochs:g} epochs of {self.rows:,} rows)" if self.epochs else "(of a stream)"
+        tokens = f"about {self.tokens_per_step:,.0f} a step, {self.tokens_per_step * self.steps:,.0f} in all"
         return [
-            f"effective batch  {self.micro_batch} x {self.accumulation} accumulation x {self.processes} processes"
-            f" = {self.effective_batch} rows",
-            f"optimizer steps  {self.steps:,} "
-            + (f"({self.epochs:g} epochs of {self.rows:,} rows)" if self.epochs else "(of a stream)"),
-            f"tokens           about {self.tokens_per_step:,.0f} a step, {self.tokens_per_step * self.steps:,.0f} in all",
+            f"effective batch  {factors} = {self.effective_batch} rows",
+            f"optimizer steps  {self.steps:,} {span}",
+            f"tokens           {tokens}",
         ]
 
 
 def plan_steps(recipe: Recipe, report: DataReport, processes: int) -> StepPlan:
-    """The step arithmetic of transformers' Trainer: a last partial accumulation still makes a step.
-
-    With packing the number of rows is only known after packing, so it is estimated from the tokens.
-    """
+    """The step arithmetic of transformers' Trainer, where a last partial accumulation still makes a step."""
     training = recipe.training
+    micro_batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+
+    # 1. rows; how many packing makes is only known after packing, so they are estimated from the tokens
     rows = report.rows_kept
     if training.packing and training.max_length:
         rows = max(1, math.ceil(report.tokens / training.max_length))
-    micro, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    batches = math.ceil(rows / processes / micro)
-    per_epoch = max(1, math.ceil(batches / accumulation))
+
+    # 2. steps
+    batches = math.ceil(rows / processes / micro_batch)
+    steps_per_epoch = max(1, math.ceil(batches / accumulation))
     if training.max_steps > 0:
-        steps, epochs = training.max_steps, training.max_steps / per_epoch
+        steps, epochs = training.max_steps, training.max_steps / steps_per_epoch
     else:
-        steps, epochs = math.ceil(training.num_train_epochs * per_epoch), training.num_train_epochs
-    batch = micro * accumulation * processes
-    known = None if report.sampled else epochs
-    return StepPlan(rows, micro, accumulation, processes, known, steps, report.tokens / max(1, rows) * batch)
+        steps, epochs = math.ceil(training.num_train_epochs * steps_per_epoch), training.num_train_epochs
+
+    # 3. tokens
+    tokens_per_row = report.tokens / max(1, rows)
+    return StepPlan(
+        rows=rows,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        processes=processes,
+        epochs=None if report.sampled else epochs,
+        steps=steps,
+        tokens_per_step=tokens_per_row * micro_batch * accumulation * processes,
+    )
 
 
 def masked_sample(row: dict, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -107,12 +128,9 @@ def masked_sample(row: dict, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     masked | <s>Question: What is 1 + 1?\\nAnswer:
     TRAINED|  The answer is: 2</s>
     """
-    lines: list[str] = []
-    start = 0
-    labels, ids = row["labels"], row["input_ids"]
-    for end in range(1, len(ids) + 1):
-        if end == len(ids) or (labels[end] == IGNORED) != (labels[start] == IGNORED):
-            mark = "masked " if labels[start] == IGNORED else "TRAINED"
-            lines.append(f"{mark}| {tokenizer.decode(ids[start:end])}")
-            start = end
+    lines = []
+    pairs = zip(row["input_ids"], row["labels"], strict=True)
+    for is_masked, run in groupby(pairs, key=lambda pair: pair[1] == IGNORED):
+        mark = "masked " if is_masked else "TRAINED"
+        lines.append(f"{mark}| {tokenizer.decode([token for token, _ in run])}")
     return lines

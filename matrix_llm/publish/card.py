@@ -1,13 +1,15 @@
-"""The model card of a run: how a checkpoint was made and what it scored. `python -m matrix_llm.hub card runs/x` writes it anew."""
+"""The model card (README.md) of a run: how it was trained, what was measured, its recipe and the installed versions.
+
+`model_card` is for language models, `image_card` for image backbones; the texts are in templates/. `write_card` renders
+the card of a finished run again, e.g. after an evaluation: `python -m matrix_llm.hub card runs/x`.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
-import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import yaml
@@ -15,17 +17,42 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.files import read_jsonl, write_text
-from matrix_llm.config import DataArguments, MatrixConfig, ModelArguments, Recipe
-from matrix_llm.data.readers import looks_local
+from matrix_llm.config import Recipe
+from matrix_llm.publish.finished_run import (
+    CARD,
+    RESULTS,
+    Evaluation,
+    RunSettings,
+    is_image_run,
+    read_evaluations,
+    read_json,
+    read_settings,
+    recipe_yaml,
+)
+from matrix_llm.publish.markdown import TEMPLATES, percent
+from matrix_llm.publish.names import is_hub_name
 from matrix_llm.run.metrics import METRICS, PLOT, last_values
 
-PROCESSOR = "preprocessor_config.json"  # in the folder of an image backbone (ssl/pretrain.py), where a language model has a tokenizer
 PAPER = "https://arxiv.org/abs/2305.17326"
 PACKAGES = ("matrix-llm", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed")
+BENCHMARKS = {  # eval/'s name: (the Hub's title, the data set on the Hub)
+    "gsm8k": ("GSM8K", "openai/gsm8k"),
+    "math": ("MATH", "EleutherAI/hendrycks_math"),
+    "math500": ("MATH-500", "HuggingFaceH4/MATH-500"),
+}
+LOGGED = ("ce", "mce", "mean_token_accuracy", "eval_ce", "eval_mce", "effective_rank")
+LOGGED_FOR_IMAGES = (
+    "loss",
+    "online_probe_accuracy",
+    "eval_online_probe_accuracy",
+    "effective_rank",
+    "feature_effective_rank",
+    "effective_rank_rows",
+)
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what a run depends on."""
+    """Installed versions of Python and of the packages that a run depends on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -35,237 +62,212 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _loss_sentence(recipe: Recipe) -> str:
-    training = recipe.training
-    if training.mce_weight == 0:
-        return "The loss is token cross-entropy alone (`mce_weight: 0`)."
-    solver = {
-        "krylov": "Lanczos quadrature",
-        "exact": "the dense matrix logarithm",
-        "taylor": f"the Taylor series of order {training.mce_order}",
-    }
-    rising = training.mce_warmup_steps
-    until = (
-        f", rising to it over the first {f'{rising:g} steps' if rising >= 1 else f'{100 * rising:g} % of the steps'},"
-        if rising
-        else ""
-    )
-    return (
-        f"The loss is token cross-entropy plus {training.mce_weight:g} times{until} the token-level matrix cross-entropy "
-        f"-e_y^T log(Q) e_y of section 7 of [Zhang et al., ICML 2024]({PAPER}), evaluated by {solver[training.mce_solver]}."
-    )
-
-
-BENCHMARK_DATASETS = {
-    "gsm8k": ("GSM8K", "openai/gsm8k"),
-    "math": ("MATH", "EleutherAI/hendrycks_math"),
-    "math500": ("MATH-500", "HuggingFaceH4/MATH-500"),
-}
-
-
-def read_evaluations(run: Path) -> list[dict[str, Any]]:
-    """The result files that eval/gsm8k.py and eval/hendrycks_math.py wrote below a run, in the order of their names."""
-    found = []
-    for path in sorted((run / "eval").glob("*.json")):
-        try:
-            summary = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(summary, dict) and "scores" in summary:
-                found.append({**summary, "name": summary["name"]})
-                for score in summary["scores"].values():
-                    _ = [score[key] + 0.0 for key in ("accuracy", "low", "high", "total")]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise RecipeError(
-                f"{path} is not a result file as eval/ writes it. Remove it, or make it anew with eval/regrade.py."
-            ) from None
-    return found
-
-
-def _eval_results(evaluations: list[dict[str, Any]]) -> list[EvalResult]:
-    """Whole public benchmarks in the `model-index` form that the Hub reads; a part of one, or a file of one's own, stays out."""
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=BENCHMARK_DATASETS[summary["name"]][1],
-            dataset_name=BENCHMARK_DATASETS[summary["name"]][0],
-            metric_type="accuracy",
-            metric_name=f"accuracy, {convention} convention",
-            metric_value=round(100 * score["accuracy"], 2),
-        )
-        for summary in evaluations
-        if summary["name"] in BENCHMARK_DATASETS and not summary.get("limit")
-        for convention, score in summary["scores"].items()
-    ]
-
-
-def _evaluation_lines(evaluations: list[dict[str, Any]]) -> list[str]:
-    if not evaluations:
-        return []
-    lines = [
-        "## Benchmarks",
-        "",
-        "| benchmark | convention | accuracy | 95 % interval | problems | prompt | engine |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for summary in evaluations:
-        settings = summary.get("settings", {})
-        for convention, score in summary["scores"].items():
-            interval = f"{100 * score['low']:.1f} to {100 * score['high']:.1f}"
-            lines.append(
-                f"| {summary['name']} | {convention} | {100 * score['accuracy']:.1f} % | {interval} | {score['total']} "
-                f"| {settings.get('prompt', '')} | {settings.get('engine', '')} |"
-            )
-    return [*lines, ""]
-
-
-def recipe_and_versions(resolved: dict[str, Any]) -> list[str]:
-    """The last two sections of every card."""
-    return [
-        "## Recipe",
-        "",
-        "```yaml",
-        yaml.safe_dump(
-            {k: v for k, v in resolved.items() if k != "hub_token"}, sort_keys=False, allow_unicode=True
-        ).strip(),
-        "```",
-        "",
-        "## Versions",
-        "",
-        ", ".join(f"{name} {version}" for name, version in versions().items()),
-        "",
-    ]
+# --------------------------------------------------------------------------------------------------- language models
 
 
 def model_card(
-    recipe: Recipe,
+    recipe: Recipe | RunSettings,
     entries: list[dict[str, Any]],
-    results: dict[str, Any],
-    evaluations: list[dict[str, Any]] | None = None,
+    results: Mapping[str, Any],
+    evaluations: Sequence[Evaluation] = (),
     *,
     licence: str | None = None,
     base_model: str | None = None,
 ) -> ModelCard:
-    """README.md of a finished run: what was measured in it, the recipe that made it, and nothing else.
+    """The card of a finished run of train.py.
 
     Args:
-        recipe: the resolved recipe.
+        recipe: the recipe just trained, or the settings stored in a run.
         entries: the run's metrics.jsonl.
-        results: results.json: accuracy before and after, wall time, row counts.
-        evaluations: `read_evaluations`.
+        results: the run's results.json: accuracy before and after training, row counts, wall time.
+        evaluations: scores on benchmarks. Complete public ones also enter the front matter's `model-index`.
         licence: as the Hub spells it, e.g. "llama2" or "apache-2.0".
-        base_model: the base model's Hub name, where the recipe names a folder.
+        base_model: the base model's name on the Hub, where the recipe names a folder.
     """
-    base, adapter = base_model or recipe.model.model_name_or_path, recipe.model.use_peft
-    dataset = recipe.data.dataset or ""
-    title = Path(str(recipe.training.output_dir)).name
-    evaluations = evaluations or []
+    run = recipe if isinstance(recipe, RunSettings) else RunSettings.of_recipe(recipe)
+    base, dataset = base_model or run.model_name_or_path, run.dataset or ""
+
+    # 1. the front matter: what the Hub indexes
     eval_results = _eval_results(evaluations)
-    data = ModelCardData(
-        model_name=title if eval_results else None,
+    tags = ["trl", "sft", "matrix-llm"]
+    if run.use_peft:
+        tags.append("lora")
+    if run.mce_weight > 0:
+        tags.append("matrix-cross-entropy")
+    front_matter = ModelCardData(
+        model_name=run.title if eval_results else None,  # the Hub wants it for a model-index, and only then
         eval_results=eval_results or None,
-        library_name="peft" if adapter else "transformers",
+        library_name="peft" if run.use_peft else "transformers",
         pipeline_tag="text-generation",
         license=licence,
-        tags=[
-            *("trl", "sft", "matrix-llm"),
-            *(["lora"] if adapter else []),
-            *(["matrix-cross-entropy"] if recipe.training.mce_weight > 0 else []),
-        ],
+        tags=tags,
         base_model=base if is_hub_name(base) else None,
-        datasets=[dataset] if dataset.count("/") == 1 and is_hub_name(dataset) else None,
+        datasets=[dataset] if "/" in dataset and is_hub_name(dataset) else None,
     )
-    source = f"`{base}`" if base else "a random initialisation"
-    lines = [
-        f"# {title}",
-        "",
-        f"{'A LoRA adapter, trained on top of' if adapter else 'Fine-tuned from'} {source} on `{dataset}` with matrix_llm. "
-        + _loss_sentence(recipe),
-        "",
-        "## Measured in this run",
-        "",
-        "| quantity | value |",
-        "|---|---|",
-    ]
+
+    # 2. the text
+    return _render(
+        "language_model.md.jinja",
+        front_matter,
+        settings=run.given,
+        title=run.title,
+        base_model=base,
+        use_peft=run.use_peft,
+        dataset=dataset,
+        mce_weight=f"{run.mce_weight:g}",
+        warmup=_warmup(run.mce_warmup_steps),
+        solver=_solver(run),
+        paper=PAPER,
+        plot=PLOT,
+        measured=_measured(entries, results),
+        evaluations=evaluations,
+    )
+
+
+def _eval_results(evaluations: Sequence[Evaluation]) -> list[EvalResult]:
+    """Complete public benchmarks in the `model-index` form. Part of one, or own problems, would mislead there."""
+    found = []
+    for each in evaluations:
+        if each.name not in BENCHMARKS or not each.is_whole:
+            continue
+        title, dataset = BENCHMARKS[each.name]
+        for convention, score in each.scores.items():
+            result = EvalResult(
+                task_type="text-generation",
+                dataset_type=dataset,
+                dataset_name=title,
+                metric_type="accuracy",
+                metric_name=f"accuracy, {convention} convention",
+                metric_value=round(100 * score.accuracy, 2),
+            )
+            found.append(result)
+    return found
+
+
+def _measured(entries: list[dict[str, Any]], results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(quantity, value) of each row of the card's first table. What was not measured has no row."""
+    measured = []
     for when in ("before", "after"):
-        if (a := results.get(f"accuracy_{when}")) is not None:
-            lines.append(
-                f"| greedy accuracy {when} training, {a['total']} held-out problems | {100 * a['accuracy']:.1f} % "
-                f"(95 % interval {100 * a['low']:.1f} to {100 * a['high']:.1f}) |"
-            )
-    names = ("ce", "mce", "mean_token_accuracy", "eval_ce", "eval_mce", "effective_rank")
-    lines += [f"| last logged {name} | {value:.4g} |" for name, value in last_values(entries, names).items()]
-    lines += [f"| {name} | {results[name]} |" for name in ("steps", "train_rows", "train_seconds") if name in results]
-    lines += [
-        "",
-        f"![Cross-entropy and matrix cross-entropy]({PLOT})",
-        "",
-        *_evaluation_lines(evaluations),
-        *recipe_and_versions(recipe.resolved),
-    ]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
+        if (accuracy := results.get(f"accuracy_{when}")) is not None:
+            interval = f"95 % interval {percent(accuracy['low'])} to {percent(accuracy['high'])}"
+            quantity = f"greedy accuracy {when} training, {accuracy['total']} held-out problems"
+            measured.append((quantity, f"{percent(accuracy['accuracy'])} % ({interval})"))
+    measured += [(f"last logged {name}", f"{value:.4g}") for name, value in last_values(entries, LOGGED).items()]
+    measured += [(name, str(results[name])) for name in ("steps", "train_rows", "train_seconds") if name in results]
+    return measured
 
 
-def is_hub_name(source: str | None) -> bool:
-    """Whether a recipe's model or data set can only be one of the Hub's, which a card may link to."""
-    return (
-        source is not None
-        and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) is not None
-        and not (looks_local(source) or Path(source).exists())
+def _solver(run: RunSettings) -> str:
+    if run.mce_solver == "taylor":
+        return f"the Taylor series of order {run.mce_order}"
+    titles = {"krylov": "Lanczos quadrature", "exact": "the dense matrix logarithm"}
+    return titles.get(run.mce_solver, run.mce_solver)
+
+
+def _warmup(steps: float) -> str:
+    """How long the weight rises, in words: "20 steps", or "10 % of the steps" for 0.1; "" for 0."""
+    if steps == 0:
+        return ""
+    return f"{steps:g} steps" if steps >= 1 else f"{100 * steps:g} % of the steps"
+
+
+# --------------------------------------------------------------------------------------------------- image backbones
+
+
+def image_card(
+    *,
+    title: str,
+    architecture: str,
+    needs_import: str | None,
+    dataset: str,
+    method: str,
+    method_title: str,
+    paper: str,
+    settings: Mapping[str, Any],
+    entries: list[dict[str, Any]],
+    results: Mapping[str, Any],
+) -> ModelCard:
+    """The card of a run of ssl/pretrain.py.
+
+    Args:
+        title: name of the run's folder.
+        architecture: class of the backbone.
+        needs_import: the module that registers the architecture with transformers, where it is not one of theirs.
+        dataset: the recipe's data set.
+        method: key of the pre-training method, for the tags.
+        method_title: its name in its paper.
+        paper: where it was published.
+        settings: the settings given, as recipe.yaml stores them.
+        entries: the run's metrics.jsonl.
+        results: the run's results.json.
+    """
+    front_matter = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        tags=["self-supervised", "matrix-llm", method],
+    )
+    counted = ("images", "steps", "processes", "skipped_images", "train_seconds")
+    measured = [(name, f"{value:.4g}") for name, value in last_values(entries, LOGGED_FOR_IMAGES).items()]
+    measured += [(name, str(results[name])) for name in counted]
+    return _render(
+        "image_backbone.md.jinja",
+        front_matter,
+        settings=settings,
+        title=title,
+        architecture=architecture,
+        needs_import=needs_import,
+        dataset=dataset,
+        method_title=method_title,
+        paper=paper,
+        measured=measured,
     )
 
 
-def stored_recipe(run: Path) -> Recipe:
-    """recipe.yaml of a run, without the checks of a run to come: its data may lie on another machine by now."""
-    for name in ("recipe.yaml", "results.json"):
-        if not (run / name).is_file():
-            raise RecipeError(
-                f"{str(run)!r} has no {name}, so it is not a finished run of matrix_llm/train.py. Give its output_dir."
-            )
-    settings = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-
-    def part(cls: type, *names: str) -> Any:
-        return SimpleNamespace(**{name: settings.get(name, getattr(cls, name)) for name in names})
-
-    training = part(MatrixConfig, "mce_weight", "mce_warmup_steps", "mce_solver", "mce_order")
-    training.output_dir = str(run.resolve())  # it may have been moved
-    model, data = part(ModelArguments, "model_name_or_path", "use_peft"), part(DataArguments, "dataset")
-    return Recipe(model=model, data=data, training=training, path=run / "recipe.yaml", resolved=settings)
+def _render(template: str, front_matter: ModelCardData, *, settings: Mapping[str, Any], **variables: Any) -> ModelCard:
+    body = TEMPLATES.get_template(template).render(
+        recipe=recipe_yaml(settings),
+        versions=[f"{name} {version}" for name, version in versions().items()],
+        **variables,
+    )
+    return ModelCard(f"---\n{front_matter.to_yaml()}\n---\n\n{body}")
 
 
-def is_image_run(run: Path) -> bool:
-    return (run / PROCESSOR).is_file()
+# ------------------------------------------------------------------------------------------- cards of finished runs
 
 
-def _licence_of(folder: Path) -> str | None:
+def card_of(run: Path, settings: RunSettings, licence: str | None, base_model: str | None) -> str:
+    """The card of the language model in `run`.
+
+    Without `licence` it takes that of the run's old card, or else of the base model if that is a folder.
+    """
+    licence = licence or _licence_in(run)
+    if licence is None and settings.model_name_or_path is not None:
+        licence = _licence_in(Path(settings.model_name_or_path))
+    entries, results, evaluations = read_jsonl(run / METRICS), read_json(run / RESULTS), read_evaluations(run)
+    return str(model_card(settings, entries, results, evaluations, licence=licence, base_model=base_model))
+
+
+def _licence_in(folder: Path) -> str | None:
     """The licence that a folder's README.md states."""
+    card = folder / CARD
+    if not card.is_file():
+        return None
     try:
-        return (
-            ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.license
-            if (folder / "README.md").is_file()
-            else None
-        )
-    except (OSError, ValueError):
+        return ModelCard.load(card, ignore_metadata_errors=True).data.license
+    except (OSError, ValueError, yaml.YAMLError):  # a file or front matter that cannot be read states nothing
         return None
 
 
-def card_of(run: Path, recipe: Recipe, licence: str | None, base_model: str | None) -> str:
-    results, base = json.loads((run / "results.json").read_text(encoding="utf-8")), recipe.model.model_name_or_path
-    licence = licence or _licence_of(run) or (_licence_of(Path(base)) if base else None)
-    return str(
-        model_card(
-            recipe, read_jsonl(run / METRICS), results, read_evaluations(run), licence=licence, base_model=base_model
-        )
-    )
-
-
 def write_card(run: Path, *, licence: str | None = None, base_model: str | None = None) -> Path:
-    """README.md of a finished run, made anew from what lies in its folder. Without `licence`, the one of the old card or the base stays.
+    """Render README.md of a finished run again from what is in its folder, and return its path.
 
     Raises:
         RecipeError: the folder is not a finished run of train.py.
     """
     if is_image_run(run):
         raise RecipeError(
-            f"{str(run)!r} is a run of ssl/pretrain.py, which wrote its card. Edit README.md there; push sends it as it is."
+            f"{str(run)!r} holds an image backbone, whose card ssl/pretrain.py wrote. Edit its {CARD}; a push sends it "
+            "unchanged."
         )
-    write_text(run / "README.md", card_of(run, stored_recipe(run), licence, base_model))
-    return run / "README.md"
+    write_text(run / CARD, card_of(run, read_settings(run), licence, base_model))
+    return run / CARD

@@ -30,7 +30,8 @@ import yaml
 from matrix_llm.base.console import say
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.files import write_text
-from matrix_llm.publish.push import destination_of, push
+from matrix_llm.publish.destination import find_destination, remove_push_settings
+from matrix_llm.publish.push import push
 from matrix_llm.run.command import Command, exit_process, run_command
 from matrix_llm.run.run_folder import (
     CARD,
@@ -167,49 +168,24 @@ def plan_lines(recipe: SSLRecipe, images: Images, model: "SSLModel") -> list[str
     return lines
 
 
-def card(recipe: SSLRecipe, model: "SSLModel", entries: list[dict[str, Any]], results: dict[str, Any]) -> str:
+def _card(recipe: SSLRecipe, model: "SSLModel", entries: list[dict[str, Any]], results: dict[str, Any]) -> str:
     """README.md: how the backbone was made, and what this run measured."""
-    from huggingface_hub import ModelCard, ModelCardData
+    from matrix_llm.publish.card import image_card
 
-    from matrix_llm.publish.card import recipe_and_versions
-    from matrix_llm.run.metrics import last_values
-
-    title = Path(str(recipe.training.output_dir)).name
-    small = type(model.backbone).__name__.startswith("SmallResNet")
-    names = (
-        "loss",
-        "online_probe_accuracy",
-        "eval_online_probe_accuracy",
-        "effective_rank",
-        "feature_effective_rank",
-        "effective_rank_rows",
+    architecture = type(model.backbone).__name__
+    card = image_card(
+        title=Path(str(recipe.training.output_dir)).name,
+        architecture=architecture,
+        needs_import="matrix_llm.ssl.modeling" if architecture.startswith("SmallResNet") else None,
+        dataset=str(recipe.data.dataset),
+        method=recipe.model.method,
+        method_title=model.method.title,
+        paper=model.method.paper,
+        settings=recipe.resolved,
+        entries=entries,
+        results=results,
     )
-    tags = ["self-supervised", "matrix-llm", recipe.model.method]
-    data = ModelCardData(library_name="transformers", pipeline_tag="image-feature-extraction", tags=tags)
-    lines = [
-        f"# {title}",
-        "",
-        f"A {type(model.backbone).__name__} pre-trained without labels on `{recipe.data.dataset}` by {model.method.title} "
-        f"({model.method.paper}), with matrix_llm. Not fine-tuned: put a head on it.",
-        "",
-        "```python",
-        *(["import matrix_llm.ssl.modeling  # the stem for small images"] if small else []),
-        "from transformers import AutoModel",
-        "",
-        f'backbone = AutoModel.from_pretrained("{title}")',
-        "```",
-        "",
-        "| quantity, last logged | value |",
-        "|---|---|",
-        *[f"| {name} | {value:.4g} |" for name, value in last_values(entries, names).items()],
-        *[f"| {name} | {results[name]} |" for name in ("images", "steps", "processes", "skipped_images", "train_seconds")],
-        "",
-        "Effective ranks are those of one batch of `effective_rank_rows` images, biased low. The online probe is trained along on "
-        "augmented images; it is not the linear evaluation protocol, whose results are below `eval/`.",
-        "",
-        *recipe_and_versions(recipe.resolved),
-    ]  # fmt: skip
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)))
+    return str(card)
 
 
 def pretrain(recipe: SSLRecipe, stop: "StopOnSignal", arguments: list[str]) -> None:
@@ -263,7 +239,7 @@ def pretrain(recipe: SSLRecipe, stop: "StopOnSignal", arguments: list[str]) -> N
         move_into_place(staging, output)
         results["versions"] = versions()
         write_text(output / RESULTS, json.dumps(results, indent=2) + "\n")
-        write_text(output / CARD, card(recipe, model, read_jsonl(output / METRICS), results))
+        write_text(output / CARD, _card(recipe, model, read_jsonl(output / METRICS), results))
         (output / PARTIAL).unlink(missing_ok=True)
         say(
             f"=> {output}/ holds the backbone, preprocessor_config.json, {PRETRAINING}/, recipe.yaml, {METRICS}, results.json and README.md"
@@ -283,8 +259,8 @@ def main(arguments: list[str] | None = None) -> int:
     command = Command(
         usage=USAGE,
         load_recipe=load_ssl_recipe,
-        find_destination=destination_of,
-        remove_push_settings=lambda recipe: None,  # destination_of has done it
+        find_destination=find_destination,
+        remove_push_settings=remove_push_settings,
         print_plan=print_plan,
         train=pretrain,
         push=push,

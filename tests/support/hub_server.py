@@ -1,7 +1,7 @@
-"""A small Hub for tests: the endpoints that huggingface_hub asks when it pushes and loads a model, in memory, on loopback.
+"""A small Hub for tests: the endpoints that huggingface_hub needs to push and load a model, in memory, on loopback.
 
-As a script it is the other side, a process with HF_ENDPOINT in its environment (the client reads it once) that runs command lines
-for the tests, one after the other, so that torch is imported once.
+Run as a script, this file is the client's side: a process with HF_ENDPOINT in its environment, which huggingface_hub
+reads only once. It runs command lines for the tests, one after the other, so that torch is imported once.
 """
 
 import base64
@@ -42,9 +42,9 @@ class Fault:
     """What happens to the next `times` requests whose "METHOD /path" matches."""
 
     pattern: str
-    kind: (
-        str | int
-    )  # an HTTP status, "drop" (the connection closes without an answer) or "stall" (no answer for a while)
+    kind: str | int
+    """An HTTP status; "drop": the connection closes during the request; "stall": no answer for a minute; "lose the
+    answer": the request is carried out, but the connection closes before the answer."""
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
 
@@ -72,14 +72,14 @@ class FakeHub:
         self.role = "write"
         self.licence: dict[str, str] = {}
         self.lock = threading.Lock()
-        handler = type("Handler", (_Handler,), {"hub": self})
+        handler = type("Handler", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def forget(self):
-        """As on the first day."""
+        """Empty the Hub."""
         for held in (self.repositories, self.objects, self.requests, self.faults, self.licence):
             held.clear()
         self.role = "write"
@@ -102,9 +102,10 @@ class FakeHub:
         return None
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     hub: FakeHub
     protocol_version = "HTTP/1.1"
+    is_answer_lost = False
 
     def log_message(self, *args):
         pass
@@ -128,7 +129,9 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(60)
             self.close_connection = True
             return
-        if fault is not None:  # a careless server: it quotes the credentials it was sent
+        if fault is not None and fault.kind == "lose the answer":
+            self.is_answer_lost = True
+        elif fault is not None:  # a careless server: it quotes the credentials it was sent
             return self.answer(
                 {"error": f"fault {fault.kind} for {self.headers.get('Authorization')}"}, int(fault.kind), fault.headers
             )
@@ -166,6 +169,10 @@ class _Handler(BaseHTTPRequestHandler):
         return b"".join(parts)
 
     def answer(self, content: Any, status: int = 200, headers: dict[str, str] | None = None):
+        if self.is_answer_lost:
+            self.is_answer_lost = False
+            self.close_connection = True
+            return self.connection.shutdown(socket.SHUT_RDWR)
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         headers = {"Content-Type": "application/json", "Content-Length": str(len(data)), **(headers or {})}
@@ -174,6 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
+        return None
 
     def files(self, repo: str, revision: str | None) -> dict[str, bytes] | None:
         branches, repository = self.hub.repositories[repo].branches, self.hub.repositories[repo]
@@ -298,7 +306,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.answer(content, headers=headers)
 
 
-# ----------------------------------------------------------------------------------------------------------- the other side
+# --------------------------------------------------------------------------------------------------- the client's side
 
 
 @dataclass
@@ -310,6 +318,12 @@ class Outcome:
 
     def shown(self) -> str:
         return self.out + self.err
+
+    def error_line(self) -> str:
+        """The last line on stderr, after a command that ended with one line and no traceback."""
+        assert self.err.count("error: ") == 1, self.shown()
+        assert "Traceback" not in self.shown(), self.shown()
+        return self.err.strip().splitlines()[-1]
 
 
 class Client:
@@ -334,7 +348,7 @@ class Client:
         )  # fmt: skip
 
     def __call__(self, module: str, *arguments, **environment: str) -> Outcome:
-        """`python -m matrix_llm.<module> arguments`, with HF_TOKEN and whatever else is in `environment`; module "load": see `_load`."""
+        """Run `python -m matrix_llm.<module> arguments` with HF_TOKEN and `environment`; "load" is `_load`."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         order = {
@@ -353,7 +367,7 @@ class Client:
 
 
 def _load(local: str, repo: str, cache: str, base: str = "") -> int:
-    """Prints the largest difference of the logits of a pushed model and of the folder that it was pushed from."""
+    """Print the largest difference of the logits of a pushed model and of the folder that it was pushed from."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -374,23 +388,23 @@ def _load(local: str, repo: str, cache: str, base: str = "") -> int:
 def _serve_orders():
     environment = dict(os.environ)
     from matrix_llm import train
-    from matrix_llm.publish import push as hub
+    from matrix_llm.publish import client, command
 
     really_sleep, waits = time.sleep, []
 
-    def sleep(seconds):  # backoff is asked for, not lived through
+    def sleep(seconds):  # waits are recorded instead of waited
         waits.append(seconds)
         really_sleep(min(seconds, 0.01))
 
     time.sleep = sleep
-    hub.TIMEOUT = 0.5
+    client.TIMEOUT = 0.5
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         order = json.loads(line)
         os.environ.clear()
         os.environ.update({**environment, **order["environment"]})
         waits.clear()
-        run = {"hub": hub.main, "train": train.main, "load": lambda a: _load(*a)}[order["module"]]
+        run = {"hub": command.main, "train": train.main, "load": lambda a: _load(*a)}[order["module"]]
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)

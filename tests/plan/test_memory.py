@@ -1,45 +1,28 @@
-"""The plan's memory: what is sharded, what trains, which GPU it fits, and the estimate against measured peaks."""
+"""Memory per GPU: what is sharded, what trains, which GPU it fits, and the estimate against measured peaks."""
 
-import json
+import functools
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import memory_plan
 from matrix_llm.base.gpus import GIB, GPUS, usable
-from matrix_llm.config import load_recipe
-from matrix_llm.data.selection import DataReport
-from matrix_llm.plan.memory import ENGINES, count_parameters, memory_lines, parameters, plan_memory
-from matrix_llm.plan.steps import plan_steps
+from matrix_llm.plan.memory import ENGINES, count_parameters, memory_lines, plan_memory
+from tests.support.planned_recipe import SMALL, planned_recipe
 
-SMALL = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
 SEVEN = {
-    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
     "tie_word_embeddings": False,
-}  # fmt: skip
+}
 
 
 @pytest.fixture
 def recipe(tmp_path):
-    def load(model=SMALL, **changes):
-        settings = {
-            "model_config": model,
-            "tokenizer_vocab_size": 300,
-            "dataset": "builtin",
-            "use_cpu": True,
-            "bf16": False,
-            **changes,
-        }
-        (tmp_path / "r.yaml").write_text(json.dumps(settings))
-        return load_recipe(tmp_path / "r.yaml", dry_run=True)
-
-    return load
+    return functools.partial(planned_recipe, tmp_path)
 
 
 def small(**changes):
@@ -50,13 +33,41 @@ def seven():
     return AutoConfig.for_model(**SEVEN, vocab_size=32016)
 
 
+def number_of_parameters(config):
+    """Of a model really built."""
+    return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+
 def by_engine(plans):
     return {plan.engine: plan for plan in plans}
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_those_of_the_model_that_is_built_tied_ones_once(recipe, tied):
+    config = small(tie_word_embeddings=tied)
+    count = count_parameters(recipe(), config)
+    assert count.total == count.trained == number_of_parameters(config)
+    assert count.embeddings == (1 if tied else 2) * 300 * 64
+    assert count.linear == 2 * count.layer - 2 * 2 * 64  # two layers without the weights of their two norms
+
+
+def test_a_tied_head_costs_one_weight_and_one_gradient(recipe):
+    tied, untied = (plan_memory(recipe(), small(tie_word_embeddings=tie), 128, 1)[0] for tie in (True, False))
+    assert untied.weights - tied.weights == untied.gradients - tied.gradients == 4 * 300 * 64
+    assert untied.lm_head == tied.lm_head
+
+
+@pytest.mark.parametrize(
+    ("optim", "bytes_a_number"), [("adamw_torch", 8), ("sgd", 0), ("adafactor", 0), ("adamw_8bit", 2)]
+)
+def test_each_optimizer_has_its_own_state(recipe, optim, bytes_a_number):
+    for plan in plan_memory(recipe(optim=optim), small(), 128, 1):
+        assert plan.optimizer == bytes_a_number * number_of_parameters(small())
+
+
 def test_zero_stages_shard_optimizer_then_gradients_then_weights(recipe):
     plans = plan_memory(recipe(), small(), 128, 4)
-    n = count_parameters(small())
+    n = number_of_parameters(small())
     assert [p.engine for p in plans] == list(ENGINES)
     assert [p.optimizer for p in plans] == [8 * n, 2 * n, 2 * n, 2 * n, 2 * n]
     assert [p.gradients for p in plans] == [4 * n, 4 * n, n, n, n]
@@ -66,7 +77,7 @@ def test_zero_stages_shard_optimizer_then_gradients_then_weights(recipe):
 
 def test_half_precision_is_a_copy_under_autocast_and_the_model_under_deepspeed(recipe):
     plans = by_engine(plan_memory(recipe(bf16=True), small(), 128, 4))
-    n = count_parameters(small())
+    n = number_of_parameters(small())
     assert (plans["no sharding"].weights, plans["no sharding"].copies) == (4 * n, 2 * n)
     assert (plans["ZeRO-2"].weights, plans["ZeRO-2"].copies, plans["ZeRO-2"].gradients) == (2 * n, n, 2 * n / 4)
     assert (plans["FSDP2"].weights, plans["FSDP2"].gradients, plans["FSDP2"].optimizer) == (n, n, 2 * n)
@@ -76,8 +87,8 @@ def test_half_precision_is_a_copy_under_autocast_and_the_model_under_deepspeed(r
 def test_lora_trains_what_peft_says(recipe, targets):
     loaded = recipe(use_peft=True, lora_r=4, lora_target_modules=targets)
     adapters = 2 * 4 * (64 + 64) if targets == ["q_proj"] else 2 * 4 * (4 * (64 + 64) + 3 * (64 + 96))
-    count = parameters(loaded, small())
-    assert (count.trained, count.total) == (adapters, count_parameters(small()) + adapters)
+    count = count_parameters(loaded, small())
+    assert (count.trained, count.total) == (adapters, number_of_parameters(small()) + adapters)
     plan = plan_memory(loaded, small(), 128, 1)[0]
     assert (plan.gradients, plan.optimizer) == (4 * adapters, 8 * adapters)
 
@@ -85,7 +96,7 @@ def test_lora_trains_what_peft_says(recipe, targets):
 def test_qlora_holds_linear_layers_in_half_a_byte_and_is_not_sharded(recipe, tmp_path):
     small().save_pretrained(tmp_path / "base")
     loaded = recipe(
-        model=None,
+        model_config=None,
         tokenizer_vocab_size=None,
         model_name_or_path=str(tmp_path / "base"),
         use_peft=True,
@@ -94,13 +105,13 @@ def test_qlora_holds_linear_layers_in_half_a_byte_and_is_not_sharded(recipe, tmp
     plans = plan_memory(loaded, small(), 128, 1)
     assert [plan.engine for plan in plans] == ["no sharding", "ZeRO-1", "ZeRO-2"]
     linear = 2 * (4 * 64 * 64 + 3 * 64 * 96)
-    rest = parameters(loaded, small()).total - linear
+    rest = count_parameters(loaded, small()).total - linear
     assert plans[0].weights == pytest.approx(4 * rest + 0.53 * linear)
 
 
 def test_the_headline_fits_eight_gpus_of_80_gb_only_sharded(recipe):
     """Llemma 7B: 6.7 billion parameters, 16 bytes each before anything else."""
-    loaded = recipe(SEVEN, bf16=True, per_device_train_batch_size=4, max_length=512, gpu="h100-80gb")
+    loaded = recipe(model_config=SEVEN, bf16=True, per_device_train_batch_size=4, max_length=512, gpu="h100-80gb")
     plans = by_engine(plan_memory(loaded, seven(), 512, 8))
     assert 16 * 6.7e9 < plans["no sharding"].state < 20 * 6.8e9
     lines = list(memory_lines(loaded, seven(), 512, 8))
@@ -109,21 +120,15 @@ def test_the_headline_fits_eight_gpus_of_80_gb_only_sharded(recipe):
     assert lines[-1].startswith("h100-80gb: 72.8 of 79.1 GiB for tensors on each of 8. Fits: ")
     assert "ZeRO-3, FSDP2" in lines[-1]
     assert "no sharding" not in lines[-1]
-    alone = list(memory_lines(recipe(SEVEN, bf16=True, gpu="t4-16gb"), seven(), 512, 1))
-    assert "Nothing fits: take more GPUs" in alone[-1]
+    alone = list(memory_lines(recipe(model_config=SEVEN, bf16=True, gpu="t4-16gb"), seven(), 512, 1))
+    assert "t4-16gb" in alone[-1]
+    assert "use_peft" in alone[-1]
 
 
 def test_without_a_gpu_named_each_line_says_the_smallest_that_fits(recipe):
     plan = plan_memory(recipe(), small(), 128, 1)[0]
     assert plan.line().endswith("fits t4-16gb")
     assert all(usable(name) < GPUS[name] * GIB for name in GPUS)
-
-
-def test_a_streams_plan_does_not_invent_epochs(recipe):
-    report = DataReport("train", 1000, 1000, 0, 0, 0, 50_000, 30_000, 90, 50.0, sampled=True)
-    planned = plan_steps(recipe(streaming=True, max_steps=7), report, 1)
-    assert (planned.steps, planned.epochs) == (7, None)
-    assert "(of a stream)" in planned.lines()[1]
 
 
 @pytest.mark.slow

@@ -1,0 +1,66 @@
+"""The model card of a finished run, and the run on the Hub.
+
+python -m matrix_llm.hub card runs/x                    # render runs/x/README.md again, with the scores in runs/x/eval/
+python -m matrix_llm.hub push runs/x --repo user/name   # private unless --public; again: only what is missing is sent
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from matrix_llm.base.errors import MatrixLLMError, PushError, scrub
+from matrix_llm.publish.card import write_card
+from matrix_llm.publish.destination import Destination
+from matrix_llm.publish.push import push
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse quotes what it does not know: "unrecognized arguments: --tokn hf_..."."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(scrub(message))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m matrix_llm.hub", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    card = commands.add_parser("card", help="render a run's README.md again")
+    pushing = commands.add_parser("push", help="send a run to the Hub")
+    for command in (card, pushing):
+        command.add_argument("run", type=Path, help="output_dir of a finished run")
+        command.add_argument(
+            "--license", help="as the Hub spells it, e.g. apache-2.0; default: the old card's, or the base model's"
+        )
+        command.add_argument("--base-model", help="the base model's name on the Hub, where the recipe names a folder")
+    pushing.add_argument("--repo", required=True, help="user/name")
+    pushing.add_argument("--public", action="store_true", help="make a new repository public; default: private")
+    pushing.add_argument("--revision", help="branch, made if it is missing; default: main")
+    pushing.add_argument(
+        "--token", help="default: HF_TOKEN or that of `hf auth login`, which other users of the machine cannot see"
+    )
+    pushing.add_argument("--keep-card", action="store_true", help="send README.md as it is in the run's folder")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0; 2 if the run or the name cannot be used; 1 if the Hub cannot be reached or refuses."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.command == "card":
+            print(f"=> {write_card(options.run, licence=options.license, base_model=options.base_model)}")
+            return 0
+        to = Destination(options.repo, False if options.public else None, options.revision, options.token)
+        address = push(
+            options.run, to, licence=options.license, base_model=options.base_model, keep_card=options.keep_card
+        )
+        if address:
+            print(f"=> {address}")
+    except (MatrixLLMError, OSError) as error:  # OSError: a file of the run that cannot be read or written
+        print(f"error: {scrub(str(error), getattr(options, 'token', None))}", file=sys.stderr)
+        return 1 if isinstance(error, PushError) else 2
+    return 0

@@ -1,0 +1,192 @@
+"""A finished run as it lies in its folder: its settings, its results, and the scores of its evaluations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from matrix_llm.base.errors import RecipeError
+from matrix_llm.config import DataArguments, MatrixConfig, ModelArguments, Recipe
+
+RECIPE, RESULTS, CARD = "recipe.yaml", "results.json", "README.md"
+PROCESSOR = "preprocessor_config.json"  # an image backbone has one, where a language model has a tokenizer
+
+# The settings that a card or a push reads, with the values that hold where recipe.yaml does not give them.
+DEFAULTS: dict[str, Any] = {
+    name: getattr(owner, name)
+    for owner, names in {
+        ModelArguments: ("model_name_or_path", "use_peft"),
+        DataArguments: ("dataset",),
+        MatrixConfig: ("mce_weight", "mce_warmup_steps", "mce_solver", "mce_order"),
+    }.items()
+    for name in names
+}
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How a run was made, as far as its card and its push need to know. Fields are named after the recipe's keys."""
+
+    title: str
+    """Name of the run's folder, and the heading of its card."""
+
+    model_name_or_path: str | None
+    """The base model: a folder, a name on the Hub, or None for a model trained from scratch."""
+
+    use_peft: bool
+    """Whether the run holds a LoRA adapter instead of a whole model."""
+
+    dataset: str | None
+    """The training rows: "builtin", a path, or a name on the Hub."""
+
+    mce_weight: float
+    """Weight of the matrix cross-entropy, at least 0; 0 is plain cross-entropy."""
+
+    mce_warmup_steps: float
+    """Steps over which the weight rises; below 1, a share of all steps."""
+
+    mce_solver: str
+    """"krylov", "exact" or "taylor"."""
+
+    mce_order: int
+    """Order of the Taylor solver, at least 1."""
+
+    given: dict[str, Any]
+    """Every setting that was given, as recipe.yaml stores them."""
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe) -> RunSettings:
+        """The settings of a run that has just been trained."""
+        model, training = recipe.model, recipe.training
+        return cls(
+            title=Path(str(training.output_dir)).name,
+            model_name_or_path=model.model_name_or_path,
+            use_peft=model.use_peft,
+            dataset=recipe.data.dataset,
+            mce_weight=training.mce_weight,
+            mce_warmup_steps=training.mce_warmup_steps,
+            mce_solver=training.mce_solver,
+            mce_order=training.mce_order,
+            given=recipe.resolved,
+        )
+
+
+@dataclass(frozen=True)
+class Score:
+    """The accuracy on one benchmark under one answer-extraction convention."""
+
+    accuracy: float
+    """Share of problems solved, 0 to 1."""
+
+    low: float
+    """Lower end of the 95 % interval, 0 to 1."""
+
+    high: float
+    """Upper end of the 95 % interval, 0 to 1."""
+
+    total: int
+    """Number of problems."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One result file that eval/gsm8k.py or eval/hendrycks_math.py wrote."""
+
+    name: str
+    """The benchmark, e.g. "gsm8k", or the name of a problem file of the user's own."""
+
+    scores: dict[str, Score]
+    """By the convention that extracts and compares answers."""
+
+    is_whole: bool
+    """Whether every problem was asked; `--limit` asks only some."""
+
+    prompt: str
+    """Name of the prompt template; "" where the file does not say."""
+
+    engine: str
+    """What generated the answers, e.g. "vllm"; "" where the file does not say."""
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of a run.
+
+    Raises:
+        RecipeError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise RecipeError(f"{path} is not JSON: {error}. Restore the file, or train the run again.") from None
+
+
+def read_settings(run: Path) -> RunSettings:
+    """The settings stored in a finished run. They are not checked again: its data may lie on another machine by now.
+
+    Raises:
+        RecipeError: the folder is not a finished run, or its recipe.yaml is not a mapping of settings.
+    """
+    for name in (RECIPE, RESULTS):
+        if not (run / name).is_file():
+            raise RecipeError(f"{str(run)!r} has no {name}, so it is not a finished run. Give the output_dir of one.")
+    try:
+        given = yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        given = None
+    if not isinstance(given, dict):
+        raise RecipeError(
+            f"{run / RECIPE} is not a YAML mapping of settings. Restore the file, or train the run again."
+        )
+    known = {name: given.get(name, default) for name, default in DEFAULTS.items()}
+    return RunSettings(title=run.resolve().name, given=given, **known)
+
+
+def recipe_yaml(settings: Mapping[str, Any]) -> str:
+    """Settings as recipe.yaml may be published: without the access token."""
+    public = {key: value for key, value in settings.items() if key != "hub_token"}
+    return yaml.safe_dump(public, sort_keys=False, allow_unicode=True)
+
+
+def is_image_run(run: Path) -> bool:
+    """Whether ssl/pretrain.py made the run."""
+    return (run / PROCESSOR).is_file()
+
+
+def read_evaluations(run: Path) -> list[Evaluation]:
+    """The result files in a run's eval/, sorted by file name. Other JSON files there are skipped.
+
+    Raises:
+        RecipeError: a result file cannot be read.
+    """
+    found = []
+    for path in sorted((run / "eval").glob("*.json")):
+        content = read_json(path)
+        if not isinstance(content, dict) or "scores" not in content:
+            continue  # e.g. the settings that eval/ stores beside each result
+        try:
+            found.append(_parse_evaluation(content))
+        except (ValueError, KeyError, TypeError, AttributeError):  # a field is missing, or of another type
+            raise RecipeError(
+                f"{path} is not a result file of eval/. Remove it, or regrade it with eval/regrade.py."
+            ) from None
+    return found
+
+
+def _parse_evaluation(content: dict[str, Any]) -> Evaluation:
+    scores = {
+        convention: Score(float(each["accuracy"]), float(each["low"]), float(each["high"]), int(each["total"]))
+        for convention, each in content["scores"].items()
+    }
+    settings = content.get("settings", {})
+    return Evaluation(
+        name=content["name"],
+        scores=scores,
+        is_whole=not content.get("limit"),
+        prompt=settings.get("prompt", ""),
+        engine=settings.get("engine", ""),
+    )

@@ -1,0 +1,142 @@
+"""The model card: what was measured, how the run was made, and nothing that could break out of its place."""
+
+import functools
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from matrix_llm.publish.card import image_card, model_card
+from matrix_llm.publish.command import main
+from tests.support.finished_run import change_recipe, write_run
+from tests.support.planned_recipe import planned_recipe
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return functools.partial(planned_recipe, tmp_path)
+
+
+def test_the_card_says_what_was_measured_and_nothing_else(recipe):
+    card = model_card(recipe(mce_weight=0.5), [{"step": 1, "ce": 1.25, "mce": 1.0}], {"steps": 1})
+    assert "plus 0.5 times the token-level matrix cross-entropy" in card.text
+    assert "| last logged ce | 1.25 |" in card.text
+    assert "accuracy" not in card.text
+    assert "Benchmarks" not in card.text
+    assert card.data.to_dict()["tags"][-1] == "matrix-cross-entropy"
+
+
+def test_the_card_of_plain_cross_entropy_does_not_claim_more(recipe):
+    card = model_card(recipe(mce_weight=0.0), [], {})
+    assert "cross-entropy alone" in card.text
+    assert "log(Q)" not in card.text
+    assert "matrix-cross-entropy" not in card.data.to_dict()["tags"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"mce_solver": "krylov"}, "evaluated by Lanczos quadrature."),
+        ({"mce_solver": "exact"}, "evaluated by the dense matrix logarithm."),
+        ({"mce_solver": "taylor", "mce_order": 7}, "evaluated by the Taylor series of order 7."),
+        ({"mce_weight": 0.5, "mce_warmup_steps": 20}, "rises to 0.5 over the first 20 steps."),
+        ({"mce_warmup_steps": 0.1}, "rises to 1 over the first 10 % of the steps."),
+    ],
+)
+def test_the_card_names_solver_and_warmup(recipe, settings, words):
+    assert words in model_card(recipe(**settings), [], {}).text
+
+
+def test_accuracy_before_and_after_training_has_its_interval(recipe):
+    accuracy = {"accuracy": 0.75, "low": 0.468, "high": 0.911, "total": 12}
+    text = model_card(recipe(), [], {"accuracy_before": {**accuracy, "accuracy": 0.5}, "accuracy_after": accuracy}).text
+    assert "| greedy accuracy before training, 12 held-out problems | 50.0 % (95 % interval 46.8 to 91.1) |" in text
+    assert "| greedy accuracy after training, 12 held-out problems | 75.0 % (95 % interval 46.8 to 91.1) |" in text
+
+
+def test_scores_reach_the_card_and_the_model_index(tmp_path):
+    run = write_run(tmp_path)
+    assert main(["card", str(run)]) == 0
+    card = ModelCard.load(run / "README.md")
+    assert "| gsm8k | verified | 75.0 % | 46.8 to 91.1 | 12 | metamath | vllm |" in card.text
+    (result,) = card.data.eval_results
+    assert result.dataset_type == "openai/gsm8k"
+    assert (result.metric_value, result.metric_name) == (75.0, "accuracy, verified convention")
+
+
+@pytest.mark.parametrize("summary", [{"limit": 12}, {"name": "my_problems"}])
+def test_part_of_a_benchmark_and_own_problems_are_shown_but_stay_out_of_the_model_index(tmp_path, summary):
+    run = write_run(tmp_path, **summary)
+    assert main(["card", str(run)]) == 0
+    card = ModelCard.load(run / "README.md")
+    assert "| verified | 75.0 %" in card.text
+    assert not card.data.eval_results
+
+
+def test_a_rendered_card_keeps_the_licence_of_the_old_one(tmp_path):
+    run = write_run(tmp_path)
+    for licence in (["--license", "mit"], []):
+        assert main(["card", str(run), *licence]) == 0
+        assert ModelCard.load(run / "README.md").data.license == "mit"
+
+
+@pytest.mark.parametrize("content", [b"---\na: [\n---\nx", b"---\n- a\n---\nx", b"\xff\xfe"])
+def test_an_old_card_that_cannot_be_read_is_replaced(tmp_path, content):
+    run = write_run(tmp_path)
+    (run / "README.md").write_bytes(content)
+    assert main(["card", str(run)]) == 0
+    assert ModelCard.load(run / "README.md").data.license is None
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "results.json"])
+def test_a_folder_that_is_not_a_finished_run_is_refused_by_the_file_it_lacks(tmp_path, capsys, name):
+    run = write_run(tmp_path)
+    (run / name).unlink()
+    assert main(["card", str(run)]) == 2
+    assert name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["- a\n- list\n", "a: [", "\x00"])
+def test_a_damaged_recipe_is_one_line_that_names_the_file(tmp_path, capsys, content):
+    run = write_run(tmp_path)
+    (run / "recipe.yaml").write_text(content)
+    assert main(["card", str(run)]) == 2
+    shown = capsys.readouterr().err
+    assert str(run / "recipe.yaml") in shown
+    assert shown.count("\n") == 1
+
+
+def test_text_from_a_run_cannot_break_tables_code_blocks_or_start_html(tmp_path):
+    name = "a|b <b>`c` [d](e)"
+    run = write_run(tmp_path, name=name, settings={"prompt": "p|q", "engine": "e"})
+    change_recipe(run, dataset="x`y.jsonl", prompt_template="```\n</yaml> {instruction}\n```")
+    assert main(["card", str(run)]) == 0
+    text = ModelCard.load(run / "README.md").text
+    (row,) = [line for line in text.splitlines() if "75.0 %" in line]
+    assert row.replace("\\|", "").count("|") == 8  # seven columns
+    assert "\\<b>\\`c\\` \\[d](e)" in row
+    assert "``x`y.jsonl``" in text
+    opening = text.index("````yaml\n")
+    assert yaml.safe_load(text[opening + 9 : text.index("\n````", opening)])["dataset"] == "x`y.jsonl"
+
+
+def test_the_card_of_an_image_backbone_shows_how_to_load_it():
+    card = image_card(
+        title='my "net"',
+        architecture="SmallResNetModel",
+        needs_import="matrix_llm.ssl.modeling",
+        dataset="digits",
+        method="simsiam",
+        method_title="SimSiam",
+        paper="arXiv 2011.10566",
+        settings={"method": "simsiam", "hub_token": "x"},
+        entries=[{"step": 2, "loss": -0.25}],
+        results={"images": 8, "steps": 2, "processes": 1, "skipped_images": 0, "train_seconds": 1.5},
+    )
+    assert "import matrix_llm.ssl.modeling" in card.text
+    assert r'AutoModel.from_pretrained("my \"net\"")' in card.text
+    assert "| loss | -0.25 |" in card.text
+    assert "| images | 8 |" in card.text
+    assert "hub_token" not in card.text
+    assert card.data.pipeline_tag == "image-feature-extraction"
+    assert card.data.tags[-1] == "simsiam"
