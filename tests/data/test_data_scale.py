@@ -7,7 +7,6 @@ import random
 import shutil
 import subprocess
 import sys
-import tracemalloc
 from pathlib import Path
 
 import datasets
@@ -17,69 +16,15 @@ import pytest
 from benchmarks import data_scale
 from matrix_llm.base.errors import DataError
 from matrix_llm.base.files import read_jsonl
-from matrix_llm.config import load_recipe
 from matrix_llm.data import cache
-from matrix_llm.data.leakage import QuestionIndex, find_leaks
 from matrix_llm.data.readers import Source
 from matrix_llm.data.streaming import TokenStream, shuffled
 from matrix_llm.data.tokens import Encoder
 from matrix_llm.run import prepare
-from matrix_llm.run.prepare import prepare_data, question_source
+from matrix_llm.run.prepare import prepare_data
 from matrix_llm.train import main
 from tests.support.paths import ROOT
 from tests.support.tiny import TINY
-
-QUESTION = "Ana buys 3 pens at 4 dollars each and pays with a note of 20 dollars. How many dollars does she get back?"
-
-
-@pytest.fixture(autouse=True)
-def empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return tmp_path / "cache" / "matrix_llm"
-
-
-@pytest.fixture
-def rows(tmp_path):
-    """rows(n, **planted) writes n rows, with the given queries at given places, and returns the path."""
-
-    def write(count=40, planted=None):
-        path = tmp_path / "rows.jsonl"
-        queries = {i: f"{i} + {i}?" for i in range(count)} | (planted or {})
-        path.write_text(
-            "".join(
-                json.dumps({"query": queries[i], "response": f"The answer is: {2 * i}"}) + "\n" for i in range(count)
-            )
-        )
-        return str(path)
-
-    return write
-
-
-@pytest.fixture
-def recipe(tmp_path, tiny_tokenizer, rows):
-    """recipe(key=value) loads a recipe on rows() with a saved tokenizer."""
-    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
-
-    def load(**changes):
-        settings = {
-            **TINY, "tokenizer_vocab_size": None, "tokenizer_name_or_path": str(tmp_path / "tokenizer"),
-            "output_dir": str(tmp_path / "run"), **changes,
-        }  # fmt: skip
-        settings.setdefault("dataset", "builtin")
-        path = tmp_path / "recipe.yaml"
-        path.write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
-        return load_recipe(path)
-
-    return load
-
-
-@pytest.fixture
-def tokenised(monkeypatch):
-    """The names of the sets that were tokenised, rather than found."""
-    names = []
-    original = prepare.tokenise
-    monkeypatch.setattr(prepare, "tokenise", lambda *a, name, **k: names.append(name) or original(*a, name=name, **k))
-    return names
 
 
 def quiet(_):
@@ -328,129 +273,6 @@ def test_a_plan_of_a_stream_measures_its_first_rows(recipe, capsys):
     assert "1,000 of the first 1,000 rows of the stream" in shown
     assert "optimizer steps  8 (of a stream)" in shown
     assert "TRAINED|" in shown
-
-
-# ---------------------------------------------------------------------------------------------------------------- leakage
-
-
-@pytest.fixture
-def test_set(tmp_path):
-    (tmp_path / "gsm8k.jsonl").write_text(
-        json.dumps({"question": QUESTION, "answer": "#### 8"}) + "\n" + json.dumps({"problem": "1 + 1?"})
-    )
-    return str(tmp_path / "gsm8k.jsonl")
-
-
-PLANTED = {
-    5: QUESTION.replace("Ana", "Zoe"),
-    9: "$1+1$?",
-    20: f"Read this. {QUESTION.upper()}",
-    30: QUESTION[:60] + " How much is that?",
-}
-
-
-def test_leaked_rows_are_reported_and_kept(recipe, rows, test_set, tmp_path):
-    said = []
-    loaded = recipe(dataset=rows(40, PLANTED), leakage_check=[test_set])
-    _, (_, report), _ = prepare_data(loaded, say=said.append)
-    written = json.loads((tmp_path / "run/leakage.json").read_text())
-    assert written["leaked"] == [
-        1,
-        5,
-        9,
-        20,
-    ]  # row 1 asks "1 + 1?" as well; row 30 holds less than half of the question's sequences
-    assert (written["exact"], written["rows"], written["test_questions"], written["too_short"]) == (2, 40, 2, 1)
-    assert {each["row"]: each["test"] for each in written["examples"]} == {
-        1: f"{test_set}:2", 5: f"{test_set}:1", 9: f"{test_set}:2", 20: f"{test_set}:1",
-    }  # fmt: skip
-    assert "4 rows hold one of 2 test questions: 2 are equal to it" in said[0]
-    assert "row 5 ~" in said[0]
-    assert report.rows_kept == 40
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_leaked_rows_are_dropped_with_a_count(recipe, rows, test_set, streaming):
-    more = {"streaming": True, "max_steps": 4} if streaming else {}
-    loaded = recipe(dataset=rows(40, PLANTED), leakage_check=[test_set], leakage="drop", **more)
-    _, (dataset, report), _ = prepare_data(loaded, say=quiet)
-    ids = [row["row_id"] for row in take(dataset, 36)]
-    assert sorted(ids) == sorted(set(range(40)) - {1, 5, 9, 20})
-    assert (report.dropped_leaked, report.rows_kept) == (4, 36)
-    assert any("4 rows dropped, found among the questions of leakage_check" in line for line in report.lines())
-
-
-def test_stop_names_the_first_row_and_trains_nothing(tmp_path, rows, test_set, capsys):
-    path = tmp_path / "r.yaml"
-    settings = {
-        **TINY,
-        "dataset": rows(40, PLANTED),
-        "leakage_check": [test_set],
-        "leakage": "stop",
-        "output_dir": str(tmp_path / "run"),
-    }
-    path.write_text(json.dumps(settings))
-    assert main([str(path)]) == 2
-    error = capsys.readouterr().err
-    assert f"4 of 40 training rows hold test questions, the first is row 1 ({test_set}:2)" in error
-    assert [each.name for each in (tmp_path / "run").iterdir()] == ["leakage.json"]
-    path.write_text(json.dumps({**settings, "dataset": rows(40, {1: "2 + 1?"})}))
-    assert main([str(path)]) == 0  # nothing found, nothing stopped
-
-
-def test_a_dry_run_reports_leaks_and_writes_nothing(recipe, rows, test_set, tmp_path):
-    said = []
-    prepare_data(recipe(dataset=rows(40, PLANTED), leakage_check=[test_set]), say=said.append, dry_run=True)
-    assert "4 rows hold" in said[0]
-    assert not (tmp_path / "run").exists()
-
-
-def test_the_check_is_cached_by_the_content_of_both_sides(recipe, rows, test_set, monkeypatch):
-    calls = []
-    monkeypatch.setattr(prepare, "find_leaks", lambda *a: calls.append(1) or find_leaks(*a))
-
-    def found(**changes):
-        loaded = recipe(dataset=rows(40, PLANTED), leakage_check=[test_set], leakage="drop", **changes)
-        return prepare_data(loaded, say=quiet)[1][1].dropped_leaked
-
-    assert (found(), found(), len(calls)) == (4, 4, 1)
-    assert (found(leakage_share=0.1), len(calls)) == (5, 2)
-    Path(test_set).write_text(json.dumps({"problem": "1 + 1?"}))
-    assert (found(), len(calls)) == (2, 3)
-
-
-def test_short_questions_match_as_a_whole_only():
-    index = QuestionIndex([("t", "What is 1 + 1?")])
-    assert find_leaks(["So, what is 1 + 1? And 2 + 2?", "what is $1+1$?"], index, ["t"]).leaked == [1]
-
-
-def test_a_test_set_without_questions_is_refused(recipe, rows, tmp_path):
-    (tmp_path / "odd.jsonl").write_text('{"answer": "1"}\n')
-    with pytest.raises(
-        DataError, match=r"odd.jsonl line 1: leakage_check finds no question. A row needs one of: problem, question"
-    ):
-        prepare_data(recipe(dataset=rows(), leakage_check=[str(tmp_path / "odd.jsonl")]), say=quiet)
-
-
-def test_a_hub_test_set_names_its_configuration(tmp_path, monkeypatch):
-    assert question_source("openai/gsm8k:main") == Source("openai/gsm8k", "main", split="test")
-    assert question_source("openai/gsm8k") == Source("openai/gsm8k", split="test")
-    (tmp_path / "a:b.jsonl").write_text("")
-    assert question_source(str(tmp_path / "a:b.jsonl")).config is None
-
-
-def test_memory_of_the_check_does_not_grow_with_the_rows(tmp_path):
-    peaks = []
-    for count in (2000, 8000):
-        texts = (
-            f"Person {i} has {i * 7} pens and gives {i} of them to a friend. How many are left now, if any?"
-            for i in range(count)
-        )
-        tracemalloc.start()
-        find_leaks(texts, QuestionIndex([("t", QUESTION)]), ["t"])
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] < 1.3 * peaks[0] + 10_000
 
 
 # ----------------------------------------------------------------------------------------------------------------- all of it
