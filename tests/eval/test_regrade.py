@@ -10,7 +10,7 @@ import pytest
 
 from eval.answers import CONVENTIONS, is_correct
 from eval.regrade import describe, main, read_generations, regrade
-from eval.report import summarise
+from eval.report.scores import summarise
 from eval.statistics import wilson_interval
 from matrix_llm.base.errors import EvalError
 from tests.support.paths import ROOT

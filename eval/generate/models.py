@@ -9,9 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from eval.text import first_line
 from matrix_llm.base.errors import EvalError
 
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those vLLM has room for
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the sizes that vLLM can make room for
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def locate(model: str, revision: str | None = None) -> Source:
         saved = sorted(child.name for child in folder.iterdir() if (child / "config.json").is_file())
         hint = f" It holds {', '.join(saved[-3:])}: give one of them." if saved else ""
         raise EvalError(
-            f"--model {model} has neither config.json nor adapter_config.json, so it is no saved model.{hint}"
+            f"--model {model} has neither config.json nor adapter_config.json, so it is not a saved model.{hint}"
         )
     if adapter:
         return _adapter(model, str(folder), fingerprint(folder))
@@ -159,11 +160,6 @@ def _json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EvalError(f"{path} cannot be read as JSON: {first_line(error)}.") from None
-
-
-def first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return (lines[0].strip().rstrip(".") if lines else "") or type(error).__name__
 
 
 def load_tokenizer(source: Source) -> Any:

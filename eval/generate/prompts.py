@@ -18,16 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from matrix_llm.base.errors import EvalError
+from matrix_llm.data.prompts import METAMATH_EVAL_SUFFIX, PLACEHOLDER, PROMPT_TEMPLATES
 
-PLACEHOLDER = "{instruction}"
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
-)
-STEP_BY_STEP = " Let's think step by step."
-BOXED = (
-    "\nPlease reason step by step, and put your final answer within \\boxed{}."  # Qwen2.5-Math's and DeepSeek's wording
-)
+ALPACA = PROMPT_TEMPLATES["metamath"]
+# The wording of Qwen2.5-Math and DeepSeek
+BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 # fmt: off
 GSM8K_EXEMPLARS: tuple[tuple[str, str], ...] = (
@@ -160,8 +155,8 @@ METAMATH_STOP = ("Question:", "Question", "USER:", "USER", "ASSISTANT:", "ASSIST
 PROMPTS: dict[str, Prompt] = {
     prompt.name: prompt
     for prompt in (
-        Prompt("metamath", ALPACA + STEP_BY_STEP, METAMATH_STOP),
-        Prompt("wizardmath", ALPACA + STEP_BY_STEP, WIZARDMATH_STOP, (1024, 2048)),
+        Prompt("metamath", ALPACA + METAMATH_EVAL_SUFFIX, METAMATH_STOP),
+        Prompt("wizardmath", ALPACA + METAMATH_EVAL_SUFFIX, WIZARDMATH_STOP, (1024, 2048)),
         Prompt("gsm8k_8shot", _few_shot("Q: ", "\nA: ", GSM8K_EXEMPLARS), ("\n\n",), benchmarks=("gsm8k",)),
         Prompt(
             "minerva_4shot",
@@ -173,7 +168,7 @@ PROMPTS: dict[str, Prompt] = {
         ),
         Prompt("chat", PLACEHOLDER + BOXED, max_tokens=(1024, 4096), chat=True),
         # A model trained here ends by itself; the stops only cut a model that goes on to ask itself the next question.
-        Prompt("plain", "Question: {instruction}\nAnswer:", ("\nQuestion:",)),
+        Prompt("plain", PROMPT_TEMPLATES["plain"], ("\nQuestion:",)),
         Prompt("alpaca", ALPACA, ("\n### Instruction:",)),
     )
 }
