@@ -9,7 +9,10 @@ from html.parser import HTMLParser
 
 import pytest
 
+from eval import text as eval_text
 from eval.answers import CONVENTIONS, answers_equal, is_correct
+from eval.report import page as report_page
+from eval.report import scores as report_scores
 from eval.report.page import write_report
 from eval.report.scores import summarise
 from eval.report.table import score_table
@@ -121,9 +124,7 @@ def test_each_row_is_graded_once_for_each_convention(monkeypatch, tmp_path):
 
 
 def test_ungraded_is_wrong_counted_and_shown(monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        eval.report.scores, "grade", lambda response, gold, **how: report_scores.Verdict(None, "9^{9^9}")
-    )
+    monkeypatch.setattr(report_scores, "grade", lambda response, gold, **how: report_scores.Verdict(None, "9^{9^9}"))
     rows = [row(0, "x", "1")]
     summary = summary_of(rows)
     assert summary["scores"]["verified"]["ungraded"] == 1
