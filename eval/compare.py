@@ -3,9 +3,9 @@
     python eval/compare.py runs/a/gsm8k.json runs/b/gsm8k.json
     python eval/compare.py runs/a/math.json runs/b/math.json --convention minerva --show 5
 
-Paired by problem id: of the problems that one run alone solves, an exact McNemar test asks whether chance would split them so.
-The unpaired p next to it is what two published scores would give. Conventions other than "verified" are graded from the
-generations that stand beside the summaries. No GPU, no model.
+Paired by problem id: of the problems that one run alone solves, an exact McNemar test asks whether chance would split
+them so. The unpaired p next to it is what two published scores would give. Conventions other than "verified" are
+graded from the generations that stand beside the summaries. No GPU, no model.
 """
 
 from __future__ import annotations
@@ -66,8 +66,10 @@ class Run:
         missing = [problem for problem in stored if problem not in self.rows]
         if missing:
             raise EvalError(
-                f"--convention {convention} has to grade the generations, but those beside {self.path} lack {len(missing)} of its "
-                f"problems, such as {missing[0]}. Put the run's {_generations_beside(self.path, self.summary).name} beside it, "
+                f"--convention {convention} has to grade the generations, "
+                f"but those beside {self.path} lack {len(missing)} of its "
+                f"problems, such as {missing[0]}. Put the run's "
+                f"{_generations_beside(self.path, self.summary).name} beside it, "
                 "or leave --convention out."
             )
         rows = ((problem, self.rows[problem]) for problem in stored)
@@ -97,7 +99,8 @@ def load_summary(path: Path) -> dict[str, Any]:
         raise EvalError(f"{path} is not the summary of a run: it is not JSON.{hint}") from None
     if not isinstance(summary, dict) or not isinstance(summary.get("verdicts"), dict) or "benchmark" not in summary:
         raise EvalError(
-            f"{path} is not the summary of a run: it lacks benchmark or verdicts. Give OUT/NAME.json, such as runs/a/gsm8k.json."
+            f"{path} is not the summary of a run: it lacks benchmark or verdicts. Give OUT/NAME.json, "
+            "such as runs/a/gsm8k.json."
         )
     return summary
 
@@ -141,7 +144,8 @@ def compare(path_a: Path, path_b: Path, *, convention: str = VERIFIED) -> dict[s
     if not ids:
         first = [next(iter(verdicts), "none") for verdicts in (verdicts_a, verdicts_b)]
         raise EvalError(
-            f"{path_a} and {path_b} share no problem id ({first[0]} and {first[1]}): compare two runs on the same --data."
+            f"{path_a} and {path_b} share no problem id ({first[0]} and {first[1]}): "
+            "compare two runs on the same --data."
         )
 
     # 2. the pairs

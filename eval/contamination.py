@@ -4,7 +4,8 @@ r"""Are test questions in the training data? Exact matches up to how they are wr
     python eval/contamination.py --train MetaMathQA-395K.json --test test.jsonl --n 13 --share 0.5 --out overlaps.json
 
 Exact: equal in the normal form of `matrix_llm.data.questions`, which undoes differences of writing and none of meaning.
-Similar: the share of a test question's n-grams that one training row holds. Templates share n-grams too, so these are to be read.
+Similar: the share of a test question's n-grams that one training row holds. Templates share n-grams too, so these are
+to be read.
 
 The test side is indexed and the training side read one row at a time: memory does not grow with the training data.
 """
@@ -35,8 +36,8 @@ SHOWN = 110  # characters of a question in the printed list
 def questions(path: Path, field: str | None = None) -> Iterator[tuple[str, str]]:
     """(name, question) of each row of a file, one at a time.
 
-    The question is what stands under `field`, else under the first of FIELDS that holds any: a text, or messages, of which
-    the first user message counts. The name is the row's id, else FILE:NUMBER counted from 1.
+    The question is what stands under `field`, else under the first of FIELDS that holds any: a text, or messages, of
+    which the first user message counts. The name is the row's id, else FILE:NUMBER counted from 1.
     """
     wanted = (field,) if field else FIELDS
     for number, row in enumerate(read_rows(path, columns=(*wanted, "id")), 1):
@@ -83,9 +84,9 @@ def find_overlaps(
         share: a test question is similar to a training row that holds at least this share of its distinct n-grams.
 
     Returns:
-        "exact" and "similar": one entry a test question, with the names of up to LISTED training rows and how many there are;
-        an exact one is not repeated under "similar". "train_rows", "test_rows", and "too_short": test questions of fewer than n
-        words, which only an exact match can find.
+        "exact" and "similar": one entry a test question, with the names of up to LISTED training rows and how many
+        there are; an exact one is not repeated under "similar". "train_rows", "test_rows", and "too_short": test
+        questions of fewer than n words, which only an exact match can find.
 
     >>> found = find_overlaps([("a", "What is $1+1$?"), ("b", "What is $1-1$?")], [("t", "what is 1 + 1?")])
     >>> found["exact"]
@@ -131,13 +132,16 @@ def find_overlaps(
 
 
 def describe(result: Mapping[str, Any], texts: Mapping[str, str], *, show: int) -> str:
-    """The overlaps as text for a terminal, with at most `show` of each kind; `texts` holds the test questions by name."""
+    """The overlaps as text for a terminal, with at most `show` of each kind; `texts` holds the test questions by
+    name.
+    """
     n, exact, similar = result["n"], result["exact"], result["similar"]
     share = f"{100 * result['share']:g} %"
     lines = [
         f"{result['test_rows']} test questions against {result['train_rows']} training rows",
         f"exact:   {len(exact)} test questions are training questions, up to how they are written",
-        f"similar: {len(similar)} more share at least {share} of their {n}-word sequences with one training row; read them",
+        f"similar: {len(similar)} more share at least {share} of their {n}-word sequences with one training row; "
+        "read them",
     ]
     if result["too_short"]:
         lines.append(

@@ -3,8 +3,8 @@
     python eval/regrade.py runs/a/gsm8k.jsonl --benchmark gsm8k
     python eval/regrade.py theirs.jsonl --benchmark math --show 20 --out regraded.json
 
-Reads our files and those of others: JSON lines with a response, a gold answer and perhaps the problem, under the names in
-FIELDS. No GPU, no model.
+Reads our files and those of others: JSON lines with a response, a gold answer and perhaps the problem, under the
+names in FIELDS. No GPU, no model.
 """
 
 import sys
@@ -41,11 +41,13 @@ SHOWN = 110  # characters of a text in the list of disagreements
 def read_generations(path: Path, benchmark: str) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
     """Rows with id, sample, line, problem, response and gold; and the lines that hold none, each with the reason.
 
-    A row without an id is a problem of its own. Rows of one id are its samples, in the order of the file unless they say `sample`.
+    A row without an id is a problem of its own. Rows of one id are its samples, in the order of the file unless they
+    say `sample`.
     """
     if not path.is_file():
         raise EvalError(
-            f"{path} {'is a folder' if path.is_dir() else 'does not exist'}. Give a file of JSON lines, such as runs/a/gsm8k.jsonl."
+            f"{path} {'is a folder' if path.is_dir() else 'does not exist'}. Give a file of JSON lines, "
+            "such as runs/a/gsm8k.jsonl."
         )
     rows: list[dict[str, Any]] = []
     bad: list[tuple[int, str]] = []

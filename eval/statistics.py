@@ -1,4 +1,6 @@
-"""The statistics of scores under their public name. The code is in `matrix_llm.base.statistics` and `eval.report.scores`."""
+"""The statistics of scores under their public name. The code is in `matrix_llm.base.statistics` and
+`eval.report.scores`.
+"""
 
 from eval.report.scores import majority_vote
 from matrix_llm.base.statistics import (

@@ -17,7 +17,8 @@ def percent(share: float) -> str:
 
 
 def visible(text: str) -> str:
-    r"""Control, invisible and direction-changing characters spelled out, so that no text can hide or rearrange what is shown.
+    r"""Control, invisible and direction-changing characters spelled out, so that no text can hide or rearrange what
+    is shown.
 
     Tabs and line feeds stay.
 

@@ -1,8 +1,10 @@
 """Which engine generates, and what every engine is.
 
-1. A request is a prompt's token ids and a sample number. All engines are given the same ids, so tokenisation cannot differ.
+1. A request is a prompt's token ids and a sample number. All engines are given the same ids, so tokenisation cannot
+differ.
 2. `engine.generate(requests, decoding)` yields each Generation as it finishes, so that the caller can save it at once.
-3. Engines deliver token ids; `generation.finish` turns them into text, cuts at the first stop string and says why it ended.
+3. Engines deliver token ids; `generation.finish` turns them into text, cuts at the first stop string and says why it
+ended.
 """
 
 import importlib

@@ -65,7 +65,8 @@ class Generation:
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], *, special_tokens: bool) -> list[tuple[int, ...]]:
-    """Token ids of each prompt, without the closing end-of-text token that some tokenizers add: the model is to go on from here.
+    """Token ids of each prompt, without the closing end-of-text token that some tokenizers add: the model is to go on
+    from here.
 
     Args:
         special_tokens: False for a chat template, whose text already holds them. A second <s> lowers scores.
@@ -78,7 +79,9 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], *, special_tokens: bool) ->
 
 
 def response_text(tokenizer: Any, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
-    """What `new_ids` add to the text. Decoded after the last tokens of the prompt: alone, Llama's tokenizer drops a leading space."""
+    """What `new_ids` add to the text. Decoded after the last tokens of the prompt: alone, Llama's tokenizer drops a
+    leading space.
+    """
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     context = list(prompt_ids[-CONTEXT_TOKENS:])
     before, whole = tokenizer.decode(context, **options), tokenizer.decode([*context, *new_ids], **options)
@@ -113,7 +116,9 @@ def finish(tokenizer: Any, request: Request, new_ids: Sequence[int], decoding: D
 
 
 def _tokens_until(stop: str, tokenizer: Any, request: Request, new_ids: Sequence[int]) -> int:
-    """How many tokens it took to write the stop string: the rest would not have been drawn by an engine that stops at once."""
+    """How many tokens it took to write the stop string: the rest would not have been drawn by an engine that stops at
+    once.
+    """
     return bisect.bisect_left(
         range(len(new_ids)),
         True,

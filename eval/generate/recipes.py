@@ -1,4 +1,6 @@
-"""The recipe.yaml that a training run left with a model: it says how the model was asked, so that it is asked the same way."""
+"""The recipe.yaml that a training run left with a model: it says how the model was asked, so that it is asked the
+same way.
+"""
 
 from pathlib import Path
 from typing import Any

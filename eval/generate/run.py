@@ -100,8 +100,8 @@ def evaluate(benchmark: str, options: Options, *, engine: TransformersEngine | N
 
     Args:
         engine: a model already in memory, for instance during training. Then `options.model` is only a name,
-            `options.output_dir` and `options.prompt` must be given, and earlier generations are thrown away, since they came
-            from other weights.
+            `options.output_dir` and `options.prompt` must be given, and earlier generations are thrown away, since
+            they came from other weights.
 
     Raises:
         EvalError: something that the person who started the run can put right.
@@ -129,7 +129,7 @@ def evaluate(benchmark: str, options: Options, *, engine: TransformersEngine | N
     return _write_report(plan, [done[key] for key in wanted], time.perf_counter() - started, speed)
 
 
-# --- 1. the plan -------------------------------------------------------------------------------------------------------
+# --- 1. the plan ------------------------------------------------------------------------------------------------------
 
 
 def _starts_over(options: Options, engine: TransformersEngine | None) -> bool:
@@ -255,7 +255,7 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-# --- 2. generating -----------------------------------------------------------------------------------------------------
+# --- 2. generating ----------------------------------------------------------------------------------------------------
 
 
 def _read_reusable_rows(plan: Plan) -> dict[Key, dict[str, Any]]:
@@ -281,13 +281,16 @@ def _position_limit(plan: Plan, engine: TransformersEngine | None) -> int | None
 
 
 def _make_requests(plan: Plan, limit: int | None) -> list[Request]:
-    """One request a sample. Where prompt and max_tokens do not fit the model's positions, the response is the shorter one."""
+    """One request a sample. Where prompt and max_tokens do not fit the model's positions, the response is the shorter
+    one.
+    """
     prompts = tokenize(plan.tokenizer, plan.texts, special_tokens=not plan.prompt.chat)
     pairs = list(zip(plan.problems, prompts, strict=True))
     too_long = [problem.id for problem, ids in pairs if limit is not None and len(ids) >= limit]
     if too_long:
         raise EvalError(
-            f"{len(too_long)} of {len(pairs)} prompts fill the model's {limit} positions, so no room for a response is left; "
+            f"{len(too_long)} of {len(pairs)} prompts fill the model's {limit} positions, "
+            "so no room for a response is left; "
             f"the longest has {max(map(len, prompts))} tokens, the first is {too_long[0]}. "
             "Use a shorter --prompt, or leave them out of --data."
         )
@@ -323,7 +326,9 @@ def _load_engine(plan: Plan, requests: Sequence[Request]) -> Engine:
 def _generate_missing(
     plan: Plan, engine: Engine, requests: Sequence[Request], done: dict[Key, dict[str, Any]]
 ) -> float:
-    """Adds what is missing to `done` and to the partial file, sample by sample; returns tokens per second, without loading."""
+    """Adds what is missing to `done` and to the partial file, sample by sample; returns tokens per second, without
+    loading.
+    """
     wanted, digests, options = plan.wanted, plan.digests, plan.options
     lengths = {request.id: len(request.prompt_ids) for request in requests}
     decoding = Decoding(options.temperature, options.top_p, options.seed, plan.prompt.stop, plan.prompt.keep_stop)
@@ -381,7 +386,7 @@ class ProgressBar:
         return self._tokens / (time.perf_counter() - self._started)
 
 
-# --- 3. grading --------------------------------------------------------------------------------------------------------
+# --- 3. grading -------------------------------------------------------------------------------------------------------
 
 
 def _write_report(plan: Plan, rows: list[dict[str, Any]], seconds: float, speed: float | None) -> dict[str, Any]:

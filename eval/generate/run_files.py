@@ -1,4 +1,6 @@
-"""The files of one benchmark in an output directory: appended as texts come, whole or absent at the end, one run at a time."""
+"""The files of one benchmark in an output directory: appended as texts come, whole or absent at the end, one run at a
+time.
+"""
 
 import contextlib
 import json
@@ -64,7 +66,8 @@ class RunFiles:
                     row = _parse_row(line)
                     if row is None:
                         raise EvalError(
-                            f"{path}, line {number}, is not a generation. Remove the line, or start over with --overwrite."
+                            f"{path}, line {number}, is not a generation. Remove the line, "
+                            "or start over with --overwrite."
                         )
                     yield row
 

@@ -1,7 +1,7 @@
-"""The problems of GSM8K and MATH with their gold answers: from the Hub, from a file, or generated. Standard library at import.
+"""The problems of GSM8K and MATH with their gold answers: from the Hub, from a file, or generated.
 
-GSM8K   {"question": ..., "answer": "... #### 18"}                    gold "18", commas and signs as they stand
-MATH    {"problem": ..., "solution": "... \\\\boxed{\\\\frac12} ..."}      gold "\\\\frac12", the content of the last box
+GSM8K   {"question": ..., "answer": "... #### 18"}                 gold "18", commas and signs as they stand
+MATH    {"problem": ..., "solution": "... \\\\boxed{\\\\frac12} ..."}   gold "\\\\frac12", the last box
 """
 
 import json
@@ -21,7 +21,8 @@ BENCHMARKS = ("gsm8k", "math")
 BUILTIN = "builtin"
 BUILTIN_SEED, BUILTIN_PROBLEMS = 0, 512
 MATH_SUBJECTS = (
-    "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra", "precalculus",
+    "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
+    "precalculus",
 )  # fmt: skip
 
 
@@ -43,8 +44,10 @@ class Problem:
 def problem_set_name(benchmark: str, *, data: str | None, subset: str | None) -> str:
     """The first part of a run's file names. A file called test.jsonl or like its benchmark adds nothing.
 
-    >>> problem_set_name("gsm8k", data=None, subset=None), problem_set_name("gsm8k", data="a/backward_test.jsonl", subset=None)
-    ('gsm8k', 'gsm8k_backward_test')
+    >>> problem_set_name("gsm8k", data=None, subset=None)
+    'gsm8k'
+    >>> problem_set_name("gsm8k", data="a/backward_test.jsonl", subset=None)
+    'gsm8k_backward_test'
     """
     name = subset or benchmark
     stem = Path(data).stem if data else "test"
@@ -108,7 +111,8 @@ def load_problems(
     for problem in problems:
         if problem.id in seen:
             raise EvalError(
-                f"{source}: the id {problem.id!r} occurs twice, so its generations could not be told apart. Make ids unique."
+                f"{source}: the id {problem.id!r} occurs twice, so its generations could not be told apart. "
+                "Make ids unique."
             )
         seen.add(problem.id)
     return problems
@@ -128,7 +132,8 @@ def _problem(benchmark: str, row: Mapping[str, Any], fallback_id: str, source: s
     given = str(row.get("id") or row.get("unique_id") or fallback_id).removesuffix(".json")
     if not text:
         raise EvalError(
-            f"{source}: row {given} has no text under {' or '.join(map(repr, names))}; its columns are {', '.join(map(str, row))}. "
+            f"{source}: row {given} has no text under {' or '.join(map(repr, names))}; "
+            f"its columns are {', '.join(map(str, row))}. "
             "Rename the column."
         )
     if benchmark == "gsm8k":
@@ -179,5 +184,6 @@ def _hub(name: str, config: str | None = None) -> list[dict[str, Any]]:
         return list(load_dataset(name, config, split="test"))
     except Exception as error:  # the Hub's client raises a dozen kinds
         raise EvalError(
-            f"{name} cannot be loaded from the Hub ({first_line(error)}). Offline, give the file yourself: --data FILE.jsonl."
+            f"{name} cannot be loaded from the Hub ({first_line(error)}). Offline, give the file yourself: "
+            "--data FILE.jsonl."
         ) from None

@@ -1,7 +1,7 @@
 """Text by transformers' `generate`: batches of like length, padded on the left with an attention mask.
 
-Runs anywhere; vLLM is faster. Sampling draws from a generator seeded by (seed, problem, sample), so that a sample does not depend on
-what it is batched with.
+Runs anywhere; vLLM is faster. Sampling draws from a generator seeded by (seed, problem, sample), so that a sample
+does not depend on what it is batched with.
 
 Shapes: B batch, T longest prompt of the batch, L longest continuation, V vocabulary.
 """
@@ -19,7 +19,9 @@ from matrix_llm.base.errors import EvalError
 
 
 class TransformersEngine:
-    """Generates with a model and tokenizer that are already loaded, for instance in the middle of training: neither is changed."""
+    """Generates with a model and tokenizer that are already loaded, for instance in the middle of training: neither
+    is changed.
+    """
 
     name = "transformers"
 
@@ -55,8 +57,9 @@ class TransformersEngine:
     ) -> Iterator[Generation]:
         """Yields batch by batch, longest prompts first, so that running out of memory shows at once.
 
-        Requests in `skip` keep their place in a batch, and a batch is left out if all of it is skipped. A run that is resumed after
-        a crash thus forms the same batches, and gives the same text even where rounding depends on the batch.
+        Requests in `skip` keep their place in a batch, and a batch is left out if all of it is skipped. A run that is
+        resumed after a crash thus forms the same batches, and gives the same text even where rounding depends on the
+        batch.
         """
         order = sorted(requests, key=lambda request: -len(request.prompt_ids))  # stable: ties stay in the order given
         for start in range(0, len(order), self.batch_size):
@@ -104,7 +107,8 @@ class TransformersEngine:
                 )
             except torch.OutOfMemoryError:
                 raise EvalError(
-                    f"the GPU ran out of memory with --batch_size {len(batch)}, {length} prompt tokens and up to {limit} new ones. "
+                    f"the GPU ran out of memory with --batch_size {len(batch)}, "
+                    f"{length} prompt tokens and up to {limit} new ones. "
                     "What is done is kept: run the same command with a smaller --batch_size."
                 ) from None
 
@@ -126,7 +130,8 @@ class TransformersEngine:
 
 
 class _StopStrings:
-    """A stopping criterion that ends a row once its text holds a stop string, so that a batch does not run on to the limit.
+    """A stopping criterion that ends a row once its text holds a stop string, so that a batch does not run on to the
+    limit.
 
     The cut itself is made by `finish`.
     """

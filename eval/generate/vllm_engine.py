@@ -73,7 +73,8 @@ class VLLMEngine:
             raise
         except Exception as error:
             raise EvalError(
-                f"vLLM cannot start with --model {source.model}: {type(error).__name__}: {first_line(error)}. Use --engine transformers."
+                f"vLLM cannot start with --model {source.model}: {type(error).__name__}: {first_line(error)}. "
+                "Use --engine transformers."
             ) from None
 
         self.watcher = _start_watcher([child.pid for child in multiprocessing.active_children() if child not in before])
@@ -99,8 +100,9 @@ class VLLMEngine:
             for request in todo
         ]
         prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in todo]
-        # LLM.generate enqueues, runs this loop and returns all results at once. Here each result is yielded as it finishes.
-        names = self.llm.enqueue(prompts, sampling, lora_request=self.lora_request, use_tqdm=False)  # type: ignore[arg-type]
+        # LLM.generate enqueues, runs this loop and returns all results at once. Here each is yielded as it finishes.
+        lora = self.lora_request
+        names = self.llm.enqueue(prompts, sampling, lora_request=lora, use_tqdm=False)  # type: ignore[arg-type]
         first = int(names[0].split("-")[0])  # requests are numbered in the order they are added
         engine = self.llm.llm_engine
         while engine.has_unfinished_requests():
@@ -130,15 +132,17 @@ for pid in sys.argv[1:]:
 def _start_watcher(pids: Sequence[int | None]) -> subprocess.Popen:
     """A process that kills vLLM's engine when this one is gone: after a SIGKILL the engine would keep the GPU for ever.
 
-    It waits for the end of its standard input, which the system closes however this process ends. The engine's own workers end
-    with the engine.
+    It waits for the end of its standard input, which the system closes however this process ends. The engine's own
+    workers end with the engine.
     """
     command = [sys.executable, "-I", "-c", WATCH, *map(str, pids)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 class DataParallelVLLM:
-    """Several vLLM processes, each with GPUs of its own and every n-th problem. No Ray: a spawned process and one queue."""
+    """Several vLLM processes, each with GPUs of its own and every n-th problem. No Ray: a spawned process and one
+    queue.
+    """
 
     name = "vllm"
 
@@ -177,7 +181,8 @@ class DataParallelVLLM:
                     dead = [worker.exitcode for worker in workers if worker.exitcode not in (None, 0)]
                     if dead:
                         raise EvalError(
-                            f"one of {len(workers)} vLLM processes ended with exit code {dead[0]}. What is done is kept: run again."
+                            f"one of {len(workers)} vLLM processes ended with exit code {dead[0]}. "
+                            "What is done is kept: run again."
                         ) from None
                     continue
                 if isinstance(result, Generation):
@@ -234,7 +239,8 @@ def _share_devices(options: VLLMOptions, processes: int) -> list[dict[str, str]]
     needed = processes * options.tensor_parallel
     if needed > len(visible):
         raise EvalError(
-            f"--data_parallel {processes} x --tensor_parallel {options.tensor_parallel} needs {needed} GPUs; {len(visible)} are visible."
+            f"--data_parallel {processes} x --tensor_parallel {options.tensor_parallel} needs {needed} GPUs; "
+            f"{len(visible)} are visible."
         )
     each = options.tensor_parallel
     return [{"CUDA_VISIBLE_DEVICES": ",".join(visible[rank * each : (rank + 1) * each])} for rank in range(processes)]

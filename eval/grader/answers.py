@@ -4,11 +4,11 @@ r"""Was the answer right? Strings in, verdicts out; no model, no torch.
     is_correct("... The answer is: 18", "18", convention="metamath")   -> True
     answers_equal(r"\frac{1}{2}", "0.5")                               -> True
 
-Six conventions: the five published ones of `eval.grader.conventions`, and our own, "verified", the default, which asks whether a
-reader would call the answer right (`eval.grader.extraction`, then `eval.grader.ladder`).
+Six conventions: the five published ones of `eval.grader.conventions`, and our own, "verified", the default, which
+asks whether a reader would call the answer right (`eval.grader.extraction`, then `eval.grader.ladder`).
 
-Everything is bounded: WINDOW characters of a response are read, and each rung of the ladder has its limits. A verdict that could
-not be reached is None in `grade` and False in `is_correct`.
+Everything is bounded: WINDOW characters of a response are read, and each rung of the ladder has its limits. A verdict
+that could not be reached is None in `grade` and False in `is_correct`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def extract_answer(response: str, *, convention: str, benchmark: str = "gsm8k") 
 
 
 def answers_equal(pred: str, gold: str) -> bool:
-    r"""Mathematical equality of two answers, the "verified" rule. What cannot be decided within the limits counts as unequal.
+    r"""Mathematical equality of two answers, the "verified" rule. What cannot be decided within the limits counts as
+    unequal.
 
     >>> answers_equal(r"\frac{1}{2}", "0.5"), answers_equal(r"\{2, 1\}", "1, 2"), answers_equal("(1, 2)", "(2, 1)")
     (True, True, False)

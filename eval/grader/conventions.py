@@ -2,14 +2,15 @@ r"""Five grading conventions in public use, so that a score can be compared with
 
 | name | source | GSM8K | MATH |
 |---|---|---|---|
-| metamath | MetaMath's eval scripts | number after the last "The answer is: ", rounded | text after it, Hendrycks' rules |
+| metamath | MetaMath's scripts | number after the last "The answer is: ", rounded | text after it, Hendrycks' rules |
 | llemma | Llemma's fork of lm-eval | first `The answer is (\d+)`, as a string | as minerva |
 | minerva | Minerva, appendix D; lm-eval's minerva_math | the final-answer sentence | that sentence, Minerva's rules |
 | strict | lm-eval's strict-match; hendrycks/math | `#### number` | last \boxed, Hendrycks' rules |
 | flexible | lm-eval's flexible-extract; Qwen2.5-Math | last number | last \boxed, "answer is" or number; to 1e-4 |
 
-The rules are the sources' own, faults included: MetaMath reads "1,234,567" as 1234, Llemma's pattern cannot match a negative
-number, Minerva keeps only what follows the last "=". One difference: where they call sympy, our bounded parser decides.
+The rules are the sources' own, faults included: MetaMath reads "1,234,567" as 1234, Llemma's pattern cannot match a
+negative number, Minerva keeps only what follows the last "=". One difference: where they call sympy, our bounded
+parser decides.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _has_equal_value(given: str, gold: str) -> bool:
         return False
 
 
-# --- MetaMath ----------------------------------------------------------------------------------------------------------
+# --- MetaMath ---------------------------------------------------------------------------------------------------------
 
 METAMATH_MARKER = "The answer is: "
 METAMATH_NUMBER = re.compile(r"[\-+]?\d*[\.,/]?\d+")
@@ -100,7 +101,7 @@ def _metamath_math(response: str) -> str | None:
     return answer.split(".\n", 1)[0].strip()[:1000].removesuffix(".").strip() if marker else None
 
 
-# --- Llemma and Minerva ------------------------------------------------------------------------------------------------
+# --- Llemma and Minerva -----------------------------------------------------------------------------------------------
 
 LLEMMA_GSM8K = re.compile(r"The answer is (\d+)")
 MINERVA_START = "Final Answer: The final answer is"
@@ -144,7 +145,7 @@ def minerva_normalise(text: str) -> str:
     return text.replace(",", "") if text.replace(",", "").isdigit() else text
 
 
-# --- strict and flexible -----------------------------------------------------------------------------------------------
+# --- strict and flexible ----------------------------------------------------------------------------------------------
 
 STRICT_GSM8K = re.compile(r"#### (\-?[0-9\.\,]+)")
 FLEXIBLE_GSM8K = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
@@ -175,7 +176,7 @@ def _flexible_math(response: str) -> str | None:
     return numbers[-1].replace(",", "") if numbers else None
 
 
-# --- Hendrycks' normalisation ------------------------------------------------------------------------------------------
+# --- Hendrycks' normalisation -----------------------------------------------------------------------------------------
 
 HENDRYCKS_SUBSTITUTIONS = (
     ("\n", ""), (r"\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), (r"\left", ""), (r"\right", ""),

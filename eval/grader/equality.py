@@ -104,7 +104,7 @@ def _same_across_kinds(one: Structure, other: Structure) -> bool:
     return False
 
 
-# --- equations and inequalities ----------------------------------------------------------------------------------------
+# --- equations and inequalities ---------------------------------------------------------------------------------------
 
 
 def _formulas(sides: Iterable[Structure]) -> list[Expression]:

@@ -2,8 +2,8 @@ r"""Expressions as trees, and a small bounded parser that makes them from cleane
 
     parse(r"\frac{1}{2}x")  ->  Binary("*", Binary("/", Number(1), Number(2)), Variable("x"))
 
-Model output is untrusted, so everything is bounded: LENGTH characters, TOKENS tokens, DEPTH levels. What the parser does not
-know, or what is past a bound, raises `UndecidedError`.
+Model output is untrusted, so everything is bounded: LENGTH characters, TOKENS tokens, DEPTH levels. What the parser
+does not know, or what is past a bound, raises `UndecidedError`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class UndecidedError(Exception):
     """The text is outside what the grader can read or evaluate, or past its bounds."""
 
 
-# --- the tree ----------------------------------------------------------------------------------------------------------
+# --- the tree ---------------------------------------------------------------------------------------------------------
 
 
 class Expression:
@@ -48,7 +48,9 @@ class Number(Expression):
 
 @dataclass(frozen=True, slots=True)
 class Numeral(Expression):
-    """Digits with a base as subscript, `40_9`. It has no value here: it equals only the same digits in the same base."""
+    """Digits with a base as subscript, `40_9`. It has no value here: it equals only the same digits in the same
+    base.
+    """
 
     digits: str
     base: Expression
@@ -140,7 +142,7 @@ def choose_sign(expression: Expression, sign: str) -> Expression:
     return replace(expression, **changed)  # type: ignore[type-var]
 
 
-# --- tokens ------------------------------------------------------------------------------------------------------------
+# --- tokens -----------------------------------------------------------------------------------------------------------
 
 TOKEN = re.compile(r"\s*(\d+\.\d+|\.\d+|\d+\.?|\\[a-zA-Z]+|\\[{}|%\\]|[a-zA-Z]|.)")
 FUNCTIONS = {
@@ -174,14 +176,14 @@ def split_tokens(text: str) -> list[str]:
     return found
 
 
-# --- the parser --------------------------------------------------------------------------------------------------------
+# --- the parser -------------------------------------------------------------------------------------------------------
 
 SUMS = ("+", "-", PLUS_MINUS)
 TIMES = ("*", r"\cdot", r"\times", r"\ast")
 DIVIDED_BY = ("/", r"\div")
 ENDS_PRODUCT = {
-    *SUMS, ")", "]", "}", r"\}", "|", ",", "=", "<", ">", "_", "^", "!", "&", r"\le", r"\ge", r"\ne", r"\rfloor", r"\rceil",
-    r"\\",
+    *SUMS, ")", "]", "}", r"\}", "|", ",", "=", "<", ">", "_", "^", "!", "&", r"\le", r"\ge", r"\ne", r"\rfloor",
+    r"\rceil", r"\\",
 }  # fmt: skip
 PLAIN_FRACTION = re.compile(r"\\frac(?:\{\d+\}|\d)(?:\{\d+\}|\d)")
 
@@ -199,7 +201,9 @@ def parse(text: str) -> Expression:
 
 
 class _Parser:
-    """Recursive descent: a sum of products of powers of atoms, with implicit multiplication. One method for each level."""
+    """Recursive descent: a sum of products of powers of atoms, with implicit multiplication. One method for each
+    level.
+    """
 
     def __init__(self, tokens: list[str]) -> None:
         self.tokens, self.place, self.depth = tokens, 0, 0

@@ -3,8 +3,9 @@ r"""The answer that a reader would take from a response: the extraction of the c
     extract_gsm8k("... The answer is 3 + 4 = 7.")    -> "7"
     extract_math(r"... so \boxed{\frac{1}{2}}.")     -> r"\frac{1}{2}"
 
-The last explicit statement counts: \boxed{...}, "#### ...", "The answer is ..." and their kin. Only without any of them does the
-last number or formula count, and not even that behind an empty box or in a repetition loop: then no answer was given.
+The last explicit statement counts: \boxed{...}, "#### ...", "The answer is ..." and their kin. Only without any of
+them does the last number or formula count, and not even that behind an empty box or in a repetition loop: then no
+answer was given.
 
 Model text may be hostile, so each search is over a window of bounded length.
 """
@@ -30,8 +31,8 @@ REST = 1500  # characters read after a marker
 
 # A base model goes on with a problem of its own: what follows is not an answer to ours.
 NEXT_PROBLEM = re.compile(
-    r"\n[ \t]*(?:Q:|Question ?\d*:|Problem ?\d*:|Exercise ?\d*:|### ?(?:Instruction|Question|Problem)|Human:|User:|USER:"
-    r"|<\|im_start\|>|<\|user\|>"
+    r"\n[ \t]*(?:Q:|Question ?\d*:|Problem ?\d*:|Exercise ?\d*:|### ?(?:Instruction|Question|Problem)"
+    r"|Human:|User:|USER:|<\|im_start\|>|<\|user\|>"
     r"|\[INST\]|Below is an instruction)"
     r"|I hope it is correct\.|</s>|<\|endoftext\|>|<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>"
 )
@@ -44,7 +45,7 @@ NUMBER = re.compile(
 MATHS = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
 
 
-# --- what both benchmarks share ----------------------------------------------------------------------------------------
+# --- what both benchmarks share ---------------------------------------------------------------------------------------
 
 
 def first_problem(response: str) -> str:
@@ -58,7 +59,9 @@ def first_problem(response: str) -> str:
 
 
 def _ends_in_a_loop(text: str) -> bool:
-    """Whether the text ends in eight or more repeats of one piece with a letter: then its last number is a stray one."""
+    """Whether the text ends in eight or more repeats of one piece with a letter: then its last number is a stray
+    one.
+    """
     text = re.sub(r"\s+", " ", text[-4000:])
     for period in range(1, min(200, len(text) // 8) + 1):
         length = period
@@ -70,7 +73,9 @@ def _ends_in_a_loop(text: str) -> bool:
 
 
 def _statements(text: str, after: int) -> list[tuple[int, str]]:
-    """(place, what follows) of each answer marker, the last one first, down to the box at `after`, which states more."""
+    """(place, what follows) of each answer marker, the last one first, down to the box at `after`, which states
+    more.
+    """
     found = []
     for marker in list(MARKER.finditer(text))[-MARKERS:]:
         rest = text[marker.end() : marker.end() + REST]
@@ -84,7 +89,7 @@ def _formulas(text: str) -> list[str]:
     return [next(filter(None, groups)) for groups in MATHS.findall(text) if any(groups)]
 
 
-# --- GSM8K: a number ---------------------------------------------------------------------------------------------------
+# --- GSM8K: a number --------------------------------------------------------------------------------------------------
 
 STARTS_WITH_NUMBER = re.compile(
     r"^[\s*:=~\"'(]*(?:approximately |about |exactly |only |x ?= ?|\\\(|\\\[|\$)*\\?-?\$?-?[\d.]|^[\s*]*[$\\]"
@@ -110,7 +115,9 @@ def extract_gsm8k(response: str) -> str | None:
 
 
 def _stated_number(text: str, before: str = "") -> str | None:
-    """The number that an answer phrase gives: the first if it starts with one (after its last "="), the last if it is prose."""
+    """The number that an answer phrase gives: the first if it starts with one (after its last "="), the last if it is
+    prose.
+    """
     text = text.replace("\\$", "$").replace("\\!", "").replace("{,}", ",").replace("\\,", "")
     plain = text.replace("**", "")
     line = plain.lstrip().split("\n", 1)[0]
@@ -126,8 +133,8 @@ def _stated_number(text: str, before: str = "") -> str | None:
 
 
 def _concluding_number(text: str, whole: str) -> str | None:
-    """The number that a closing remark states: the last result of the calculation in `whole`, if the last sentence repeats
-    it among others ("So 10 pizzas feed 20 friends" after "80 / 8 = 10" says 10), else the last number."""
+    """The number that a closing remark states: the last result of the calculation in `whole`, if the last sentence
+    repeats it among others ("So 10 pizzas feed 20 friends" after "80 / 8 = 10" says 10), else the last number."""
     numbers = [_tidy(number) for number in NUMBER.findall(text)]
     if not numbers:
         return None
@@ -149,7 +156,7 @@ def _tidy(number: str) -> str:
     return re.sub(r"[$,\s]", "", number).replace("--", "-")
 
 
-# --- MATH: a formula or words ------------------------------------------------------------------------------------------
+# --- MATH: a formula or words -----------------------------------------------------------------------------------------
 
 WORD = re.compile(r"(?<![\\a-zA-Z])[a-z]{3,}")
 BETWEEN_BOXES = re.compile(r"^[\s$,;]*(?:(?:\\text ?\{)?\s*(?:and|or)\s*\}?)?[\s$,;]*(?:\\quad|\\\(|\\\))*[\s$,;]*$")
@@ -220,7 +227,9 @@ def _with_next_formulas(answer: str, after: str) -> str:
 
 
 def adjoining_boxes(response: str) -> str | None:
-    r"""The last boxes of a response as one list, if nothing but "and" stands between them: `\boxed{1} and \boxed{2}`."""
+    r"""The last boxes of a response as one list, if nothing but "and" stands between them: `\boxed{1} and
+    \boxed{2}`.
+    """
     text = first_problem(response)
     end = len(text)
     answers: list[str] = []

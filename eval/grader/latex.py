@@ -21,9 +21,9 @@ UNICODE = {
 UNICODE_RULE = re.compile("|".join(map(re.escape, sorted(UNICODE, key=len, reverse=True))))
 
 UNITS = (
-    r"units?|degrees?|radians?|dollars?|cents?|inch(?:es)?|in|feet|foot|ft|yards?|yd|miles?|mi|mph|km/h|m/s|kilometers?|km"
-    r"|centimeters?|cm|millimeters?|mm|meters?|metres?|kg|kilograms?|grams?|lbs?|pounds?|ounces?|oz|liters?|ml|gallons?"
-    r"|hours?|hrs?|minutes?|mins?|seconds?|secs?|days?|weeks?|months?|years?|percentage|percent|pct"
+    r"units?|degrees?|radians?|dollars?|cents?|inch(?:es)?|in|feet|foot|ft|yards?|yd|miles?|mi|mph|km/h|m/s"
+    r"|kilometers?|km|centimeters?|cm|millimeters?|mm|meters?|metres?|kg|kilograms?|grams?|lbs?|pounds?|ounces?|oz"
+    r"|liters?|ml|gallons?|hours?|hrs?|minutes?|mins?|seconds?|secs?|days?|weeks?|months?|years?|percentage|percent|pct"
 )
 UNIT_AT_END = re.compile(
     rf"(?:(?<=[0-9}})\]])|(?<=\\pi)) ?(?:(?:square|cubic|sq)\.? ?)?(?:{UNITS})\.?(?:\^\{{?[23]\}}?)?$"
@@ -49,7 +49,8 @@ COMMANDS: tuple[tuple[re.Pattern[str], str], ...] = (  # what to look for, what 
 )
 SPACING = re.compile(
     r"\\[,;:!> ]|~|&nbsp;"
-    r"|\\(?:quad|qquad|thinspace|displaystyle|textstyle|limits|hfill|nobreakspace|left|right|[bB]igg?[lrm]?)(?![a-zA-Z])"
+    r"|\\(?:quad|qquad|thinspace|displaystyle|textstyle|limits|hfill|nobreakspace|left|right"
+    r"|[bB]igg?[lrm]?)(?![a-zA-Z])"
 )
 MATH_DELIMITERS = (r"\(", r"\)", r"\[", r"\]", r"\$", "$")
 LINE_BREAK = re.compile(r"\\\\(?:\[[0-9a-z. ]*\])?")
@@ -58,13 +59,17 @@ REPEATING = re.compile(r"(\d{0,20})\.(\d{0,20})\\(?:overline|bar|dot) ?\{(\d{1,2
 MIXED_NUMBER = re.compile(r"(?<![\d/.}])(\d+) (\d+)/(\d+)(?![\d/])")
 SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d.,])")
 THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?![\d,])")
-TEXT_COMMANDS = "text|mbox|textbf|textit|textrm|textnormal|texttt|mathrm|mathbf|mathit|mathsf|boldsymbol|operatorname|rm|bf|hbox|emph"
+TEXT_COMMANDS = (
+    "text|mbox|textbf|textit|textrm|textnormal|texttt|mathrm|mathbf|mathit|mathsf|boldsymbol"
+    "|operatorname|rm|bf|hbox|emph"
+)
 TEXT = re.compile(rf"\\(?:{TEXT_COMMANDS}) ?\{{([^{{}}]*)\}}")
 WRAPPERS = re.compile(r"\\(?:boxed|fbox|ensuremath|mathbb|mathcal|vec|overrightarrow) ?\{([^{}]*)\}")
 
 
 def clean(text: str) -> str:
-    r"""One spelling: Unicode to LaTeX, no spacing commands, no dollar signs, `\frac` alone, units and trailing dots gone.
+    r"""One spelling: Unicode to LaTeX, no spacing commands, no dollar signs, `\frac` alone, units and trailing dots
+    gone.
 
     >>> clean(r"$\dfrac{270}7\text{ degrees}$."), clean(r"10,\!080"), clean(r"\$2.50")
     ('\\frac{270}7', '10080', '2.50')
@@ -121,11 +126,13 @@ def _repeating_decimal(found: re.Match[str]) -> str:
     return rf"\frac{{{top}}}{{{(10 ** len(period) - 1) * 10 ** len(fixed)}}}"
 
 
-# --- words -------------------------------------------------------------------------------------------------------------
+# --- words ------------------------------------------------------------------------------------------------------------
 
 
 def _clean_texts(text: str) -> str:
-    r"""`\text{...}`: "and" and "or" separate list items, a text behind a value is its unit, a text alone is the answer."""
+    r"""`\text{...}`: "and" and "or" separate list items, a text behind a value is its unit, a text alone is the
+    answer.
+    """
     for _ in range(3):  # texts inside texts
         text = TEXT.sub(_replace_text, text)
     text = re.sub(r"\\unit ?(?:\^ ?(?:\{ ?[23] ?\}|[23]))?", " ", text)
@@ -151,7 +158,7 @@ def _replace_text(found: re.Match[str]) -> str:
     return inside
 
 
-# --- wrapping ----------------------------------------------------------------------------------------------------------
+# --- wrapping ---------------------------------------------------------------------------------------------------------
 
 
 def _unwrap(text: str) -> str:

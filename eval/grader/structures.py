@@ -128,7 +128,7 @@ def _is_variable(side: Structure) -> bool:
     return isinstance(side, Formula) and names_a_quantity(side)
 
 
-# --- reading -----------------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=4096)
@@ -194,7 +194,8 @@ def read_structure(text: str) -> Structure:
 
 
 def split_outside_brackets(text: str, separator: str) -> list[str]:
-    """The pieces between separators that stand in no bracket. Half-open intervals mix the kinds, so all brackets count alike.
+    """The pieces between separators that stand in no bracket. Half-open intervals mix the kinds, so all brackets
+    count alike.
 
     >>> split_outside_brackets("[1,2),3", ",")
     ['[1,2)', '3']

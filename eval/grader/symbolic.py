@@ -1,7 +1,7 @@
 """The last rung: math-verify (sympy) in a worker process that can be killed.
 
-A pair that takes longer than SECONDS, or that kills the worker, is ungraded (None), and the next pair gets a new worker. No
-signals are used, so this works in any thread.
+A pair that takes longer than SECONDS, or that kills the worker, is ungraded (None), and the next pair gets a new
+worker. No signals are used, so this works in any thread.
 """
 
 import atexit

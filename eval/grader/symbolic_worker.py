@@ -1,4 +1,5 @@
-"""The process behind `eval.grader.symbolic`: reads a JSON line [given, gold] and answers with a JSON line, true, false or null.
+"""The process behind `eval.grader.symbolic`: reads a JSON line [given, gold] and answers with a JSON line, true,
+false or null.
 
 Started as a script, so that nothing of the grader is imported. It holds at most MEMORY bytes of address space.
 """

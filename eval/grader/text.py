@@ -63,7 +63,8 @@ def _group(text: str) -> str | None:
 
 
 def read_rational(text: str) -> Fraction | None:
-    """An integer, decimal or plain fraction, with thousands commas, a sign and a dollar sign allowed; None for anything else.
+    """An integer, decimal or plain fraction, with thousands commas, a sign and a dollar sign allowed; None for
+    anything else.
 
     >>> read_rational("$1,234.50"), read_rational("1 / 2"), read_rational("x")
     (Fraction(2469, 2), Fraction(1, 2), None)

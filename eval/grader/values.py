@@ -1,7 +1,7 @@
 r"""The value of an expression: an exact rational where it has one, else a number to 40 digits at fixed points.
 
-Two expressions with variables are taken as equal when they agree at two fixed points. That is identity testing: nothing is
-expanded or simplified, so no input can make it slow. Exact rationals are bounded by their size in bits.
+Two expressions with variables are taken as equal when they agree at two fixed points. That is identity testing:
+nothing is expanded or simplified, so no input can make it slow. Exact rationals are bounded by their size in bits.
 """
 
 from __future__ import annotations
@@ -44,11 +44,13 @@ def _is_whole(value: Fraction | None) -> bool:
     return value is not None and value.denominator == 1
 
 
-# --- exact -------------------------------------------------------------------------------------------------------------
+# --- exact ------------------------------------------------------------------------------------------------------------
 
 
 def exact_value(expression: Expression) -> Fraction | None:
-    """The exact value, where the expression is made of rationals and whole powers of them; None if not, or if it grows too big."""
+    """The exact value, where the expression is made of rationals and whole powers of them; None if not, or if it
+    grows too big.
+    """
     match expression:
         case Number(value):
             return value
@@ -81,7 +83,7 @@ def _exact_power(base: Fraction | None, exponent: Fraction | None) -> Fraction |
     return base ** int(exponent)
 
 
-# --- to 40 digits ------------------------------------------------------------------------------------------------------
+# --- to 40 digits -----------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
@@ -162,11 +164,12 @@ def _value_or_undecided(expression: Expression, point: int) -> Any:
         raise UndecidedError(str(problem)) from None  # mpmath's words for "not defined there"
 
 
-# --- comparisons -------------------------------------------------------------------------------------------------------
+# --- comparisons ------------------------------------------------------------------------------------------------------
 
 
 def equal_values(left: Expression, right: Expression) -> bool:
-    """Whether two expressions have one value: exactly, or at two points, or one is a long decimal that the other rounds to.
+    """Whether two expressions have one value: exactly, or at two points, or one is a long decimal that the other
+    rounds to.
 
     >>> from eval.grader.expressions import parse
     >>> equal_values(parse(r"\\sin^2 x + \\cos^2 x"), parse("1")), equal_values(parse("0.333333"), parse(r"\\frac13"))
@@ -201,7 +204,9 @@ def _rounds_to(value: Any, decimal: Expression) -> bool:
 
 
 def are_proportional(left: Expression, right: Expression, *, positive: bool) -> bool:
-    """Whether left = c right with one constant c != 0 (c > 0 if `positive`) at four points: then both vanish together."""
+    """Whether left = c right with one constant c != 0 (c > 0 if `positive`) at four points: then both vanish
+    together.
+    """
     mp = _precise()
     ratios = []
     for point in range(4):

@@ -1,7 +1,7 @@
 """The report of one run, OUT/<name>.html: one file without scripts or network, and with the wrong answers to read.
 
-The layout is in page.html.j2; here is what it shows. Jinja escapes every value, and `visible` spells out every character that could
-hide or rearrange text.
+The layout is in page.html.j2; here is what it shows. Jinja escapes every value, and `visible` spells out every
+character that could hide or rearrange text.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _facts(summary: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# --- wrong answers -----------------------------------------------------------------------------------------------------
+# --- wrong answers ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _cut_in_the_middle(text: str) -> str:
     return text if left_out <= 0 else f"{text[:half]}\n[... {left_out} characters left out ...]\n{text[-half:]}"
 
 
-# --- the chart ---------------------------------------------------------------------------------------------------------
+# --- the chart --------------------------------------------------------------------------------------------------------
 
 LEFT, WIDTH = 190, 420  # where 0 % stands, and how far away 100 %, in pixels
 TOP, STEP = 8, 28  # where the first bar begins, and how far down the next

@@ -41,7 +41,8 @@ def places_by_problem(rows: Sequence[Row]) -> dict[str, list[int]]:
         samples = [rows[place]["sample"] for place in found]
         if len(set(samples)) < len(samples):
             raise ValueError(
-                f"{problem} has two rows of one sample (samples {samples}): the file was written twice. Generate it again."
+                f"{problem} has two rows of one sample (samples {samples}): the file was written twice. "
+                "Generate it again."
             )
     return places
 
@@ -49,8 +50,8 @@ def places_by_problem(rows: Sequence[Row]) -> dict[str, list[int]]:
 def score(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Any]:
     """Scores of problems, each with the verdicts of its samples.
 
-    Counts and interval are of the first sample of each problem; `accuracy` is the mean over problems of the share of correct samples,
-    which with one sample is correct / total. Ungraded counts as wrong.
+    Counts and interval are of the first sample of each problem; `accuracy` is the mean over problems of the share of
+    correct samples, which with one sample is correct / total. Ungraded counts as wrong.
     """
     first = [samples[0] for samples in verdicts]
     correct, total = sum(verdict.correct is True for verdict in first), len(first)
@@ -105,7 +106,8 @@ def summarise(
     for problem, found in places.items():
         if len(found) != samples:
             raise ValueError(
-                f"{problem} has {len(found)} samples, others {samples}: the run is unfinished. Start it again to complete it."
+                f"{problem} has {len(found)} samples, others {samples}: the run is unfinished. "
+                "Start it again to complete it."
             )
 
     # 2. verdicts; groups and single verdicts are of our own convention
@@ -163,7 +165,9 @@ def _pass_at_powers_of_two(verified: Mapping[str, Sequence[Verdict]], samples: i
 
 
 def _score_majority(verified: Mapping[str, Sequence[Verdict]]) -> dict[str, Any]:
-    """Scores of the majority answers, by the verdict on the first sample that gave each, so that nothing is graded twice."""
+    """Scores of the majority answers, by the verdict on the first sample that gave each, so that nothing is graded
+    twice.
+    """
     votes = []
     for verdicts in verified.values():
         winner = majority_vote((verdict.extracted for verdict in verdicts), equal=answers_equal)
@@ -174,8 +178,8 @@ def _score_majority(verified: Mapping[str, Sequence[Verdict]]) -> dict[str, Any]
 def majority_vote(answers: Iterable[str | None], equal: Callable[[str, str], bool] | None = None) -> str | None:
     """The first spelling of the answer that most samples give. None entries do not vote; without votes it is None.
 
-    Equal strings are counted together first; then each distinct string joins the first cluster whose first spelling it is
-    `equal` to. Ties go to the answer that appears first.
+    Equal strings are counted together first; then each distinct string joins the first cluster whose first spelling
+    it is `equal` to. Ties go to the answer that appears first.
 
     >>> majority_vote(["1/2", "3", None, "0.5", "3", "1/2"], equal=lambda a, b: {a, b} == {"1/2", "0.5"})
     '1/2'

@@ -1,4 +1,5 @@
-"""How sure a score is: intervals of one score, and tests between two runs. SciPy does the arithmetic, imported on the first call.
+"""How sure a score is: intervals of one score, and tests between two runs. SciPy does the arithmetic, imported on the
+first call.
 
 | question                                   | function                                      |
 |--------------------------------------------|-----------------------------------------------|
@@ -58,7 +59,8 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
 
 
 def two_proportion(correct_a: int, total_a: int, correct_b: int, total_b: int) -> float:
-    """Two-sided p value of the pooled z test between two scores on unpaired problems: all that two published numbers allow.
+    """Two-sided p value of the pooled z test between two scores on unpaired problems: all that two published numbers
+    allow.
 
     The same as Pearson's chi-square test of the table, without continuity correction.
 
@@ -90,7 +92,8 @@ def bootstrap_difference(
 
     if len(a) != len(b) or not len(a):
         raise ValueError(
-            f"{len(a)} scores against {len(b)}: a paired difference needs the same problems on both sides, at least one."
+            f"{len(a)} scores against {len(b)}: a paired difference needs the same problems on both sides, "
+            "at least one."
         )
     if not _is_count(repeats) or repeats == 0:
         raise ValueError(f"repeats={repeats!r} draws no sample: use a positive integer, such as 10000.")
@@ -106,8 +109,9 @@ def minimum_detectable_difference(
 ) -> float:
     """Smallest true accuracy difference d that McNemar's test on `total` problems finds with probability `power`.
 
-    Solves d sqrt(n) = z_a sqrt(s) + z_b sqrt(s - d^2), where s = `discordant_share` is the share of problems that one run
-    alone solves (Connor 1987). A difference cannot exceed s: `inf` means that no difference at this s would be found.
+    Solves d sqrt(n) = z_a sqrt(s) + z_b sqrt(s - d^2), where s = `discordant_share` is the share of problems that one
+    run alone solves (Connor 1987). A difference cannot exceed s: `inf` means that no difference at this s would be
+    found.
 
     >>> round(minimum_detectable_difference(1319, 0.2), 4)  # 3.4 points on GSM8K
     0.0345
@@ -125,14 +129,15 @@ def minimum_detectable_difference(
     largest = z_a * root + z_b * math.sqrt(discordant_share * (1 - discordant_share))  # the right side at d = s
     if discordant_share * math.sqrt(total) <= largest:
         return math.inf
-    # squared, with x = d sqrt(n) and A = z_a sqrt(s): (x - A)^2 = z_b^2 (s - x^2/n), of which the root at or above A counts
+    # squared, with x = d sqrt(n) and A = z_a sqrt(s): (x - A)^2 = z_b^2 (s - x^2/n); the root at or above A counts
     scale, a = 1 + z_b * z_b / total, z_a * root
     x = (a + math.sqrt(a * a - scale * (a * a - z_b * z_b * discordant_share))) / scale
     return x / math.sqrt(total)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k samples is right, from n samples of which c are (Chen et al. 2021, eq. 1).
+    """Unbiased estimate of the chance that one of k samples is right, from n samples of which c are (Chen et al.
+    2021, eq. 1).
 
     1 - C(n-c, k) / C(n, k), in integers and rounded once: exact where floats would overflow.
 
@@ -142,7 +147,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     _check_count(c, n)
     if not _is_count(k) or not 1 <= k <= n:
         raise ValueError(
-            f"pass@{k} cannot be estimated from n={n} samples: k must lie between 1 and n. Draw more samples, or lower k."
+            f"pass@{k} cannot be estimated from n={n} samples: k must lie between 1 and n. Draw more samples, "
+            "or lower k."
         )
     drawn = math.comb(n, k)
     return (drawn - math.comb(n - c, k)) / drawn

@@ -1,6 +1,8 @@
-"""Which training rows hold test questions: equal up to how they are written, or sharing many of a question's word n-grams.
+"""Which training rows hold test questions: equal up to how they are written, or sharing many of a question's word
+n-grams.
 
-Templates share n-grams too, so rows found by n-grams are to be read. The comparison itself is `matrix_llm.data.questions`.
+Templates share n-grams too, so rows found by n-grams are to be read. The comparison itself is
+`matrix_llm.data.questions`.
 """
 
 from collections.abc import Iterable
@@ -43,12 +45,15 @@ class LeakageReport:
 
     def lines(self) -> list[str]:
         return [
-            f"leakage: {self.rows:,} training rows against {self.test_questions:,} test questions of {', '.join(self.sources)}",
-            f"leakage: {len(self.leaked):,} rows hold one of {self.questions:,} test questions: {self.exact:,} are equal to it, "
+            f"leakage: {self.rows:,} training rows against {self.test_questions:,} test questions of "
+            f"{', '.join(self.sources)}",
+            f"leakage: {len(self.leaked):,} rows hold one of {self.questions:,} test questions: "
+            f"{self.exact:,} are equal to it, "
             f"{len(self.leaked) - self.exact:,} share at least {100 * self.share:g} % of its {self.n}-word sequences "
             f"({self.touched:,} rows share any)",
             *(
-                f"leakage: row {each['row']} {'=' if each['exact'] else '~'} {each['test']} ({100 * each['share']:.0f} %)"
+                f"leakage: row {each['row']} {'=' if each['exact'] else '~'} {each['test']} "
+                f"({100 * each['share']:.0f} %)"
                 for each in self.examples[:5]
             ),
         ]

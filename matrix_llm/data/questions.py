@@ -1,10 +1,13 @@
-r"""Questions, compared: a normal form that undoes differences of writing, and an index of test questions by it and by n-grams.
+r"""Questions, compared: a normal form that undoes differences of writing, and an index of test questions by it and by
+n-grams.
 
     index = QuestionIndex([("gsm8k/1", "Ana buys 3 pens ...")])     # the test side, held in memory
-    index.match("Ana buys  3 pens ...")                             # one training row after another: none of them is kept
+    index.match("Ana buys  3 pens ...")                             # one training row after another: none of them is
+    kept
 
-The normal form undoes differences of writing (Unicode forms, white space, case, LaTeX spacing, braces, math delimiters) and none
-of meaning: signs, digits, points and letters stay. Stripping all punctuation would call 22.5 and 225 the same.
+The normal form undoes differences of writing (Unicode forms, white space, case, LaTeX spacing, braces, math
+delimiters) and none of meaning: signs, digits, points and letters stay. Stripping all punctuation would call 22.5 and
+225 the same.
 
 `matrix_llm.data.leakage` and `eval/contamination.py` report what is found. Standard library only.
 """
@@ -19,7 +22,7 @@ from typing import Any
 FIELDS = ("problem", "question", "query", "instruction", "prompt", "messages", "text")
 NGRAM = 13  # words, as GPT-3's check used
 
-# --- normal form -------------------------------------------------------------------------------------------------------
+# --- normal form ------------------------------------------------------------------------------------------------------
 
 SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))
 SUPERSCRIPT = re.compile(f"[{''.join(SUPERSCRIPTS)}]+")  # before NFKC, which makes "x²" into "x2"
@@ -31,8 +34,9 @@ INVISIBLE = re.compile("[\u00ad\u200b-\u200d\u2060\ufeff]")
 # One pass from the left, so that the line break in `\\[2pt]` is not read as the delimiter `\[`
 COMMAND = re.compile(r"\\(?:([a-zA-Z]+)\*?|(.))|[$~]|([A-Z]+)", re.S)
 DROPPED = {
-    "left", "right", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl", "Bigr", "displaystyle", "textstyle", "limits", "quad", "qquad",
-    "thinspace", "enspace", "enskip", "thickspace", "medspace", "negthinspace", "nonumber", "nobreak",
+    "left", "right", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl", "Bigr", "displaystyle", "textstyle",
+    "limits", "quad", "qquad", "thinspace", "enspace", "enskip", "thickspace", "medspace", "negthinspace", "nonumber",
+    "nobreak",
 }  # fmt: skip
 RENAMED = {"dfrac": "frac", "tfrac": "frac", "cfrac": "frac"}
 # After a backslash these are spacing or a math delimiter (\$ as well: dollars do not tell questions apart)
@@ -41,7 +45,7 @@ TOKEN = r"([0-9a-zA-Z]|\\[a-zA-Z]+(?![a-zA-Z]))"
 FRAC_TWO = re.compile(rf"\\frac\s*(?:{TOKEN}|\{{([^{{}}]*)\}})\s*(?:{TOKEN}|\{{([^{{}}]*)\}})")
 ARGUMENT = re.compile(rf"(\\sqrt|[\^_])\s*{TOKEN}")
 GROUP = re.compile(r"(?<![a-zA-Z\]}^_\\])\{(\\?[a-zA-Z]+|\d+|[^\w\s{}\\])\}")
-# White space has a meaning between two letters, between two digits, and between a command and a letter (which is two letters)
+# White space has a meaning between two letters, between two digits, and between a command and a letter
 SPACE = re.compile(r"(?<=[^\W\d_])\s+(?=[^\W\d_])|(?<=[\d.])\s+(?=\d)|(\s+)")
 
 
@@ -50,8 +54,10 @@ def normalise(text: str) -> str:
 
     >>> normalise(r"Let $x^{2} + \dfrac 12 = \left( 3 \right)\,$.") == normalise(r"let $$x^2+\frac{1}{2}=(3)$$.")
     True
-    >>> normalise(r"$\tan 22.5^\circ$") == normalise(r"$\tan 225^\circ$"), normalise("$z^4 + z^2$") == normalise("$z^4 - z^2$")
-    (False, False)
+    >>> normalise(r"$\tan 22.5^\circ$") == normalise(r"$\tan 225^\circ$")
+    False
+    >>> normalise("$z^4 + z^2$") == normalise("$z^4 - z^2$")
+    False
     """
     if not text.isascii():
         text = SUPERSCRIPT.sub(
@@ -97,14 +103,14 @@ def _grams(tokens: list[str], n: int) -> Iterator[tuple[str, ...]]:
     return zip(*(tokens[start:] for start in range(n)), strict=False)
 
 
-# --- overlaps ----------------------------------------------------------------------------------------------------------
+# --- overlaps ---------------------------------------------------------------------------------------------------------
 
 
 class QuestionIndex:
     """Test questions by normal form and by n-gram, all held in memory.
 
-    A question of fewer than n words has no n-gram: only an equal text matches it. The n-grams are kept as 64-bit hashes, so
-    that the 300,000 of GSM8K and MATH take some 50 MB; the chance that two of them collide is below 10^-8.
+    A question of fewer than n words has no n-gram: only an equal text matches it. The n-grams are kept as 64-bit
+    hashes, so that the 300,000 of GSM8K and MATH take some 50 MB; the chance that two of them collide is below 10^-8.
 
     >>> index = QuestionIndex([("t", "What is 1 + 1?")], n=3)
     >>> index.match("what is $1+1$?")  # equal, with both of its 3-grams
