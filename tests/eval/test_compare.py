@@ -28,7 +28,7 @@ def make_run(
     golds=None,
     **settings,
 ):
-    """A run whose problem i is answered answers[i], with gold i: generations and summary as eval/run.py writes them."""
+    """A run whose problem i is answered answers[i], with gold i: generations and summary as a run writes them."""
     rows = [
         {
             "id": f"test/{i}",
