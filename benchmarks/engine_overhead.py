@@ -16,13 +16,13 @@ import statistics
 import tempfile
 import time
 
-from eval.engine import VLLMEngine, VLLMOptions
-from eval.files import Files
-from eval.generation import Decoding, Request, tokenize
-from eval.models import context_limit, load_tokenizer, locate
-from eval.prompts import PROMPTS
-from eval.run import _progress, _row
-from eval.tasks import load_problems
+from eval.generate.generation import Decoding, Request, tokenize
+from eval.generate.models import context_limit, load_tokenizer, locate
+from eval.generate.prompts import PROMPTS
+from eval.generate.run import ProgressBar, make_row
+from eval.generate.run_files import RunFiles
+from eval.generate.tasks import load_problems
+from eval.generate.vllm_engine import VLLMEngine, VLLMOptions
 
 STOP = ("\nQuestion:",)
 
@@ -66,11 +66,11 @@ def main() -> None:
         tokens = 0
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            with Files(Path(folder), "x").appending() as append, _progress(len(requests), 0) as progress:
+            with RunFiles(Path(folder), "x").appending() as file, ProgressBar(len(requests), 0) as bar:
                 for generation in engine.generate(requests, Decoding(stop=STOP)):
                     tokens += generation.tokens
-                    append(_row(by_id[generation.id], generation, "0" * 64, 0))
-                    progress(tokens)
+                    file.append(make_row(by_id[generation.id], generation, "0" * 64, 0))
+                    bar.advance(generation.tokens)
             return time.perf_counter() - start, tokens
 
     bare()

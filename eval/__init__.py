@@ -1,1 +1,6 @@
-"""Evaluation on GSM8K and MATH: generation and grading are separate steps over one saved file."""
+"""Evaluation on GSM8K and MATH: responses are generated once and saved, and can be graded again at any time.
+
+Commands: gsm8k.py and hendrycks_math.py (measure a model), compare.py (two runs), regrade.py (every convention on
+saved responses), contamination.py (test questions among training rows). As a library: `eval.answers` and
+`eval.statistics`. Rooms, in the order they use each other: `grader`, `report`, `generate`.
+"""

@@ -3,9 +3,9 @@ r"""Are test questions in the training data? Exact matches up to how they are wr
     python eval/contamination.py --train train.jsonl --test shared/data/math/test.jsonl
     python eval/contamination.py --train MetaMathQA-395K.json --test test.jsonl --n 13 --share 0.5 --out overlaps.json
 
-Exact: equal after `normalise`, which undoes differences of writing (Unicode forms, white space, case, LaTeX spacing, braces, math
-delimiters) and none of meaning: signs, digits, points and letters stay. Stripping all punctuation would call 22.5 and 225 the same.
-Similar: the share of a test question's n-grams that one training row holds. Templates share n-grams too, so these are to be read.
+Exact: equal in the normal form of `matrix_llm.data.questions`, which undoes differences of writing and none of meaning.
+Similar: the share of a test question's n-grams that one training row holds. Templates share n-grams too, so these are
+to be read.
 
 The test side is indexed and the training side read one row at a time: memory does not grow with the training data.
 """
@@ -17,106 +17,59 @@ if not __package__:  # run as a script: import from the repository, not from thi
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import json
-import re
 import time
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from eval.files import write_json
-from eval.report import visible
+from eval.files import read_rows, write_json
+from eval.text import shorten, visible
 from matrix_llm.base.errors import EvalError
+from matrix_llm.base.threads import wait_passively
+from matrix_llm.data.questions import FIELDS, NGRAM, QuestionIndex, question_of
 
-FIELDS = (
-    "problem",
-    "question",
-    "query",
-    "instruction",
-    "prompt",
-    "messages",
-)  # the first that a row holds is its question
-NGRAM = 13  # words, as GPT-3's check used
 SHARE = 0.5
 LISTED = 10  # training rows named for one test question
-CHUNK = 1 << 20
-
-# --- normal form -------------------------------------------------------------------------------------------------------
-
-SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))
-SUPERSCRIPT = re.compile(f"[{''.join(SUPERSCRIPTS)}]+")  # before NFKC, which makes "x²" into "x2"
-VULGAR_FRACTION = re.compile(r"(?<=\d)(?=[¼-¾⅐-⅞])")  # NFKC makes "2½" into "21⁄2"
-SAME = str.maketrans(
-    "\u2212\u2010\u2011\u2013\u2019\u2018\u201c\u201d\u2044", "----''\"\"/"
-)  # minus, hyphens, quotes, fraction slash
-INVISIBLE = re.compile("[\u00ad\u200b-\u200d\u2060\ufeff]")
-# One pass from the left, so that the line break in `\\[2pt]` is not read as the delimiter `\[`
-COMMAND = re.compile(r"\\(?:([a-zA-Z]+)\*?|(.))|[$~]|([A-Z]+)", re.S)
-DROPPED = {
-    "left", "right", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl", "Bigr", "displaystyle", "textstyle", "limits", "quad", "qquad",
-    "thinspace", "enspace", "enskip", "thickspace", "medspace", "negthinspace", "nonumber", "nobreak",
-}  # fmt: skip
-RENAMED = {"dfrac": "frac", "tfrac": "frac", "cfrac": "frac"}
-SPACES = set(
-    ",;:! ()[]$\n\t"
-)  # after a backslash: spacing, or a math delimiter (\$ as well: dollars do not tell questions apart)
-TOKEN = r"([0-9a-zA-Z]|\\[a-zA-Z]+(?![a-zA-Z]))"
-FRAC_TWO = re.compile(rf"\\frac\s*(?:{TOKEN}|\{{([^{{}}]*)\}})\s*(?:{TOKEN}|\{{([^{{}}]*)\}})")
-ARGUMENT = re.compile(rf"(\\sqrt|[\^_])\s*{TOKEN}")
-GROUP = re.compile(r"(?<![a-zA-Z\]}^_\\])\{(\\?[a-zA-Z]+|\d+|[^\w\s{}\\])\}")
-# White space has a meaning between two letters, between two digits, and between a command and a letter (which is two letters)
-SPACE = re.compile(r"(?<=[^\W\d_])\s+(?=[^\W\d_])|(?<=[\d.])\s+(?=\d)|(\s+)")
+SHOWN = 110  # characters of a question in the printed list
 
 
-def normalise(text: str) -> str:
-    r"""The form in which two writings of one question are equal, and two questions are not.
+def questions(path: Path, field: str | None = None) -> Iterator[tuple[str, str]]:
+    """(name, question) of each row of a file, one at a time.
 
-    >>> normalise(r"Let $x^{2} + \dfrac 12 = \left( 3 \right)\,$.") == normalise(r"let $$x^2+\frac{1}{2}=(3)$$.")
-    True
-    >>> normalise(r"$\tan 22.5^\circ$") == normalise(r"$\tan 225^\circ$"), normalise("$z^4 + z^2$") == normalise("$z^4 - z^2$")
-    (False, False)
+    The question is what stands under `field`, else under the first of FIELDS that holds any: a text, or messages, of
+    which the first user message counts. The name is the row's id, else FILE:NUMBER counted from 1.
     """
-    if not text.isascii():
-        text = SUPERSCRIPT.sub(
-            lambda run: "^{" + "".join(SUPERSCRIPTS[character] for character in run.group()) + "}", text
-        )
-        text = unicodedata.normalize("NFKC", VULGAR_FRACTION.sub(" ", text)).translate(SAME)
-        text = INVISIBLE.sub("", text)
-        text = "".join(character.lower() if character > "\x7f" else character for character in text)
-    text = COMMAND.sub(_command, text)
-    if "\\" in text or "{" in text or "^" in text or "_" in text:
-        text = FRAC_TWO.sub(
-            lambda found: f"\\frac{{{found[1] or found[2] or ''}}}{{{found[3] or found[4] or ''}}}", text
-        )
-        text = ARGUMENT.sub(r"\1{\2}", text)
-        text = GROUP.sub(r"\1", text)
-    return SPACE.sub(lambda found: "" if found[1] else " ", text.strip())
+    wanted = (field,) if field else FIELDS
+    for number, row in enumerate(read_rows(path, columns=(*wanted, "id")), 1):
+        text = question_of(row, wanted)
+        if text is None:
+            names = ", ".join(map(str, row)) or "none"
+            raise EvalError(
+                f"{path}: row {number} has no text under {' or '.join(wanted)}; its fields are {names}. "
+                "Name the question's field with --field, or remove the row."
+            )
+        yield str(row.get("id") or f"{path.name}:{number}"), text
 
 
-def _command(found: re.Match[str]) -> str:
-    name, sign, capitals = found.groups()
-    if capitals:
-        return capitals.lower()
-    if name:  # \Delta is not \delta: commands keep their case
-        return " " if name in DROPPED else "\\" + RENAMED.get(name, name)
-    return " " if sign is None or sign in SPACES else found.group()
+@dataclass
+class Overlap:
+    """The training rows that one test question was found in."""
 
+    rows: int = 0
+    """How many."""
+    names: list[str] = field(default_factory=list)
+    """Of the first LISTED."""
+    share: float = 0.0
+    """The largest share of the question's n-grams that one of them holds."""
+    closest: str = ""
+    """The name of that one."""
 
-WORD = re.compile(r"[-+=<>]?(?:\d+(?:[.,]\d+)*|[^\W\d_]+)")
-
-
-def words(normal: str) -> list[str]:
-    """Numbers and runs of letters of a normal form, each with the sign before it; other marks do not count for n-grams.
-
-    >>> words(normalise("He has $2.5 = x_1 - 3$ Apples."))
-    ['he', 'has', '2.5', '=x', '1', '-3', 'apples']
-    """
-    for command in ("ne", "le", "ge"):  # \\neq is \\ne under another name
-        normal = normal.replace(f"\\{command}q", f"\\{command}")
-    return WORD.findall(normal)
-
-
-# --- overlaps ----------------------------------------------------------------------------------------------------------
+    def add(self, name: str, share: float) -> None:
+        self.rows += 1
+        if len(self.names) < LISTED:
+            self.names.append(name)
+        if share > self.share:
+            self.share, self.closest = share, name
 
 
 def find_overlaps(
@@ -131,202 +84,88 @@ def find_overlaps(
         share: a test question is similar to a training row that holds at least this share of its distinct n-grams.
 
     Returns:
-        "exact" and "similar": one entry a test question, with the names of up to LISTED training rows and how many there are;
-        an exact one is not repeated under "similar". "train_rows", "test_rows", and "too_short": test questions of fewer than n
-        words, which only an exact match can find.
+        "exact" and "similar": one entry a test question, with the names of up to LISTED training rows and how many
+        there are; an exact one is not repeated under "similar". "train_rows", "test_rows", and "too_short": test
+        questions of fewer than n words, which only an exact match can find.
 
     >>> found = find_overlaps([("a", "What is $1+1$?"), ("b", "What is $1-1$?")], [("t", "what is 1 + 1?")])
     >>> found["exact"]
     [{'test': 't', 'train': ['a'], 'train_rows': 1}]
     """
     if n < 1:
-        raise EvalError(f"--n {n} is no number of words: it must be 1 or more. Usual are 8 to 13.")
+        raise EvalError(f"--n {n} must be 1 or more words. Usual are 8 to 13.")
     if not 0 < share <= 1:
         raise EvalError(f"--share {share} must be above 0 and at most 1.")
-    names: list[str] = []
-    forms: dict[str, list[int]] = {}  # normal form -> test questions
-    owners: dict[tuple[str, ...], list[int]] = {}  # n-gram -> test questions
-    sizes: list[int] = []  # distinct n-grams of each test question
-    for index, (name, text) in enumerate(test):
-        names.append(name)
-        normal = normalise(text)
-        forms.setdefault(normal, []).append(index)
-        grams = set(_grams(words(normal), n))
-        sizes.append(len(grams))
-        for gram in grams:
-            owners.setdefault(gram, []).append(index)
-
-    exact: dict[int, list[Any]] = {}  # test question -> [how many training rows, names of the first]
-    similar: dict[int, list[Any]] = {}  # test question -> [how many, largest share, name of that row]
+    index = QuestionIndex(test, n)
+    exact: dict[int, Overlap] = {}  # by test question
+    similar: dict[int, Overlap] = {}
     rows = 0
     for name, text in train:
         rows += 1
-        normal = normalise(text)
-        for index in forms.get(normal, ()):
-            found = exact.setdefault(index, [0, []])
-            found[0] += 1
-            if len(found[1]) < LISTED:
-                found[1].append(name)
-        counts: dict[int, int] = {}
-        for gram in {gram for gram in _grams(words(normal), n) if gram in owners}:
-            for index in owners[gram]:
-                counts[index] = counts.get(index, 0) + 1
-        for index, count in counts.items():
-            if count >= share * sizes[index]:
-                best = similar.setdefault(index, [0, 0.0, name])
-                best[0] += 1
-                if count / sizes[index] > best[1]:
-                    best[1:] = count / sizes[index], name
+        match = index.match(text)
+        for question in match.equal:
+            exact.setdefault(question, Overlap()).add(name, 1.0)
+        for question, part in match.shares.items():
+            if part >= share:
+                similar.setdefault(question, Overlap()).add(name, part)
     return {
         "exact": [
-            {"test": names[index], "train": exact[index][1], "train_rows": exact[index][0]} for index in sorted(exact)
+            {"test": index.names[question], "train": found.names, "train_rows": found.rows}
+            for question, found in sorted(exact.items())
         ],
         "similar": [
             {
-                "test": names[index],
-                "train": similar[index][2],
-                "share": round(similar[index][1], 4),
-                "train_rows": similar[index][0],
+                "test": index.names[question],
+                "train": found.closest,
+                "share": round(found.share, 4),
+                "train_rows": found.rows,
             }
-            for index in sorted(similar)
-            if index not in exact
+            for question, found in sorted(similar.items())
+            if question not in exact
         ],
         "n": n,
         "share": share,
         "train_rows": rows,
-        "test_rows": len(names),
-        "too_short": sum(not size for size in sizes),
+        "test_rows": len(index.names),
+        "too_short": index.too_short,
     }
 
 
-def _grams(tokens: list[str], n: int) -> Iterator[tuple[str, ...]]:
-    return zip(*(tokens[start:] for start in range(n)), strict=False)
-
-
-# --- files -------------------------------------------------------------------------------------------------------------
-
-
-def questions(path: Path, field: str | None = None) -> Iterator[tuple[str, str]]:
-    """(name, question) of each row of a .jsonl, .json (a list, or one object a line) or .parquet file, one at a time.
-
-    The question is what stands under `field`, else under the first of FIELDS that holds any: a text, or messages, of which the first
-    user message counts. The name is the row's id, else FILE:NUMBER counted from 1.
-    """
-    wanted = (field,) if field else FIELDS
-    for number, row in enumerate(_rows(path, wanted), 1):
-        if not isinstance(row, Mapping):
-            raise EvalError(f"{path}: row {number} is a {type(row).__name__}, not an object with named fields.")
-        text = next(filter(None, (_text(row.get(name)) for name in wanted)), None)
-        if text is None:
-            names = ", ".join(map(str, row)) or "none"
-            raise EvalError(
-                f"{path}: row {number} has no text under {' or '.join(wanted)}; its fields are {names}. "
-                "Name the question's field with --field, or remove the row."
-            )
-        yield str(row.get("id") or f"{path.name}:{number}"), text
-
-
-def _text(value: Any) -> str | None:
-    if isinstance(value, list):
-        users = (each.get("content") for each in value if isinstance(each, Mapping) and each.get("role") == "user")
-        value = next(users, None)
-    return value if isinstance(value, str) and value.strip() else None
-
-
-def _rows(path: Path, wanted: tuple[str, ...]) -> Iterator[Any]:
-    if not path.is_file():
-        raise EvalError(
-            f"{path} {'is a folder' if path.is_dir() else 'does not exist'}. Give a .jsonl, .json or .parquet file."
-        )
-    if path.suffix == ".parquet":
-        yield from _parquet(path, wanted)
-        return
-    try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            head = file.read(CHUNK)
-            if head.lstrip()[:1] == "[":
-                yield from _array(path, head, file)
-                return
-            file.seek(0)
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield json.loads(line)
-                    except ValueError as error:
-                        raise EvalError(
-                            f"{path}, line {number}, is not JSON ({error}). Repair or remove that line."
-                        ) from None
-    except UnicodeDecodeError:
-        raise EvalError(f"{path} is not UTF-8 text. Give a .jsonl, .json or .parquet file, not compressed.") from None
-
-
-def _array(path: Path, buffer: str, file: Any) -> Iterator[Any]:
-    """The values of one JSON list, decoded one by one from CHUNK characters at a time."""
-    decoder, place, ended, count = json.JSONDecoder(), buffer.index("[") + 1, False, 1
-    while True:
-        while place < len(buffer) and buffer[place] in " \t\r\n,":
-            place += 1
-        if buffer[place : place + 1] == "]":
-            return
-        try:
-            value, end = decoder.raw_decode(buffer, place)
-        except ValueError as error:
-            if ended:
-                raise EvalError(
-                    f"{path} is no whole JSON list: value {count} breaks off or has a fault ({error}). Repair the file."
-                ) from None
-            more = file.read(max(CHUNK, len(buffer) - place))  # doubling: a value longer than a chunk stays linear
-            buffer, place, ended = buffer[place:] + more, 0, not more
-        else:
-            yield value
-            place, count = end, count + 1
-
-
-def _parquet(path: Path, wanted: tuple[str, ...]) -> Iterator[Any]:
-    """Rows with the columns that are wanted and the id; with all columns if none is, so that a message can name them."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            known = [name for name in names if name in wanted]
-            columns = [*known, "id"] if "id" in names else known
-            for batch in file.iter_batches(batch_size=1000, columns=columns if known else names):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise EvalError(
-            f"{path} cannot be read as parquet ({str(error).splitlines()[0]}). Download it again."
-        ) from None
-
-
 def describe(result: Mapping[str, Any], texts: Mapping[str, str], *, show: int) -> str:
-    """The overlaps as text for a terminal; `texts` holds the test questions by name."""
-    n, share, total = result["n"], result["share"], result["test_rows"]
-    exact, similar = result["exact"], result["similar"]
+    """The overlaps as text for a terminal, with at most `show` of each kind; `texts` holds the test questions by
+    name.
+    """
+    n, exact, similar = result["n"], result["exact"], result["similar"]
+    share = f"{100 * result['share']:g} %"
     lines = [
-        f"{total} test questions against {result['train_rows']} training rows",
+        f"{result['test_rows']} test questions against {result['train_rows']} training rows",
         f"exact:   {len(exact)} test questions are training questions, up to how they are written",
-        f"similar: {len(similar)} more share at least {100 * share:g} % of their {n}-word sequences with one training row; read them",
+        f"similar: {len(similar)} more share at least {share} of their {n}-word sequences with one training row; "
+        "read them",
     ]
     if result["too_short"]:
         lines.append(
-            f"note: {result['too_short']} test questions have fewer than {n} words: only an exact match could find them (--n lowers it)"
+            f"note: {result['too_short']} test questions have fewer than {n} words: "
+            "only an exact match could find them (--n lowers it)"
         )
-    for title, found in (("exact", exact), ("similar", sorted(similar, key=lambda each: -each["share"]))):
+    entries = {
+        "exact": [(each["test"], _exact_entry(each)) for each in exact],
+        "similar": [
+            (each["test"], f"{each['test']} ~ {each['train']} ({100 * each['share']:.0f} %)")
+            for each in sorted(similar, key=lambda each: -each["share"])
+        ],
+    }
+    for title, found in entries.items():
         if found and show > 0:
             lines += ["", f"{title}, {min(show, len(found))} of {len(found)} (--show N)"]
-        for each in found[: max(show, 0)]:
-            train = ", ".join(each["train"]) if title == "exact" else f"{each['train']} ({100 * each['share']:.0f} %)"
-            more = (
-                f" and {each['train_rows'] - LISTED} more" if title == "exact" and each["train_rows"] > LISTED else ""
-            )
-            question = " ".join(texts[each["test"]].split())
-            lines.append(
-                visible(f"  {each['test']} = {train}{more}" if title == "exact" else f"  {each['test']} ~ {train}")
-            )
-            lines.append(visible(f"      {question if len(question) <= 110 else question[:109] + '…'}"))
+            for name, entry in found[:show]:
+                lines += [f"  {visible(entry)}", f"      {shorten(texts[name], SHOWN)}"]
     return "\n".join(lines)
+
+
+def _exact_entry(each: Mapping[str, Any]) -> str:
+    more = f" and {each['train_rows'] - LISTED} more" if each["train_rows"] > LISTED else ""
+    return f"{each['test']} = {', '.join(each['train'])}{more}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -348,6 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--show", type=int, default=20, metavar="N", help="overlaps of each kind to list (default: 20)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all overlaps as JSON")
     options = parser.parse_args(arguments)
+    wait_passively()
     started = time.perf_counter()
     try:
         test = [pair for path in options.test for pair in questions(path)]

@@ -1,135 +1,86 @@
-"""The files of one evaluation run: appended as texts come, whole or absent at the end, one run at a time."""
+"""Files that people hand to the commands, and the JSON that these write for them.
 
-import contextlib
+Rows are read one at a time: memory does not grow with the file.
+"""
+
 import json
 import os
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from eval.text import first_line
 from matrix_llm.base.errors import EvalError
 from matrix_llm.base.files import write_text
+from matrix_llm.data.jsonarray import ArrayError, iterate_array
 
-ROW_FIELDS = (
-    "id", "sample", "prompt_sha256", "problem", "gold", "subject", "level",
-    "response", "finish_reason", "stop_reason", "prompt_tokens", "tokens",
-)  # fmt: skip
-
-
-def say(text: str) -> None:
-    print(f"=> {text}", flush=True)
+CHUNK = 1 << 20  # characters of a JSON list decoded at a time
+PARQUET_ROWS = 1000  # decoded at a time
+FORMATS = ".jsonl, .json or .parquet"
 
 
-class Files:
-    """The files of one benchmark in an output directory, and what is already in them."""
+def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a .jsonl, .json (a list, or one object a line) or .parquet file.
 
-    def __init__(self, folder: Path, name: str):
-        self.folder, self.name = folder, name
-        self.generations = folder / f"{name}.jsonl"
-        self.partial = folder / f"{name}.partial.jsonl"
-        self.settings = folder / f"{name}.settings.json"
-        self.summary = folder / f"{name}.json"
-        self.report = folder / f"{name}.html"
+    Args:
+        columns: read only these of a parquet file, if it has any of them.
 
-    def read_settings(self) -> dict[str, Any] | None:
-        if self.settings.is_file():
-            try:
-                return json.loads(self.settings.read_text(encoding="utf-8"))
-            except ValueError:
-                raise EvalError(f"{self.settings} cannot be read as JSON. Start anew with --overwrite.") from None
-        if self.generations.is_file() or self.partial.is_file():
-            raise EvalError(
-                f"{self.folder} holds generations but no {self.settings.name}, so how they were made is unknown. Use --overwrite."
-            )
-        return None
-
-    def write_settings(self, settings: Mapping[str, Any]) -> None:
-        write_text(self.settings, json.dumps(settings, indent=2) + "\n")
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """All rows on file. A last line that was cut off by a kill or a full disk is removed from the partial file."""
-        for path in (self.generations, self.partial):
-            if not path.is_file():
-                continue
-            content = path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            lines = whole.splitlines()
-            for number, line in enumerate(lines, 1):
-                row = _parse(line)
-                if row is None and number == len(lines) and path == self.partial:
-                    whole = whole[: -len(line) - 1]
-                elif row is None:
-                    raise EvalError(
-                        f"{path}, line {number}, is not a generation. Remove the line, or start anew with --overwrite."
-                    )
-                else:
-                    yield row
-            if whole != content and path == self.partial:
-                say(f"{path.name}: its last line was cut off, and is generated again")
-                os.truncate(path, len(whole))
-
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Refuses a second run into the same files while one is going."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            import fcntl
-        except ImportError:  # not on Windows
-            yield
-            return
-        with self.partial.open("ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise EvalError(
-                    f"another run is writing {self.partial}. Wait for it, or give another --output_dir."
-                ) from None
-            try:
-                yield
-            finally:
-                if self.partial.is_file() and self.partial.stat().st_size == 0:
-                    self.partial.unlink()
-
-    @contextlib.contextmanager
-    def appending(self) -> Iterator[Any]:
-        """A function that adds a row to the partial file. It survives a killed process at once, a power cut after a second."""
-        synced = time.monotonic()
-        with self.partial.open("ab") as file:
-
-            def append(row: Mapping[str, Any]) -> None:
-                nonlocal synced
-                file.write(json.dumps(row).encode() + b"\n")
-                file.flush()
-                if time.monotonic() - synced > 1:
-                    os.fsync(file.fileno())
-                    synced = time.monotonic()
-
-            yield append
-            os.fsync(file.fileno())
-
-    def write_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        write_text(self.generations, (json.dumps(row) + "\n" for row in rows))
-        self.partial.unlink(missing_ok=True)
-
-    def clear(self) -> None:
-        """Inside `lock`."""
-        for path in (self.generations, self.settings, self.summary, self.report):
-            path.unlink(missing_ok=True)
-        if self.partial.is_file():
-            os.truncate(self.partial, 0)  # not removed: it carries the lock
+    Raises:
+        EvalError: there is no such file, it is of another format, or a row is not an object.
+    """
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise EvalError(f"{path} {what}. Give a {FORMATS} file.")
+    if path.suffix == ".parquet":
+        rows = _read_parquet(path, columns)
+    elif path.suffix in (".jsonl", ".json"):
+        rows = _read_json(path)
+    else:
+        raise EvalError(f"{path} ends in {path.suffix!r}, which is not a known format. Give a {FORMATS} file.")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise EvalError(f"{path}: row {number} is of type {type(row).__name__}, not an object with named fields.")
+        yield row
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _read_json(path: Path) -> Iterator[Any]:
     try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and row.keys() >= set(ROW_FIELDS) else None
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            is_list = file.read(CHUNK).lstrip().startswith("[")
+            file.seek(0)
+            if is_list:
+                yield from iterate_array(file, CHUNK)
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        yield json.loads(line)
+                    except json.JSONDecodeError as error:
+                        raise EvalError(
+                            f"{path}, line {number}, is not JSON ({error.msg}). Repair or remove that line."
+                        ) from None
+    except ArrayError as error:
+        raise EvalError(f"{path}, line {error.line}, is not JSON ({error}). Repair the file.") from None
+    except UnicodeDecodeError:
+        raise EvalError(f"{path} is not UTF-8 text. Convert it, or check that it is not compressed.") from None
+
+
+def _read_parquet(path: Path, columns: Collection[str] | None) -> Iterator[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            known = [name for name in names if columns is None or name in columns]
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=known or names):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise EvalError(f"{path} cannot be read as parquet ({first_line(error)}). Download it again.") from None
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:
-    """`value` as JSON, whole or not at all; where that fails, one line says why."""
+    """`value` as JSON for --out, the whole file or none."""
     try:
         write_text(path, json.dumps(value, indent=2) + "\n")
     except OSError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 if not __package__:  # run as a script: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from eval.run import main
+from eval.generate.run import main
 
 if __name__ == "__main__":
     sys.exit(main("gsm8k", "Score a model on GSM8K: generate once, grade by every convention, save everything."))

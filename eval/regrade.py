@@ -1,9 +1,10 @@
-"""Grade generations on file again, under every convention side by side, with the disagreements listed. No GPU, no model.
+"""Grade saved generations again, under every convention side by side, with the disagreements listed.
 
     python eval/regrade.py runs/a/gsm8k.jsonl --benchmark gsm8k
     python eval/regrade.py theirs.jsonl --benchmark math --show 20 --out regraded.json
 
-Our files and those of others: JSON lines with a response, a gold answer and perhaps the problem, under the names in FIELDS.
+Reads our files and those of others: JSON lines with a response, a gold answer and perhaps the problem, under the
+names in FIELDS. No GPU, no model.
 """
 
 import sys
@@ -16,30 +17,37 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-from eval.answers import BENCHMARKS, CONVENTIONS
-from eval.conventions import last_boxed
 from eval.files import write_json
-from eval.report import by_problem, grade_rows, score, score_lines, visible
+from eval.grader.answers import BENCHMARKS, CONVENTIONS
+from eval.grader.text import last_boxed
+from eval.report.scores import grade_rows, places_by_problem, score_conventions
+from eval.report.table import score_lines
+from eval.text import shorten, visible
 from matrix_llm.base.errors import EvalError
+from matrix_llm.base.threads import wait_passively
 
 FIELDS = {  # the first name that a row holds is taken
     "response": ("response", "completion", "generation", "output", "prediction"),
     "gold": ("gold", "answer", "target", "expected"),
     "problem": ("problem", "question", "prompt"),
 }
-LISTED_BAD = 5
+LISTED_BAD = 5  # lines without a generation that are named
+SHOWN = 110  # characters of a text in the list of disagreements
 
 
 def read_generations(path: Path, benchmark: str) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
     """Rows with id, sample, line, problem, response and gold; and the lines that hold none, each with the reason.
 
-    A row without an id is a problem of its own. Rows of one id are its samples, in the order of the file unless they say `sample`.
+    A row without an id is a problem of its own. Rows of one id are its samples, in the order of the file unless they
+    say `sample`.
     """
     if not path.is_file():
         raise EvalError(
-            f"{path} {'is a folder' if path.is_dir() else 'does not exist'}. Give a file of JSON lines, such as runs/a/gsm8k.jsonl."
+            f"{path} {'is a folder' if path.is_dir() else 'does not exist'}. Give a file of JSON lines, "
+            "such as runs/a/gsm8k.jsonl."
         )
     rows: list[dict[str, Any]] = []
     bad: list[tuple[int, str]] = []
@@ -108,85 +116,73 @@ def regrade(path: Path, benchmark: str) -> dict[str, Any]:
     rows, bad = read_generations(path, benchmark)
     graded = grade_rows(rows, benchmark=benchmark)
     try:
-        places = by_problem(rows)
+        places = places_by_problem(rows)
     except ValueError as error:
         raise EvalError(f"{path}: {error}") from None
     disagreements = []
     for place, row in enumerate(rows):
         verdicts = {convention: graded[convention][place] for convention in CONVENTIONS}
         if len({verdict.correct for verdict in verdicts.values()}) > 1:
-            each = {
-                convention: {"correct": verdict.correct, "extracted": verdict.extracted}
-                for convention, verdict in verdicts.items()
-            }
-            found = {verdict.correct for verdict in verdicts.values() if verdict.extracted is not None}
+            of_answers = {verdict.correct for verdict in verdicts.values() if verdict.extracted is not None}
             told = {key: row[key] for key in ("id", "sample", "line", "problem", "gold", "response")}
-            disagreements.append({**told, "on_answers_found": len(found) > 1, "verdicts": each})
+            each = {convention: asdict(verdict) for convention, verdict in verdicts.items()}
+            disagreements.append({**told, "on_answers_found": len(of_answers) > 1, "verdicts": each})
     return {
         "file": str(path),
         "benchmark": benchmark,
         "rows": len(rows),
         "problems": len(places),
-        "scores": {
-            convention: score([[verdicts[place] for place in found] for found in places.values()])
-            for convention, verdicts in graded.items()
-        },
+        "scores": score_conventions(graded, places),
         "bad_lines": [{"line": number, "reason": reason} for number, reason in bad],
         "disagreements": disagreements,
     }
 
 
 def describe(result: Mapping[str, Any], *, show: int) -> str:
-    """The result as text for a terminal."""
-    several = (
-        ""
-        if result["rows"] == result["problems"]
-        else ", accuracy is over all samples, interval and counts are of the first of each"
-    )
-    lines = [
-        f"{result['file']}: {result['rows']} responses to {result['problems']} problems{several}",
-        "",
-        *score_lines(result["scores"]),
-    ]
+    """The result as text for a terminal, with at most `show` disagreements."""
+    title = f"{result['file']}: {result['rows']} responses to {result['problems']} problems"
+    if result["rows"] != result["problems"]:
+        title += ", accuracy is over all samples, interval and counts are of the first of each"
+    lines = [title, "", *score_lines(result["scores"])]
+
     bad = result["bad_lines"]
     if bad:
         lines += ["", f"warning: {len(bad)} lines hold no generation and are not counted"]
         lines += [f"  line {each['line']}: {visible(each['reason'])}" for each in bad[:LISTED_BAD]]
         lines += [f"  and {len(bad) - LISTED_BAD} more (--out lists all)"] if len(bad) > LISTED_BAD else []
-    disagreements = result["disagreements"]
-    telling = [each for each in disagreements if each["on_answers_found"]]
-    others = [
-        each for each in disagreements if not each["on_answers_found"]
-    ]  # some conventions found no answer: a matter of format
+
+    # disagreements about answers first: in the others some conventions found none, which is a matter of format
+    disagreements = sorted(result["disagreements"], key=lambda each: not each["on_answers_found"])
+    telling = sum(each["on_answers_found"] for each in disagreements)
     lines += [
         "",
-        f"the conventions disagree on {len(disagreements)} of {result['rows']} responses, on {len(telling)} of them about answers found",
+        f"the conventions disagree on {len(disagreements)} of {result['rows']} responses, "
+        f"on {telling} of them about answers found",
     ]
     if disagreements and show > 0:
         lines[-1] += f"; {min(show, len(disagreements))} shown, those first (--show N, --out FILE for all)"
-    for each in (telling + others)[: max(show, 0)]:
-        lines += [
-            "",
-            f"{visible(each['id'])}, sample {each['sample']}, line {each['line']}: gold {_brief(each['gold'])}",
-        ]
-        if each["problem"]:
-            lines.append(f"  problem    {_brief(each['problem'])}")
-        lines.append(f"  response   {_tail(each['response'])}")
-        for convention, verdict in each["verdicts"].items():
-            word = {True: "right", False: "wrong", None: "ungraded"}[verdict["correct"]]
-            extracted = "no answer found" if verdict["extracted"] is None else _brief(verdict["extracted"])
-            lines.append(f"  {convention:<9}  {word:<8}  {extracted}")
+    for each in disagreements[: max(show, 0)]:
+        lines += ["", *_describe_disagreement(each)]
     return "\n".join(lines)
 
 
-def _brief(text: str, limit: int = 110) -> str:
-    text = visible(" ".join(text.split()))
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def _describe_disagreement(each: Mapping[str, Any]) -> list[str]:
+    gold = shorten(each["gold"], SHOWN)
+    lines = [f"{visible(each['id'])}, sample {each['sample']}, line {each['line']}: gold {gold}"]
+    if each["problem"]:
+        lines.append(f"  problem    {shorten(each['problem'], SHOWN)}")
+    lines.append(f"  response   {_shorten_start(each['response'])}")
+    for convention, verdict in each["verdicts"].items():
+        word = {True: "right", False: "wrong", None: "ungraded"}[verdict["correct"]]
+        extracted = "no answer found" if verdict["extracted"] is None else shorten(verdict["extracted"], SHOWN)
+        lines.append(f"  {convention:<9}  {word:<8}  {extracted}")
+    return lines
 
 
-def _tail(text: str, limit: int = 110) -> str:
-    text = visible(" ".join(text[-4 * limit :].split()))
-    return text if len(text) <= limit else "…" + text[1 - limit :]
+def _shorten_start(text: str) -> str:
+    """The end of a text, where the answer stands, in one line."""
+    text = visible(" ".join(text[-4 * SHOWN :].split()))
+    return text if len(text) <= SHOWN else "…" + text[1 - SHOWN :]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -198,6 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--show", type=int, default=10, metavar="N", help="disagreements to list (default: 10)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON, with all disagreements")
     options = parser.parse_args(arguments)
+    wait_passively()
     try:
         result = regrade(options.generations, options.benchmark)
         print(describe(result, show=options.show))

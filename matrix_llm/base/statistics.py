@@ -1,16 +1,19 @@
-"""How sure a proportion or a mean is. SciPy does the arithmetic, and is imported on the first call."""
+"""How sure a score is: intervals of one score, and tests between two runs. SciPy does the arithmetic, imported on the
+first call.
+
+| question                                   | function                                      |
+|--------------------------------------------|-----------------------------------------------|
+| how far may chance move this accuracy?     | wilson_interval                               |
+| do two runs on the same problems differ?   | mcnemar_exact, bootstrap_difference           |
+| what difference could this test have seen? | minimum_detectable_difference                 |
+| do two published scores differ?            | two_proportion (unpaired: needs far more)     |
+| does one of several samples get it right?  | pass_at_k                                     |
+"""
+
+from __future__ import annotations
 
 import math
-
-
-def _check_count(correct: int, total: int) -> None:
-    for value in (correct, total):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{correct!r} of {total!r} is no count of successes: both must be integers.")
-    if not 0 <= correct <= total or total == 0:
-        raise ValueError(
-            f"{correct!r} of {total!r} is no count of successes: they must lie in [0, total], and total must be at least 1."
-        )
+from collections.abc import Sequence
 
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -29,7 +32,139 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
     from scipy.stats import binomtest
 
     _check_count(correct, total)
-    if not 0 < confidence < 1 or math.isnan(confidence):
-        raise ValueError(f"confidence={confidence!r} must lie strictly between 0 and 1, such as 0.95.")
+    _check_confidence(confidence)
     interval = binomtest(correct, total).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def mcnemar_exact(only_a: int, only_b: int) -> float:
+    """Two-sided p value of McNemar's test: of the n problems that one run alone solves, does either run have too many?
+
+    p = min(1, 2 P[Binomial(n, 1/2) <= min(only_a, only_b)]). No such problem gives 1.
+
+    Raises:
+        ValueError: a count that is not an integer of 0 or more.
+
+    >>> round(mcnemar_exact(1, 9), 6)
+    0.021484
+    """
+    from scipy.stats import binomtest
+
+    for name, value in (("only_a", only_a), ("only_b", only_b)):
+        if not _is_count(value):
+            raise ValueError(f"{name}={value!r} is a number of problems, so it must be an integer of 0 or more.")
+    if only_a + only_b == 0:
+        return 1.0
+    return float(binomtest(min(only_a, only_b), only_a + only_b).pvalue)  # min: the same bits either way round
+
+
+def two_proportion(correct_a: int, total_a: int, correct_b: int, total_b: int) -> float:
+    """Two-sided p value of the pooled z test between two scores on unpaired problems: all that two published numbers
+    allow.
+
+    The same as Pearson's chi-square test of the table, without continuity correction.
+
+    >>> round(two_proportion(913, 1319, 954, 1319), 2)  # 69.2 and 72.3 on GSM8K
+    0.08
+    """
+    from scipy.stats import chi2_contingency
+
+    _check_count(correct_a, total_a)
+    _check_count(correct_b, total_b)
+    if correct_a + correct_b in (0, total_a + total_b):  # all wrong, or all right: the table has an empty row
+        return 1.0
+    table = [[correct_a, total_a - correct_a], [correct_b, total_b - correct_b]]
+    return float(chi2_contingency(table, correction=False).pvalue)
+
+
+def bootstrap_difference(
+    a: Sequence[float], b: Sequence[float], repeats: int = 10_000, seed: int = 0, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of mean(b) - mean(a) when problems are redrawn with replacement, both runs on the same draw.
+
+    Args:
+        a, b: one score a problem (0 or 1, or a mean over samples), in the same order.
+
+    Redrawing n pairs is a multinomial draw over the distinct differences, so 10,000 repeats take milliseconds where
+    scipy.stats.bootstrap would hold all draws.
+    """
+    import numpy as np
+
+    if len(a) != len(b) or not len(a):
+        raise ValueError(
+            f"{len(a)} scores against {len(b)}: a paired difference needs the same problems on both sides, "
+            "at least one."
+        )
+    if not _is_count(repeats) or repeats == 0:
+        raise ValueError(f"repeats={repeats!r} draws no sample: use a positive integer, such as 10000.")
+    _check_confidence(confidence)
+    values, counts = np.unique(np.asarray(b, dtype=float) - np.asarray(a, dtype=float), return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(len(a), counts / len(a), size=repeats)  # (repeats, distinct values)
+    low, high = np.quantile(draws @ values / len(a), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def minimum_detectable_difference(
+    total: int, discordant_share: float, power: float = 0.8, confidence: float = 0.95
+) -> float:
+    """Smallest true accuracy difference d that McNemar's test on `total` problems finds with probability `power`.
+
+    Solves d sqrt(n) = z_a sqrt(s) + z_b sqrt(s - d^2), where s = `discordant_share` is the share of problems that one
+    run alone solves (Connor 1987). A difference cannot exceed s: `inf` means that no difference at this s would be
+    found.
+
+    >>> round(minimum_detectable_difference(1319, 0.2), 4)  # 3.4 points on GSM8K
+    0.0345
+    """
+    from scipy.stats import norm
+
+    _check_count(0, total)
+    _check_confidence(confidence)
+    if not 0 <= discordant_share <= 1:
+        raise ValueError(f"discordant_share={discordant_share!r} is a share of the problems: it must lie in [0, 1].")
+    if not 0.5 <= power < 1:
+        raise ValueError(f"power={power!r} must lie in [0.5, 1): below one half the test misses more than it finds.")
+    z_a, z_b = float(norm.ppf((1 + confidence) / 2)), float(norm.ppf(power))
+    root = math.sqrt(discordant_share)
+    largest = z_a * root + z_b * math.sqrt(discordant_share * (1 - discordant_share))  # the right side at d = s
+    if discordant_share * math.sqrt(total) <= largest:
+        return math.inf
+    # squared, with x = d sqrt(n) and A = z_a sqrt(s): (x - A)^2 = z_b^2 (s - x^2/n); the root at or above A counts
+    scale, a = 1 + z_b * z_b / total, z_a * root
+    x = (a + math.sqrt(a * a - scale * (a * a - z_b * z_b * discordant_share))) / scale
+    return x / math.sqrt(total)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k samples is right, from n samples of which c are (Chen et al.
+    2021, eq. 1).
+
+    1 - C(n-c, k) / C(n, k), in integers and rounded once: exact where floats would overflow.
+
+    >>> pass_at_k(10, 3, 1), round(pass_at_k(10, 3, 5), 4)
+    (0.3, 0.9167)
+    """
+    _check_count(c, n)
+    if not _is_count(k) or not 1 <= k <= n:
+        raise ValueError(
+            f"pass@{k} cannot be estimated from n={n} samples: k must lie between 1 and n. Draw more samples, "
+            "or lower k."
+        )
+    drawn = math.comb(n, k)
+    return (drawn - math.comb(n - c, k)) / drawn
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_count(correct: int, total: int) -> None:
+    if not (_is_count(correct) and _is_count(total)) or total == 0 or correct > total:
+        raise ValueError(
+            f"{correct!r} of {total!r}: both must be integers, with 0 <= successes <= total and at least 1 in total."
+        )
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence!r} must lie strictly between 0 and 1, such as 0.95.")

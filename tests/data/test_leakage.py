@@ -109,6 +109,14 @@ def test_the_check_is_cached_by_the_content_of_both_sides(recipe, rows, test_set
     assert (found(), len(calls)) == (2, 3)
 
 
+def test_a_row_at_exactly_the_share_leaks_and_one_below_does_not():
+    """Of the question's ten distinct 3-grams the first row holds five, the second four."""
+    index = QuestionIndex([("t", "a b c d e f g h i j k l")], n=3)
+    rows = ["a b c d e f g x", "a b c d e f x"]
+    assert find_leaks(rows, index, ["t"], share=0.5).leaked == [0]
+    assert find_leaks(rows, index, ["t"], share=0.4).leaked == [0, 1]
+
+
 def test_short_questions_match_as_a_whole_only():
     index = QuestionIndex([("t", "What is 1 + 1?")])
     assert find_leaks(["So, what is 1 + 1? And 2 + 2?", "what is $1+1$?"], index, ["t"]).leaked == [1]

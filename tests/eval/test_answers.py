@@ -12,10 +12,11 @@ import time
 
 import pytest
 
-from eval import symbolic
 from eval.answers import BENCHMARKS, CONVENTIONS, accuracy_reward, answers_equal, extract_answer, grade, is_correct
-from eval.equality import same, structure
-from eval.latex import UndecidedError
+from eval.grader import symbolic
+from eval.grader.equality import same
+from eval.grader.expressions import UndecidedError
+from eval.grader.structures import Equation, read_structure
 from tests.support.paths import ROOT
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -179,13 +180,13 @@ def test_every_gold_of_gsm8k_and_math_equals_itself_and_its_solution_is_right() 
 )
 def test_what_is_past_a_bound_is_undecided_before_it_costs_anything(text: str) -> None:
     with pytest.raises(UndecidedError):
-        same(structure(text), structure(text + "+1"))
+        same(read_structure(text), read_structure(text + "+1"))
 
 
 def test_brackets_within_brackets_end_at_a_depth() -> None:
-    assert structure("(" * 60 + "x=y" + ")" * 60)[0] == "equation"
+    assert isinstance(read_structure("(" * 60 + "x=y" + ")" * 60), Equation)
     with pytest.raises(UndecidedError):
-        structure("(" * 61 + "x=y" + ")" * 61)
+        read_structure("(" * 61 + "x=y" + ")" * 61)
 
 
 HOSTILE = [

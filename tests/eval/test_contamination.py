@@ -8,90 +8,20 @@ import tracemalloc
 
 import pytest
 
-from eval import contamination
-from eval.contamination import find_overlaps, main, normalise, questions, words
+from eval import contamination, files
+from eval.contamination import find_overlaps, main, questions
 from matrix_llm.base.errors import EvalError
+from matrix_llm.data.questions import normalise
 from tests.support.paths import ROOT, SHARED
 
 DATA = SHARED / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the MATH and GSM8K files are not beside the repository")
 
-# Pairs that differ in writing alone; the first four are the shape of MATH's real overlaps
-SAME = [
-    (r"A parabola with equation $y=x^2+bx+c$ passes.", "A parabola with equation  $y = x^2 + bx + c$ passes."),
-    ("Find the value of $ab\\,$.", "Find the value of $ab\\,$.\n"),
-    (r"solutions of $2x^2 + 3x - 5=0$.", r"solutions of $2x^{2}+3x-5=0$."),
-    (r"$f(6) - f(2) = 12.$ What is $f(12) - f(2)?$", r"$f(6)-f(2)=12$. What is $f(12)-f(2)?"),
-    (r"$\frac12$, $\frac 1{2}$, $\dfrac{1}2$", r"\(\tfrac{1}{2}\), \(\frac 12\), \[\frac{1}{2}\]"),
-    (r"$\frac{x+1}y$", r"$\frac{x+1}{y}$"),
-    (r"$\left( x,\ y \right]$ and $\left\{ 1 \right\}$", r"$(x,y]$ and $\{1\}$"),
-    (r"$\sqrt2 + \sqrt{x}$", r"$\sqrt{2} + \sqrt x$"),
-    (r"$a_1, a_{n}$", r"$a_{1},a_n$"),
-    (r"$10{,}000$ or $10,\!000$", "10,000 or 10,000"),
-    (r"How much is $\$5$?", "How much is $5?"),
-    ("JANET\u2019s \u201cducks\u201d \u2212 16", 'Janet\'s "ducks" - 16'),
-    ("x² + 10⁻³", r"$x^2 + 10^{-3}$"),
-    ("\ufb01ve \uff11\uff12 kg", "five 12 kg"),
-    ("It costs 2½ dollars.", "It costs 2 1/2 dollars."),
-    ("a\u00a0b\u200bc", "a bc"),
-    (r"$$\cos 150^\circ$$", r"$\cos 150^{\circ}$"),
-    ("$5 x$", "$5x$"),
-]
-
-# Pairs that a check without signs, points, places or structure would call the same
-DIFFERENT = [
-    (r"Compute $\tan 22.5^\circ.$", r"Compute $\tan 225^\circ$."),
-    (r"Compute $\cos (-150^\circ)$.", r"Compute $\cos 150^\circ$."),
-    ("roots of $z^4 + z^2 + 1 = 0$", "roots of $z^4 - z^2 + 1 = 0$"),
-    ("graph of $y = -f(-x)$", "graph of $y = f(-x)$"),
-    (r"$x + \frac{1}{y} + 2018$", r"$x + \frac{1}{y} - 2018$"),
-    ("$1 2$", "$12$"),
-    ("$x^{12}$", "$x^12$"),  # x^1 2
-    ("$x_{10}$", "$x_1 0$"),
-    (r"$\frac{1}{23}$", r"$\frac{12}{3}$"),
-    (r"$\frac12 3$", r"$\frac{1}{23}$"),
-    (r"$\sqrt{23}$", r"$\sqrt23$"),
-    ("$a(b+c)$", "$ab+c$"),
-    ("x²", "x2"),
-    ("He eats 2½.", "He eats 21/2."),
-    (r"$\Delta$", r"$\delta$"),
-    ("$3 < x$", "$3 > x$"),
-    ("5!", "5"),
-    (r"$x\\[2pt] y$", "$x[2pt] y$"),
-    ("a is big", "a isbig"),
-    ("more than 12. 5 more", "more than 12.5 more"),
-    ("10% of 5", "10 of 5"),
-]
-
 
 def test_the_docstrings_are_true():
     result = doctest.testmod(contamination)
-    assert result.attempted >= 5
+    assert result.attempted >= 2
     assert result.failed == 0
-
-
-@pytest.mark.parametrize(("a", "b"), SAME)
-def test_two_writings_of_one_question_are_equal(a, b):
-    assert normalise(a) == normalise(b)
-
-
-@pytest.mark.parametrize(("a", "b"), DIFFERENT)
-def test_two_questions_stay_apart(a, b):
-    assert normalise(a) != normalise(b)
-
-
-@pytest.mark.parametrize("text", [text for pair in SAME + DIFFERENT for text in pair])
-def test_a_normal_form_does_not_depend_on_outer_space(text):
-    assert normalise(f" \n{text}\t ") == normalise(text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "\\", "{" * 5000, "\\frac" * 2000, "^" * 5000, "$" * 5000, "\\left" * 3000, " " * 100_000, "\\frac{" * 3000],
-)
-def test_odd_text_is_normalised_in_bounded_time(text):
-    assert isinstance(normalise(text), str)
-    assert find_overlaps([("a", text)], [("b", "What is 1 + 1?")])["exact"] == []
 
 
 def plain(count, start=0):
@@ -139,11 +69,6 @@ def test_an_exact_overlap_is_not_repeated_as_similar():
     assert found["similar"] == []
 
 
-def test_signs_and_numbers_are_part_of_the_words():
-    assert words(normalise(r"$\cos(-150^\circ) \neq 2.5$")) == ["cos", "-150", "circ", "ne", "2.5"]
-    assert words(normalise(r"$p\neq 0$")) == words(normalise(r"$p\ne 0$"))
-
-
 def test_settings_that_mean_nothing_are_refused():
     with pytest.raises(EvalError, match="--n 0"):
         find_overlaps([], [], n=0)
@@ -180,12 +105,12 @@ def test_every_form_of_file_gives_the_same_questions(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_a_list_is_read_whole_wherever_a_chunk_ends(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(contamination, "CHUNK", chunk)
+    monkeypatch.setattr(files, "CHUNK", chunk)
     rows = [{"question": f'say "{i}], [" \\u00e9 {{'} for i in range(20)]
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
     assert [text for _, text in rows_of(tmp_path / "a.json")] == [row["question"] for row in rows]
     (tmp_path / "c.json").write_text(json.dumps(rows)[:-30])
-    with pytest.raises(EvalError, match=r"value 20 breaks off"):
+    with pytest.raises(EvalError, match=r"c\.json, line 1, .*value 20"):
         rows_of(tmp_path / "c.json")
 
 
@@ -222,9 +147,9 @@ def test_questions_are_found_under_the_usual_names_and_in_messages(tmp_path):
             "row 2 has no text under problem or question.*fields are q.*--field",
         ),
         ("a.jsonl", b'{"query": "a"}\n{"query": "  "}\n', "row 2 has no text"),
-        ("a.jsonl", b"[1, 2]", "row 1 is a int"),
+        ("a.jsonl", b"[1, 2]", "row 1 is of type int"),
         ("a.jsonl", b'{"query": "\xff"}', "not UTF-8"),
-        ("a.json", b'[{"query": "a"} {', "value 2 breaks off"),
+        ("a.json", b'[{"query": "a"} {', "line 1, .*value 2"),
         ("a.parquet", b"PAR1 no", "cannot be read as parquet"),
     ],
 )
@@ -246,7 +171,7 @@ def test_a_missing_file_and_a_folder_are_told_apart(tmp_path):
 
 def test_memory_does_not_grow_with_the_training_data(tmp_path, monkeypatch):
     """Four times the rows, the same peak: nothing of a training row is kept, be it a list or lines."""
-    monkeypatch.setattr(contamination, "CHUNK", 1 << 14)
+    monkeypatch.setattr(files, "CHUNK", 1 << 14)
     for form in ("json", "jsonl"):
         peaks = []
         for count in (1500, 6000):

@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from eval.engine import DataParallelVLLM, TransformersEngine, VLLMEngine, VLLMOptions, choose_engine
-from eval.generation import Decoding, Generation, Request, finish, first_stop, response_text, tokenize
-from eval.models import fingerprint, load_tokenizer, locate, lora_rank
+from eval.generate.engines import choose_engine
+from eval.generate.generation import Decoding, Generation, Request, finish, first_stop, response_text, tokenize
+from eval.generate.models import fingerprint, load_tokenizer, locate, lora_rank
+from eval.generate.transformers_engine import TransformersEngine
+from eval.generate.vllm_engine import DataParallelVLLM, VLLMEngine, VLLMOptions
 from matrix_llm.base.errors import EvalError
 
 QUESTIONS = [
@@ -316,12 +318,12 @@ def test_an_adapter_that_vllm_cannot_hold_is_refused(adapter, tmp_path):
 
 
 def test_the_engine_that_is_missing_is_named(monkeypatch):
-    import eval.engine
+    from eval.generate import engines
 
     def absent(name):
         raise ModuleNotFoundError("No module named 'vllm'", name="vllm")
 
-    monkeypatch.setattr(eval.engine.importlib, "import_module", absent)
+    monkeypatch.setattr(engines.importlib, "import_module", absent)
     assert choose_engine("transformers") == ("transformers", "as asked")
     name, why = choose_engine("auto")
     assert name == "transformers"

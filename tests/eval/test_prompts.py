@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from eval.conventions import last_boxed
-from eval.prompts import ALPACA, METAMATH_STOP, PROMPTS, STEP_BY_STEP, WIZARDMATH_STOP, choose_prompt
-from eval.tasks import choose, load_problems, problem_set_name, read_rows
+from eval.files import read_rows
+from eval.generate.prompts import METAMATH_STOP, PROMPTS, WIZARDMATH_STOP, choose_prompt
+from eval.generate.tasks import choose, load_problems, problem_set_name
+from eval.grader.text import last_boxed
 from matrix_llm.base.errors import EvalError
-from matrix_llm.data import prompts as training_prompts
 from tests.support.paths import ROOT, SHARED
 
 DATA = SHARED / "data"
@@ -55,15 +55,6 @@ def test_prompts_equal_the_reference_copy():
         reference = json.loads((DATA / f"prompts/{file}.json").read_text())["formats"]["llemma_harness"]
         assert PROMPTS[name].build("What?") == reference["exact_prefix"] + reference["separator"] + ask
         assert list(PROMPTS[name].stop) == reference["stop"]
-
-
-def test_prompts_equal_those_of_training():
-    assert {
-        "metamath": PROMPTS["alpaca"].template,
-        "plain": PROMPTS["plain"].template,
-    } == training_prompts.PROMPT_TEMPLATES
-    assert training_prompts.METAMATH_EVAL_SUFFIX == STEP_BY_STEP
-    assert training_prompts.PROMPT_TEMPLATES["metamath"] == ALPACA
 
 
 def test_quirks_of_the_llemma_prefix_survive():
@@ -161,7 +152,7 @@ def test_gold_of_math_is_the_last_box(solution, gold):
 @needs_shared
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_every_gold_of_math_equals_the_reference_answer(split):
-    rows = read_rows(DATA / f"math/{split}.jsonl")
+    rows = list(read_rows(DATA / f"math/{split}.jsonl"))
     assert [last_boxed(row["solution"]) for row in rows] == [row["answer"] for row in rows]
 
 
@@ -212,7 +203,7 @@ def test_one_row_reads_the_same_from_every_format(tmp_path):
         ("a.jsonl", '{"question": "x", "answer": "1"}\n{"quest', "line 2"),
         ("a.jsonl", '{"question": "x", "answer": "1", "id": "i"}\n' * 2, "occurs twice"),
         ("a.jsonl", "[1]\n", "not an object"),
-        ("a.csv", "question,answer\n", "known are"),
+        ("a.csv", "question,answer\n", ".jsonl, .json or .parquet"),
         ("a.parquet", "no parquet", "as parquet"),
     ],
 )
@@ -257,8 +248,8 @@ def test_names_tell_data_sets_apart():
 
 def test_prompts_and_tasks_import_nothing_heavy():
     code = (
-        "import sys; import eval.prompts, eval.run; "
-        "print([name for name in ('torch', 'transformers', 'vllm', 'datasets', 'numpy', 'scipy') if name in sys.modules])"
+        "import sys; import eval.generate.prompts, eval.generate.run; "
+        "print([name for name in ('torch', 'transformers', 'vllm', 'datasets', 'numpy', 'scipy', 'jinja2') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

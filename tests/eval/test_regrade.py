@@ -10,10 +10,9 @@ import pytest
 
 from eval.answers import CONVENTIONS, is_correct
 from eval.regrade import describe, main, read_generations, regrade
-from eval.report import summarise
+from eval.report.scores import summarise
 from eval.statistics import wilson_interval
 from matrix_llm.base.errors import EvalError
-from tests.support.blocked import without
 from tests.support.paths import ROOT
 
 
@@ -247,13 +246,15 @@ def test_an_out_that_cannot_be_written_is_one_line(tmp_path, capsys):
 
 def test_the_script_runs_from_another_folder_without_torch(tmp_path):
     path = write(tmp_path / "a.jsonl", [ours(0, r"\boxed{\frac{1}{2}}", "0.5")])
-    blocked = without("torch", "transformers", "vllm", "pandas") + "import runpy\n"
     script = str(ROOT / "eval/regrade.py")
     code = (
-        blocked
-        + f"sys.argv = ['x', {str(path)!r}, '--benchmark', 'math']; runpy.run_path({script!r}, run_name='__main__')"
+        "import atexit, runpy, sys\n"
+        "heavy = {'torch', 'transformers', 'vllm', 'datasets', 'pandas'}\n"
+        "atexit.register(lambda: print('loaded:', sorted(heavy & set(sys.modules))))\n"
+        f"sys.argv = ['x', {str(path)!r}, '--benchmark', 'math']; runpy.run_path({script!r}, run_name='__main__')"
     )
     for command in ([script, path, "--benchmark", "math"], ["-c", code]):
         done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert re.search(r"\| verified +\| 100.00 % \|", done.stdout)
+    assert "loaded: []" in done.stdout

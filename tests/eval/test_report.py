@@ -9,10 +9,15 @@ from html.parser import HTMLParser
 
 import pytest
 
-from eval import files, report
+from eval import text as eval_text
 from eval.answers import CONVENTIONS, answers_equal, is_correct
-from eval.report import score_table, summarise, visible, write_report
-from eval.statistics import pass_at_k, wilson_interval
+from eval.report import page as report_page
+from eval.report import scores as report_scores
+from eval.report.page import write_report
+from eval.report.scores import summarise
+from eval.report.table import score_table
+from eval.statistics import majority_vote, pass_at_k, wilson_interval
+from eval.text import visible
 
 VERSIONS = {"python": "3.11", "engine": "test"}
 SETTINGS = {"model": "org/name", "revision": "abc", "temperature": 0.0, "seed": 0}
@@ -52,9 +57,8 @@ THREE = [
 
 
 def test_the_docstrings_are_true():
-    result = doctest.testmod(report)
-    assert result.attempted >= 2
-    assert result.failed == 0
+    results = [doctest.testmod(module) for module in (eval_text, report_scores)]
+    assert all(result.attempted and not result.failed for result in results)
 
 
 def test_the_summary_holds_every_convention_and_the_counts_of_the_run():
@@ -101,13 +105,13 @@ def test_scores_are_is_correct_counted():
 
 def test_each_row_is_graded_once_for_each_convention(monkeypatch, tmp_path):
     calls = []
-    real = report.grade
+    real = report_scores.grade
 
     def counted(response, gold, **how):
         calls.append((response, how["convention"]))
         return real(response, gold, **how)
 
-    monkeypatch.setattr(report, "grade", counted)
+    monkeypatch.setattr(report_scores, "grade", counted)
     rows = [
         row(i, metamath(f"{i}.{s}"), str(i), sample=s, level=i % 2 + 1, subject="Algebra")
         for i in range(4)
@@ -120,7 +124,7 @@ def test_each_row_is_graded_once_for_each_convention(monkeypatch, tmp_path):
 
 
 def test_ungraded_is_wrong_counted_and_shown(monkeypatch, tmp_path):
-    monkeypatch.setattr(report, "grade", lambda response, gold, **how: report.Verdict(None, "9^{9^9}"))
+    monkeypatch.setattr(report_scores, "grade", lambda response, gold, **how: report_scores.Verdict(None, "9^{9^9}"))
     rows = [row(0, "x", "1")]
     summary = summary_of(rows)
     assert summary["scores"]["verified"]["ungraded"] == 1
@@ -305,14 +309,14 @@ def test_bars_and_whiskers_stand_where_the_numbers_say(tmp_path):
 
 
 def test_a_page_of_very_many_and_very_long_wrong_answers_stays_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "SHOWN_WRONG", 30)
-    rows = [row(i, "x" * 100_000 + metamath(1), "2") for i in range(report.SHOWN_WRONG + 20)]
+    monkeypatch.setattr(report_page, "SHOWN_WRONG", 30)
+    rows = [row(i, "x" * 100_000 + metamath(1), "2") for i in range(report_page.SHOWN_WRONG + 20)]
     summary = summary_of(rows, generations="gsm8k.jsonl")
     write_report(tmp_path / "r.html", summary, rows)
     text = (tmp_path / "r.html").read_text()
-    assert f"the first {report.SHOWN_WRONG} are shown, all of them are in gsm8k.jsonl" in text
-    assert Page(text).tags.count("details") == 1 + report.SHOWN_WRONG
-    assert len(text) < 1.1 * report.SHOWN_WRONG * report.SHOWN_CHARACTERS
+    assert f"the first {report_page.SHOWN_WRONG} are shown, all of them are in gsm8k.jsonl" in text
+    assert Page(text).tags.count("details") == 1 + report_page.SHOWN_WRONG
+    assert len(text) < 1.1 * report_page.SHOWN_WRONG * report_page.SHOWN_CHARACTERS
     assert "characters left out" in text
     assert "The answer is: 1" in text  # the end, where the answer stands
 
@@ -323,15 +327,32 @@ def test_a_perfect_run_has_no_wrong_answers(tmp_path):
     assert "<h2>Wrong answers</h2>\n<p>None.</p>" in (tmp_path / "r.html").read_text()
 
 
-def test_a_report_that_fails_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
-    path = tmp_path / "r.html"
-    files.write_text(path, "old")
+# --- votes
 
-    def refuse(*_):
-        raise OSError("disk full")
 
-    monkeypatch.setattr(files.os, "replace", refuse)
-    with pytest.raises(OSError, match="disk full"):
-        files.write_text(path, "new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
+def test_votes_ties_and_silence():
+    assert majority_vote(["3", "4", "4"]) == "4"
+    assert majority_vote(["4", "3", "3", "4"]) == "4"  # a tie: the first to appear
+    assert majority_vote([None, None, None, "7"]) == "7"  # None entries never vote, however many
+    assert majority_vote([None, None]) is None
+    assert majority_vote([]) is None
+    assert majority_vote(["", "", "1"]) == ""  # an empty string is an answer; a failed extraction is None
+
+
+def test_equivalent_answers_vote_together_and_the_first_spelling_is_returned():
+    def same(a, b):
+        return abs(float(a) - float(b)) < 1e-9
+
+    assert majority_vote(["2", "0.5", "2", ".5", "0.50"]) == "2"
+    assert majority_vote(["2", "0.5", "2", ".5", "0.50"], equal=same) == "0.5"
+
+
+def test_a_vote_compares_distinct_answers_only():
+    calls = []
+
+    def same(a, b):
+        calls.append((a, b))
+        return False
+
+    assert majority_vote(["1", "2", "3"] * 1000, equal=same) == "1"
+    assert len(calls) == 3

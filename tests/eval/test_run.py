@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eval.engine import TransformersEngine
-from eval.files import ROW_FIELDS, Files
-from eval.run import Options, evaluate, main
+from eval.generate.options import Options
+from eval.generate.run import evaluate, main
+from eval.generate.run_files import ROW_FIELDS, RunFiles
+from eval.generate.transformers_engine import TransformersEngine
 from matrix_llm.base.errors import EvalError
 from tests.support.paths import ROOT
 
@@ -145,11 +146,12 @@ def test_a_torn_last_line_is_generated_again(run):
 
 def test_a_torn_line_leaves_the_file_before_the_next_row_is_added(tmp_path):
     row = json.dumps(dict.fromkeys(ROW_FIELDS)).encode() + b"\n"
-    files = Files(tmp_path, "gsm8k")
+    files = RunFiles(tmp_path, "gsm8k")
     files.partial.write_bytes(row * 2 + row[:20])
-    assert len(list(files.rows())) == 2
-    with files.appending() as append:
-        append(dict.fromkeys(ROW_FIELDS))
+    files.cut_torn_line()
+    assert len(list(files.read_rows())) == 2
+    with files.appending() as file:
+        file.append(dict.fromkeys(ROW_FIELDS))
     assert files.partial.read_bytes() == row * 3
 
 

@@ -5,7 +5,7 @@ import functools
 import pytest
 from transformers import AutoConfig
 
-from matrix_llm.data.tokens import DataReport
+from matrix_llm.data.selection import DataReport
 from matrix_llm.plan.steps import describe_loss, masked_sample, plan_steps
 from tests.support.planned_recipe import SMALL, planned_recipe
 

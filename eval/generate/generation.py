@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 Key = tuple[str, int]  # problem id, sample
-CONTEXT_TOKENS = (
-    8  # of the prompt, decoded with a response: whether its first token begins with a space depends on them
-)
+CONTEXT_TOKENS = 8  # of the prompt, decoded before a response: they decide whether it begins with a space
 
 
 @dataclass(frozen=True)
 class Request:
+    """One sample to draw."""
+
     id: str
+    """Of the problem."""
     sample: int
+    """From 0."""
     prompt_ids: tuple[int, ...]
+    """At least one."""
     max_tokens: int
+    """Of the response; 1 or more."""
 
     @property
     def key(self) -> Key:
@@ -29,9 +33,12 @@ class Decoding:
     """How a text is drawn, and where it ends besides the end-of-text token."""
 
     temperature: float = 0.0
+    """0 is greedy."""
     top_p: float = 1.0
+    """Draw from the likeliest tokens that hold this much probability; above 0, at most 1."""
     seed: int = 0
     stop: tuple[str, ...] = ()
+    """The text ends before the first of these strings."""
     keep_stop: bool = False
     """True: the response ends with the stop string that ended it."""
 
@@ -42,9 +49,13 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Generation:
+    """One sample drawn."""
+
     id: str
+    """Of the problem."""
     sample: int
     response: str
+    """Without special tokens, up to the first stop string."""
     finish_reason: str
     """"stop": an end-of-text token or a stop string. "length": the limit of tokens."""
     stop_reason: str | None
@@ -54,9 +65,11 @@ class Generation:
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], *, special_tokens: bool) -> list[tuple[int, ...]]:
-    """Token ids of each prompt. A closing end-of-text token, which some tokenizers add, is dropped: the model is to go on from here.
+    """Token ids of each prompt, without the closing end-of-text token that some tokenizers add: the model is to go on
+    from here.
 
-    `special_tokens` is False for a chat template, whose text already holds them: a second <s> lowers scores.
+    Args:
+        special_tokens: False for a chat template, whose text already holds them. A second <s> lowers scores.
     """
     if not prompts:
         return []
@@ -66,7 +79,9 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], *, special_tokens: bool) ->
 
 
 def response_text(tokenizer: Any, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
-    """What `new_ids` add to the text. Decoded behind the last tokens of the prompt, or a Llama tokenizer would drop a leading space."""
+    """What `new_ids` add to the text. Decoded after the last tokens of the prompt: alone, Llama's tokenizer drops a
+    leading space.
+    """
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     context = list(prompt_ids[-CONTEXT_TOKENS:])
     before, whole = tokenizer.decode(context, **options), tokenizer.decode([*context, *new_ids], **options)
@@ -74,7 +89,7 @@ def response_text(tokenizer: Any, prompt_ids: Sequence[int], new_ids: Sequence[i
 
 
 def first_stop(text: str, stops: Collection[str]) -> tuple[int, str] | None:
-    """Place and string of the stop that is complete first, as if the text came letter by letter.
+    """Place and string of the stop that is complete first, as if the text were read letter by letter.
 
     >>> first_stop("18\\n\\nQuestion: 2", ("Question:", "Question", "USER"))
     (4, 'Question')
@@ -86,15 +101,26 @@ def first_stop(text: str, stops: Collection[str]) -> tuple[int, str] | None:
 
 
 def finish(tokenizer: Any, request: Request, new_ids: Sequence[int], decoding: Decoding, *, ended: bool) -> Generation:
-    """The Generation of the tokens `new_ids`; `ended` says that the model, and not the limit, ended them."""
+    """The Generation of the tokens `new_ids`, cut at the first stop string.
+
+    Args:
+        ended: an end-of-text token, and not the limit, ended them.
+    """
     text = response_text(tokenizer, request.prompt_ids, new_ids)
     hit = first_stop(text, decoding.stop)
     if hit is None:
         return Generation(*request.key, text, "stop" if ended else "length", None, len(new_ids))
     place, stop = hit
+    end = place + len(stop) if decoding.keep_stop else place
+    return Generation(*request.key, text[:end], "stop", stop, _tokens_until(stop, tokenizer, request, new_ids))
 
-    def complete(count: int) -> bool:
-        return stop in response_text(tokenizer, request.prompt_ids, new_ids[:count])
 
-    needed = bisect.bisect_left(range(len(new_ids)), True, key=complete)  # tokens until the stop was written
-    return Generation(*request.key, text[: place + len(stop) * decoding.keep_stop], "stop", stop, needed)
+def _tokens_until(stop: str, tokenizer: Any, request: Request, new_ids: Sequence[int]) -> int:
+    """How many tokens it took to write the stop string: the rest would not have been drawn by an engine that stops at
+    once.
+    """
+    return bisect.bisect_left(
+        range(len(new_ids)),
+        True,
+        key=lambda count: stop in response_text(tokenizer, request.prompt_ids, new_ids[:count]),
+    )

@@ -1,14 +1,15 @@
-"""The prompts that published scores were measured with, as constants, and the choice of one for a checkpoint. Standard library only.
+"""The prompts that published scores were measured with, as constants, and the choice of one for a checkpoint.
 
-    metamath      Alpaca text + "Let's think step by step."    meta-math/MetaMath eval_gsm8k.py, eval_math.py (Apache-2.0)
-    wizardmath    the same text, other stops and limits        nlpxucan/WizardLM WizardMath/inference/*.py (Apache-2.0)
-    gsm8k_8shot   8 worked questions, "Q: ...\\nA:"             Wei et al. 2022, as in wellecks/lm-evaluation-harness @bec2172 (MIT)
-    minerva_4shot 4 worked problems, "Problem:\\n..."           Lewkowycz et al. 2022, as in the same harness (MIT)
+    metamath      Alpaca text + "Let's think step by step."  meta-math/MetaMath eval_gsm8k.py, eval_math.py (Apache-2.0)
+    wizardmath    the same text, other stops and limits      nlpxucan/WizardLM WizardMath/inference/*.py (Apache-2.0)
+    gsm8k_8shot   8 worked questions, "Q: ...\\nA:"           Wei et al. 2022, as in wellecks/lm-evaluation-harness
+                                                             @bec2172 (MIT)
+    minerva_4shot 4 worked problems, "Problem:\\n..."         Lewkowycz et al. 2022, as in the same harness (MIT)
     chat          the tokenizer's chat template
     plain, alpaca what models trained here have seen: matrix_llm.data.prompts' "plain" and "metamath"
 
-The two few-shot texts keep the quirks of their source (\\\\$23, two spaces before one "The answer is 5.", a stray brace): a score
-depends on them.
+The two few-shot texts keep the quirks of their source (\\\\$23, two spaces before one "The answer is 5.", a stray
+brace): a score depends on them.
 """
 
 import difflib
@@ -18,16 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from matrix_llm.base.errors import EvalError
+from matrix_llm.data.prompts import METAMATH_EVAL_SUFFIX, PLACEHOLDER, PROMPT_TEMPLATES
 
-PLACEHOLDER = "{instruction}"
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
-)
-STEP_BY_STEP = " Let's think step by step."
-BOXED = (
-    "\nPlease reason step by step, and put your final answer within \\boxed{}."  # Qwen2.5-Math's and DeepSeek's wording
-)
+ALPACA = PROMPT_TEMPLATES["metamath"]
+# The wording of Qwen2.5-Math and DeepSeek
+BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 # fmt: off
 GSM8K_EXEMPLARS: tuple[tuple[str, str], ...] = (
@@ -53,12 +49,14 @@ GSM8K_EXEMPLARS: tuple[tuple[str, str], ...] = (
         "The answer is 8.",
     ),
     (
-        "Shawn has five toys. For Christmas, he got two toys each from his mom and dad. How many toys does he have now?",
+        "Shawn has five toys. For Christmas, he got two toys each from his mom and dad. "
+        "How many toys does he have now?",
         "Shawn started with 5 toys. If he got 2 toys each from his mom and dad, then that is 4 more toys. 5 + 4 = 9. "
         "The answer is 9.",
     ),
     (
-        "There were nine computers in the server room. Five more computers were installed each day, from monday to thursday. "
+        "There were nine computers in the server room. Five more computers were installed each day, "
+        "from monday to thursday. "
         "How many computers are now in the server room?",
         "There were originally 9 computers. For each of 4 days, 5 more computers were added. "
         "So 5 * 4 = 20 computers were added. 9 + 20 is 29. The answer is 29.",
@@ -71,7 +69,8 @@ GSM8K_EXEMPLARS: tuple[tuple[str, str], ...] = (
     ),
     (
         "Olivia has \\$23. She bought five bagels for \\$3 each. How much money does she have left?",
-        "Olivia had 23 dollars. 5 bagels for 3 dollars each will be 5 x 3 = 15 dollars. So she has 23 - 15 dollars left. "
+        "Olivia had 23 dollars. 5 bagels for 3 dollars each will be 5 x 3 = 15 dollars. "
+        "So she has 23 - 15 dollars left. "
         "23 - 15 is 8. The answer is 8.",
     ),
 )
@@ -86,14 +85,18 @@ MINERVA_EXEMPLARS: tuple[tuple[str, str], ...] = (
     ),
     (
         "If $\\det \\mathbf{A} = 2$ and $\\det \\mathbf{B} = 12,$ then find $\\det (\\mathbf{A} \\mathbf{B}).$",
-        "We have that $\\det (\\mathbf{A} \\mathbf{B}) = (\\det \\mathbf{A})(\\det \\mathbf{B}) = (2)(12) = \\boxed{24}.$\n"
+        "We have that $\\det (\\mathbf{A} \\mathbf{B}) = (\\det \\mathbf{A})(\\det \\mathbf{B}) = (2)(12) = "
+        "\\boxed{24}.$\n"
         "Final Answer: The final answer is $24$. I hope it is correct.",
     ),
     (
         "Terrell usually lifts two 20-pound weights 12 times. "
-        "If he uses two 15-pound weights instead, how many times must Terrell lift them in order to lift the same total weight?",
-        "If Terrell lifts two 20-pound weights 12 times, he lifts a total of $2\\cdot 12\\cdot20=480$ pounds of weight. "
-        " If he lifts two 15-pound weights instead for $n$ times, he will lift a total of $2\\cdot15\\cdot n=30n$ pounds of weight. "
+        "If he uses two 15-pound weights instead, how many times must Terrell lift them in order to lift the "
+        "same total weight?",
+        "If Terrell lifts two 20-pound weights 12 times, "
+        "he lifts a total of $2\\cdot 12\\cdot20=480$ pounds of weight. "
+        " If he lifts two 15-pound weights instead for $n$ times, "
+        "he will lift a total of $2\\cdot15\\cdot n=30n$ pounds of weight. "
         " Equating this to 480 pounds, we can solve for $n$:\n\\begin{align*}\n30n&=480\\\\\n"
         "\\Rightarrow\\qquad n&=480/30=\\boxed{16}\n\\end{align*}\nFinal Answer: The final answer is $16$. "
         "I hope it is correct.",
@@ -160,8 +163,8 @@ METAMATH_STOP = ("Question:", "Question", "USER:", "USER", "ASSISTANT:", "ASSIST
 PROMPTS: dict[str, Prompt] = {
     prompt.name: prompt
     for prompt in (
-        Prompt("metamath", ALPACA + STEP_BY_STEP, METAMATH_STOP),
-        Prompt("wizardmath", ALPACA + STEP_BY_STEP, WIZARDMATH_STOP, (1024, 2048)),
+        Prompt("metamath", ALPACA + METAMATH_EVAL_SUFFIX, METAMATH_STOP),
+        Prompt("wizardmath", ALPACA + METAMATH_EVAL_SUFFIX, WIZARDMATH_STOP, (1024, 2048)),
         Prompt("gsm8k_8shot", _few_shot("Q: ", "\nA: ", GSM8K_EXEMPLARS), ("\n\n",), benchmarks=("gsm8k",)),
         Prompt(
             "minerva_4shot",
@@ -173,7 +176,7 @@ PROMPTS: dict[str, Prompt] = {
         ),
         Prompt("chat", PLACEHOLDER + BOXED, max_tokens=(1024, 4096), chat=True),
         # A model trained here ends by itself; the stops only cut a model that goes on to ask itself the next question.
-        Prompt("plain", "Question: {instruction}\nAnswer:", ("\nQuestion:",)),
+        Prompt("plain", PROMPT_TEMPLATES["plain"], ("\nQuestion:",)),
         Prompt("alpaca", ALPACA, ("\n### Instruction:",)),
     )
 }
@@ -191,7 +194,8 @@ def choose_prompt(
 
     Args:
         name: a key of PROMPTS, "auto", or a text that holds {instruction} once.
-        builtin: the problems come from matrix_llm.data.wordproblems, which a model trained here saw without "Let's think step by step."
+        builtin: the problems come from matrix_llm.data.wordproblems, which a model trained here saw without the suffix
+            "Let's think step by step."
         recipe: the recipe.yaml beside the checkpoint.
         chat_template: the tokenizer has one.
     """
@@ -200,7 +204,8 @@ def choose_prompt(
     )
     if benchmark not in prompt.benchmarks:
         raise EvalError(
-            f"--prompt {prompt.name} holds worked {' and '.join(prompt.benchmarks)} problems, so it cannot ask {benchmark}. "
+            f"--prompt {prompt.name} holds worked {' and '.join(prompt.benchmarks)} problems, "
+            f"so it cannot ask {benchmark}. "
             f"Use --prompt {FEW_SHOT[benchmark]}."
         )
     if prompt.chat and not chat_template:
@@ -218,7 +223,8 @@ def _named(name: str) -> Prompt:
     nearest = difflib.get_close_matches(name, PROMPTS, n=1)
     meant = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise EvalError(
-        f"--prompt {name!r} is neither known nor a text that holds {PLACEHOLDER} once.{meant} Known: auto, {', '.join(PROMPTS)}."
+        f"--prompt {name!r} is neither known nor a text that holds {PLACEHOLDER} once.{meant} Known: auto, "
+        f"{', '.join(PROMPTS)}."
     )
 
 
@@ -242,7 +248,8 @@ def _automatic(
         if isinstance(template, str) and template.count(PLACEHOLDER) == 1:
             return custom_prompt(template), "recipe.yaml holds this prompt_template"
         raise EvalError(
-            f"recipe.yaml says prompt_template: {template!r}, which is neither known here nor a text that holds {PLACEHOLDER} once. "
+            f"recipe.yaml says prompt_template: {template!r}, "
+            f"which is neither known here nor a text that holds {PLACEHOLDER} once. "
             f"Name one with --prompt: {', '.join(PROMPTS)}."
         )
     if chat_template:

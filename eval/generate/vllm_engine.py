@@ -1,0 +1,257 @@
+"""Text by vLLM, in this process or in several. The only file that imports vLLM."""
+
+import multiprocessing
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eval.generate.generation import Decoding, Generation, Key, Request, finish
+from eval.generate.models import Source, load_tokenizer, lora_rank
+from eval.text import first_line
+from matrix_llm.base.errors import EvalError
+
+
+@dataclass(frozen=True)
+class VLLMOptions:
+    """What one vLLM process is started with."""
+
+    source: Source
+    dtype: str
+    """bfloat16, float16 or float32."""
+    max_model_len: int
+    """Tokens of the longest prompt and its response together."""
+    tensor_parallel: int = 1
+    """GPUs that one copy of the model is spread over."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory to take; above 0, at most 1."""
+    gpu: bool = True
+
+
+class VLLMEngine:
+    """vLLM in this process: all requests at once, so that its continuous batching is never short of work."""
+
+    name = "vllm"
+
+    def __init__(self, options: VLLMOptions, tokenizer: Any = None):
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        if not options.gpu:
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; the default is a large part of all memory
+        source = options.source
+        self.tokenizer = tokenizer or load_tokenizer(source)
+        lora: dict[str, Any] = {}
+        self.lora_request = None
+        before = set(multiprocessing.active_children())
+        try:
+            from vllm import LLM
+
+            if source.adapter:
+                from vllm.lora.request import LoRARequest
+
+                self.lora_request = LoRARequest("adapter", 1, source.adapter)
+                lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": lora_rank(source)}
+            self.llm = LLM(
+                model=source.base,
+                revision=source.base_commit,
+                tokenizer=source.tokenizer[0],
+                tokenizer_revision=source.tokenizer[1],
+                dtype=options.dtype,  # type: ignore[arg-type]
+                max_model_len=options.max_model_len,
+                tensor_parallel_size=options.tensor_parallel,
+                gpu_memory_utilization=options.gpu_memory_utilization,
+                enable_prefix_caching=True,
+                enforce_eager=not options.gpu,
+                seed=0,  # sampling takes each request's own
+                **lora,
+            )
+        except EvalError:
+            raise
+        except Exception as error:
+            raise EvalError(
+                f"vLLM cannot start with --model {source.model}: {type(error).__name__}: {first_line(error)}. "
+                "Use --engine transformers."
+            ) from None
+
+        self.watcher = _start_watcher([child.pid for child in multiprocessing.active_children() if child not in before])
+
+    def generate(
+        self, requests: Sequence[Request], decoding: Decoding, *, skip: Collection[Key] = ()
+    ) -> Iterator[Generation]:
+        """Yields in the order of finishing."""
+        from vllm import SamplingParams
+
+        todo = [request for request in requests if request.key not in skip]
+        if not todo:
+            return
+        sampling = [
+            SamplingParams(
+                temperature=decoding.temperature,
+                top_p=decoding.top_p,
+                seed=decoding.seed_of(request) if decoding.temperature > 0 else None,
+                max_tokens=request.max_tokens,
+                stop=list(decoding.stop),
+                detokenize=bool(decoding.stop),  # to see a stop string; the text itself is made by `finish`
+            )
+            for request in todo
+        ]
+        prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in todo]
+        # LLM.generate enqueues, runs this loop and returns all results at once. Here each is yielded as it finishes.
+        lora = self.lora_request
+        names = self.llm.enqueue(prompts, sampling, lora_request=lora, use_tqdm=False)  # type: ignore[arg-type]
+        first = int(names[0].split("-")[0])  # requests are numbered in the order they are added
+        engine = self.llm.llm_engine
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    result, request = output.outputs[0], todo[int(output.request_id) - first]  # type: ignore[index]
+                    yield finish(
+                        self.tokenizer, request, result.token_ids, decoding, ended=result.finish_reason == "stop"
+                    )
+
+    def close(self) -> None:
+        """Ends vLLM's own processes and frees their memory. Without this call a spawned process never ends."""
+        self.llm.llm_engine.engine_core.shutdown()
+        self.watcher.kill()
+        self.watcher.communicate()
+
+
+WATCH = """
+import contextlib, os, signal, sys
+sys.stdin.read()
+for pid in sys.argv[1:]:
+    with contextlib.suppress(OSError):
+        os.kill(int(pid), signal.SIGKILL)
+"""
+
+
+def _start_watcher(pids: Sequence[int | None]) -> subprocess.Popen:
+    """A process that kills vLLM's engine when this one is gone: after a SIGKILL the engine would keep the GPU for ever.
+
+    It waits for the end of its standard input, which the system closes however this process ends. The engine's own
+    workers end with the engine.
+    """
+    command = [sys.executable, "-I", "-c", WATCH, *map(str, pids)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+
+class DataParallelVLLM:
+    """Several vLLM processes, each with GPUs of its own and every n-th problem. No Ray: a spawned process and one
+    queue.
+    """
+
+    name = "vllm"
+
+    def __init__(self, options: VLLMOptions, processes: int):
+        self.options, self.processes = options, processes
+        self.devices = _share_devices(options, processes)
+
+    def generate(
+        self, requests: Sequence[Request], decoding: Decoding, *, skip: Collection[Key] = ()
+    ) -> Iterator[Generation]:
+        todo = [request for request in requests if request.key not in skip]
+        ids: dict[str, int] = {}
+        for request in todo:
+            ids.setdefault(request.id, len(ids))
+        # all samples of a problem go to one process, where they share the prompt's cache
+        shares = [
+            [request for request in todo if ids[request.id] % self.processes == rank] for rank in range(self.processes)
+        ]
+        context = multiprocessing.get_context("spawn")
+        results = context.Queue()
+        workers = [
+            context.Process(
+                target=_run_worker, args=(self.options, environment, share, decoding, results), daemon=False
+            )
+            for environment, share in zip(self.devices, shares, strict=True)
+            if share
+        ]
+        for worker in workers:
+            worker.start()
+        running = len(workers)
+        try:
+            while running:
+                try:
+                    result = results.get(timeout=1)
+                except queue.Empty:
+                    dead = [worker.exitcode for worker in workers if worker.exitcode not in (None, 0)]
+                    if dead:
+                        raise EvalError(
+                            f"one of {len(workers)} vLLM processes ended with exit code {dead[0]}. "
+                            "What is done is kept: run again."
+                        ) from None
+                    continue
+                if isinstance(result, Generation):
+                    yield result
+                elif result is None:
+                    running -= 1
+                else:
+                    raise EvalError(result)
+        finally:
+            for worker in workers:
+                if running:
+                    worker.terminate()
+                worker.join(timeout=60)
+
+    def close(self) -> None:
+        """Its processes end with `generate`."""
+
+
+def _run_worker(
+    options: VLLMOptions, environment: dict[str, str], requests: list[Request], decoding: Decoding, results: Any
+) -> None:
+    """One process of DataParallelVLLM: puts Generations, then None; a text if it fails."""
+    os.environ.update(environment)  # before torch or vLLM look for GPUs
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        engine = VLLMEngine(options)
+        try:
+            for generation in engine.generate(requests, decoding):
+                results.put(generation)
+        finally:
+            engine.close()
+        results.put(None)
+    except EvalError as error:
+        results.put(str(error))
+    except Exception as error:
+        results.put(f"a vLLM process failed: {type(error).__name__}: {first_line(error)}.")
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed reads no results, and its user wants the GPU back."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _share_devices(options: VLLMOptions, processes: int) -> list[dict[str, str]]:
+    """The environment of each process: its GPUs, or its share of the CPU's cores."""
+    if not options.gpu:
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        shares = [",".join(map(str, cores[rank::processes])) for rank in range(processes)]
+        return [{"VLLM_CPU_OMP_THREADS_BIND": share or "nobind"} for share in shares]
+    visible = visible_gpus()
+    needed = processes * options.tensor_parallel
+    if needed > len(visible):
+        raise EvalError(
+            f"--data_parallel {processes} x --tensor_parallel {options.tensor_parallel} needs {needed} GPUs; "
+            f"{len(visible)} are visible."
+        )
+    each = options.tensor_parallel
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(visible[rank * each : (rank + 1) * each])} for rank in range(processes)]
+
+
+def visible_gpus() -> list[str]:
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (
+        named.split(",")[: torch.cuda.device_count()]
+        if named
+        else [str(index) for index in range(torch.cuda.device_count())]
+    )
