@@ -3,10 +3,11 @@
     python benchmarks/architecture.py --out docs/architecture.png
     python benchmarks/architecture.py --row recipes/tiny.yaml
 
-The floors are those of the import-linter contract in pyproject.toml, and the arrows are the imports that import-linter sees, so that the
-picture and `make lint` cannot disagree. --out draws, and prints the same as text. --row trains one step of a recipe in a temporary folder
-and lists the modules that run between the recipe and the first loss, in the order in which a reader meets them; without it no model is
-made. Needs the dev extra (import-linter).
+The floors are those of the import-linter contract in pyproject.toml, and the arrows are the imports that
+import-linter sees, so that the picture and `make lint` cannot disagree. --out draws, and prints the same as text.
+--row trains one step of a recipe in a temporary folder and lists the modules that run between the recipe and the
+first loss, in the order in which a reader meets them; without it no model is made. Needs the dev extra
+(import-linter).
 """
 
 import sys
@@ -62,7 +63,7 @@ class House:
         return [pair for pair in self.imports if self.floor_of(pair[0]) <= self.floor_of(pair[1])]
 
 
-# --- reading -----------------------------------------------------------------------------------------------------------
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_floors(root: Path = ROOT) -> list[list[str]]:
@@ -107,11 +108,11 @@ def make_room(name: str, floor: int, root: Path) -> Room:
     return Room(name, floor, len(files), lines, purpose.partition("\n")[0])
 
 
-# --- drawing -----------------------------------------------------------------------------------------------------------
+# --- drawing ---------------------------------------------------------------------------------------------------------
 
 
 def draw(house: House, path: Path) -> None:
-    """A line for each room, grouped by floor; for each importing room a stem down, with an arrow into each room that it imports."""
+    """A line for each room, in bands by floor; under each importing room a stem with an arrow into each it imports."""
     importing = [room.name for room in house.rooms if any(pair[0] == room.name for pair in house.imports)]
     column = {name: place + 0.5 for place, name in enumerate(importing)}
     line = {room.name: len(house.rooms) - 1 - place for place, room in enumerate(house.rooms)}
@@ -151,7 +152,7 @@ def describe(house: House) -> str:
     return "\n".join(lines)
 
 
-# --- the way of one row ------------------------------------------------------------------------------------------------
+# --- the way of one row ----------------------------------------------------------------------------------------------
 
 # Runs in a process of its own: it follows every call, and ends with os._exit at the first loss.
 TRACE = """
@@ -181,9 +182,9 @@ runpy.run_path(script, run_name="__main__")
 
 
 def trace_row(recipe: Path, root: Path = ROOT) -> list[str]:
-    """Files of the package that run between the start of the command and the first loss, in order, each with its first function.
+    """Files of the package that run between the start of the command and the first loss, in order.
 
-    What runs while a module is imported does not count.
+    Each is followed by its first function. What runs while a module is imported does not count.
     """
     package = root / PACKAGE
     with tempfile.TemporaryDirectory() as output:

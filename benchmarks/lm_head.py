@@ -1,4 +1,4 @@
-"""The command that measures the LM head and its loss. Its code is the package benchmarks/lm_head; see its __init__.py first."""
+"""The command that measures the LM head and its loss. Its code is the package benchmarks/lm_head."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The command of the controlled study. Its code is the package benchmarks/study; start reading at benchmarks/study/__init__.py."""
+"""The command of the controlled study. Its code is the package benchmarks/study; read its __init__.py first."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""How far a solver is from the truth, in the value and in its gradient, on the inputs and with the settings that are timed.
+"""How far a solver is from the truth, in value and gradient, on the inputs and with the settings that are timed.
 
-The truth is a 32-step float64 Lanczos recurrence over the whole vocabulary, which is itself compared with `solver="exact"` on a few
-positions. On purpose it shares no code with the library.
+The truth is a 32-step float64 Lanczos recurrence over the whole vocabulary, which is itself compared with
+`solver="exact"` on a few positions. On purpose it shares no code with the library.
 
 Legend: P sampled positions, C positions of a chunk, K Lanczos steps, V vocabulary size, H hidden width, D = H.
 """
@@ -63,7 +63,7 @@ def lanczos_mce(logits: Tensor, labels: Tensor, vectors: Tensor, steps: int = 32
     values = values.clamp(min=1e-18)
     log, first = values.log(), eigenvectors[:, 0]
 
-    # 3. The gradient, through the derivative of the logarithm at T in the direction e_1 e_1^T (divided differences of log).
+    # 3. The gradient, through the derivative of log at T in the direction e_1 e_1^T, by divided differences.
     gap = values[:, :, None] - values[:, None]
     close = gap.abs() < 1e-9 * values[:, :, None]
     quotient = (log[:, :, None] - log[:, None]) / torch.where(close, 1.0, gap)
@@ -118,7 +118,7 @@ def find_truth(inputs: Inputs, positions: int, exact_positions: int) -> Truth:
 def logits_gradient(
     hidden: Tensor, weight: Tensor, labels: Tensor, ce_gradient: Tensor, settings: dict[str, Any]
 ) -> Tensor:
-    """MCE's gradient in the logits (P, V) as the fused pass makes it: a zero bias receives it, one position at a time."""
+    """MCE's gradient in the logits (P, V) from the fused pass: a zero bias receives it, one position at a time."""
     bias = torch.zeros(len(weight), device=weight.device, requires_grad=True)
     losses = linear_matrix_cross_entropy(hidden, weight, labels, bias=bias, reduction="none", **settings).loss
     made = [torch.autograd.grad(losses[i], bias, retain_graph=True)[0].double() for i in range(len(losses))]
@@ -142,7 +142,8 @@ def solver_errors(inputs: Inputs, true: Truth, settings: dict[str, Any]) -> dict
 def solver_settings(kind: str, shape: Shape) -> dict[str, dict[str, Any]]:
     """The settings of one sweep, "steps" or "sketch", by name.
 
-    Every setting is explicit, so that a changed default changes no row but the first. top_k = V is the whole vocabulary.
+    Every setting is explicit, so that a changed default changes no row but the first. top_k = V is the whole
+    vocabulary.
     """
     whole: dict[str, Any] = {"top_k": shape.v}
     settings: dict[str, dict[str, Any]] = {"the default": {}}

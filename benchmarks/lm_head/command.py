@@ -1,20 +1,20 @@
-"""CE + MCE straight from hidden states, against the cross-entropy alone of every peer: time, peak memory and accuracy in one run.
+"""CE + MCE straight from hidden states, against the cross-entropy alone of every peer: time, memory and accuracy.
 
     python benchmarks/lm_head.py --shape llemma-cpu qwen-cpu --json lm_head.json        # the targets' table
     python benchmarks/lm_head.py --shape llemma-cpu --sweep N V --json lm_head.json     # cost against N, and against V
-    python benchmarks/lm_head.py --shape llemma-cpu --n 512 --sweep steps sketch --json lm_head.json   # error against cost
-    python benchmarks/lm_head.py --step --json lm_head.json                             # a training step, weight 0 and 1
-    python benchmarks/lm_head.py --json lm_head.json [gpu.json] --markdown --plot docs  # tables and plots, from the JSON alone
+    python benchmarks/lm_head.py --shape llemma-cpu --n 512 --sweep steps sketch --json lm_head.json  # error, cost
+    python benchmarks/lm_head.py --step --json lm_head.json                             # a whole training step
+    python benchmarks/lm_head.py --json lm_head.json [gpu.json] --markdown --plot docs  # from the JSON alone
 
-Time: forward and backward (gradients in hidden and weight) of every implementation in turns, after a warm-up. Between calls the weight
-is touched as an optimizer step touches it, so that whatever is cached about it is made again inside the timed call; "later
-micro-batch" is ours with that made before. The floor is hidden W^T, G W and G^T hidden alone.
+Time: forward and backward (gradients in hidden and weight) of every implementation in turns, after a warm-up. Between
+calls the weight is touched as an optimizer step touches it, so that whatever is cached about it is made again inside
+the timed call; "later micro-batch" is ours with that made before. The floor is hidden W^T, G W and G^T hidden alone.
 
-Memory: how far the peak rises above what stood before the call, alone ("extra") and with hidden and weight ("with inputs"); of the
-resident set of a process of its own on the CPU, and of the allocator on a GPU.
+Memory: how far the peak rises above what stood before the call, alone ("extra") and with hidden and weight ("with
+inputs"); of the resident set of a process of its own on the CPU, and of the allocator on a GPU.
 
-Accuracy: on the timed inputs, with the timed settings, against a 32-step float64 recurrence over the whole vocabulary. The inputs
-are random but shaped like a trained model's; `make_inputs` says how.
+Accuracy: on the timed inputs, with the timed settings, against a 32-step float64 recurrence over the whole
+vocabulary. The inputs are random but shaped like a trained model's; `make_inputs` says how.
 """
 
 import argparse

@@ -32,7 +32,7 @@ def ours(hidden: Tensor, weight: Tensor, labels: Tensor, **settings: Any) -> Ten
 
 
 class LaterMicroBatch:
-    """Ours as the later micro-batches of an optimizer step run it: the weight's summary is made once, at the first call."""
+    """Ours as the later micro-batches of an optimizer step run it: the weight is summarised once, at the first call."""
 
     def __init__(self) -> None:
         self.summaries: dict[int, Any] = {}
@@ -111,7 +111,7 @@ def add_gpu_packages(result: Implementations, device: str) -> None:
 
 
 def why_too_large(name: str, shape: Shape) -> str | None:
-    """Why an implementation that holds whole logits cannot run on the CPU here; a process that was killed reports nothing."""
+    """Why whole logits do not fit this machine; None if they do. A process that was killed could not report it."""
     if shape.device == "cuda" or name not in (EAGER, TORCH_REFERENCE):
         return None
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())

@@ -48,10 +48,11 @@ def unit(x: Tensor) -> Tensor:
 def make_inputs(shape: Shape, seed: int, mean_ce: float = 1.0) -> Inputs:
     """Inputs like those of a trained model whose predictions are calibrated.
 
-    Vectors of the weight: singular values i^-0.5 over randomly rotated directions, a shared mean direction, log-normal norms.
-    Hidden states: a mixture of seven of these vectors, drawn Zipf-like, and noise, without the shared direction, and turned a
-    little towards the weak directions, which is what makes a trained head's target stand out. Labels are drawn from the prediction
-    itself, so the mean cross-entropy is the mean entropy: many certain positions, a wide middle, and a few surprises.
+    Vectors of the weight: singular values i^-0.5 over randomly rotated directions, a shared mean direction,
+    log-normal norms. Hidden states: a mixture of seven of these vectors, drawn Zipf-like, and noise, without the
+    shared direction, and turned a little towards the weak directions, which is what makes a trained head's target
+    stand out. Labels are drawn from the prediction itself, so the mean cross-entropy is the mean entropy: many
+    certain positions, a wide middle, and a few surprises.
 
     Args:
         mean_ce: the mean entropy, in nats, that the scale of the hidden states is chosen for.

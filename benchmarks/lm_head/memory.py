@@ -1,4 +1,4 @@
-"""Peak memory of a call. On the CPU each is measured in a process of its own (child.py), on a GPU by the allocator, which is exact."""
+"""Peak memory of a call: on the CPU in a process of its own (child.py), on a GPU by the allocator, which is exact."""
 
 import ctypes
 import functools
@@ -53,7 +53,7 @@ def peak_of(call: Callable[[], Any], device: str) -> Peak:
 
 
 def in_child(task: dict[str, Any]) -> dict[str, Any]:
-    """`task` in a process of its own. One malloc arena, and large blocks given back when freed: the peak is the task's."""
+    """`task` in a process of its own, with one malloc arena and large blocks given back at once."""
     settings = {
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": str(2**20),

@@ -1,4 +1,4 @@
-"""The JSON file of measured rows: each lands there as it comes, and is not measured twice unless the loss's code has changed."""
+"""The JSON file of measured rows. None is measured twice, unless the loss's code has changed since."""
 
 import contextlib
 import datetime
@@ -57,13 +57,13 @@ class Store:
             stored = json.loads(path.read_text(encoding="utf-8"))
             if stored["machine"] != self.data["machine"]:
                 raise SystemExit(
-                    f"error: --json {path} holds rows of {stored['machine']}, and this machine is {self.data['machine']}. "
-                    "Name another file."
+                    f"error: --json {path} holds rows of another machine, {stored['machine']}, "
+                    f"and this is {self.data['machine']}. Name another file."
                 )
             self.data = stored
 
     def get(self, about: Row, measure: Callable[[], Row]) -> Row:
-        """The row about that kind, shape and name; measured, and stored at once, if it is not there or its code has changed."""
+        """The row of that kind, shape and name; measured and stored first if it is missing or its code has changed."""
         key = json.dumps(about, sort_keys=True)
         known = self.data["rows"].get(key)
         if known and known["library"] == self.code and "failed" not in known:

@@ -17,7 +17,7 @@ def synchronize(device: str) -> None:
 
 
 def touch(weight: Tensor) -> None:
-    """Change the weight as an optimizer step does, so that whatever is cached about it is made again in the next call."""
+    """Change the weight as an optimizer step does, so that the next call has to make whatever is cached about it."""
     with torch.no_grad():
         weight.mul_(1.0)
 

@@ -66,7 +66,9 @@ class Contrast:
 
 
 def paired_values(rows: Sequence[Row], arm: str, reference: str, metric: str) -> dict[int, tuple[Any, Any]]:
-    """{seed: (the arm's value, its reference's)} of the seeds for which both have one, in order. Of two rows of a run the last counts.
+    """{seed: (the arm's value, its reference's)} of the seeds for which both have one, in order.
+
+    Of two rows of a run the last counts.
 
     >>> rows = [{"arm": "ce", "seed": 1, "x": 2}, {"arm": "mce", "seed": 1, "x": 3}, {"arm": "mce", "seed": 2, "x": 4}]
     >>> paired_values(rows, "mce", "ce", "x")
@@ -119,8 +121,8 @@ def compare(arm: Arm, verdicts: Sequence[Row]) -> Contrast | None:
         return None
     if len({len(correct) for pair in pairs.values() for correct in pair}) > 1:
         raise StudyError(
-            f"the runs of {arm.name} and {arm.reference} were scored on different numbers of problems, so they cannot be "
-            "compared problem by problem. Score them again on the same set."
+            f"the runs of {arm.name} and {arm.reference} were scored on different numbers of problems, so they cannot "
+            "be compared problem by problem. Score them again on the same set."
         )
     solved = np.array([[[c == "1" for c in correct] for correct in pair] for pair in pairs.values()])  # (S, 2, P)
     by_arm, by_reference = solved[:, 0], solved[:, 1]  # (S, P) each

@@ -86,7 +86,7 @@ def figures_of_run(folder: Path, summaries: Sequence[Mapping[str, Any]]) -> dict
 
 
 def diversity(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, float]:
-    """distinct-n of each problem's samples, mean over the problems; nothing if each has one sample, or too few words."""
+    """distinct-n of each problem's samples, mean over problems; nothing if each has one sample or too few words."""
     samples: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         samples[row["id"]].append(row["response"])

@@ -1,18 +1,20 @@
 """Does matrix cross-entropy help? One recipe, several losses, several seeds, everything else equal.
 
     python benchmarks/study.py text --output runs/study/text.jsonl --text gsm8k/train.jsonl math/train.jsonl
-    python matrix_llm/train.py recipes/study_pretrain.yaml --dataset runs/study/text.jsonl --output_dir runs/study/pretrained
-    python benchmarks/study.py run recipes/study_small.yaml --output runs/study --seeds 5 --workers 2 --text gsm8k/test.jsonl
-    python benchmarks/study.py run recipes/study_small.yaml --output runs/study --seeds 3 --workers 2 --text gsm8k/test.jsonl \\
+    python matrix_llm/train.py recipes/study_pretrain.yaml --dataset runs/study/text.jsonl \\
+        --output_dir runs/study/pretrained
+    python benchmarks/study.py run recipes/study_small.yaml --output runs/study --seeds 5 --text gsm8k/test.jsonl
+    python benchmarks/study.py run recipes/study_small.yaml --output runs/study --seeds 3 --text gsm8k/test.jsonl \\
         --arms ablations
-    python benchmarks/study.py run recipes/study_small.yaml --output runs/study-rate --seeds 3 ... -- --learning_rate 1.5e-3
+    python benchmarks/study.py run recipes/study_small.yaml --output runs/study-rate --seeds 3 \\
+        --text gsm8k/test.jsonl -- --learning_rate 1.5e-3
     python benchmarks/study.py report --output runs/study --page docs/results.md --sensitivity runs/study-rate
     python benchmarks/study.py plan recipes/llemma7b.yaml --seeds 3 --launch slurm --output runs/llemma [--submit]
     python benchmarks/study.py collect --output runs/llemma
     python benchmarks/study.py report --output runs/llemma --page docs/llemma.md
 
-`run` is resumable: a run whose row is in OUT/runs.jsonl is not repeated. Each run uses one thread, so that all round alike on a CPU.
-The questions and the rules of decision are in benchmarks/study/preregistration.md.
+`run` is resumable: a run whose row is in OUT/runs.jsonl is not repeated. Each run uses one thread, so that all round
+alike on a CPU. The questions and the rules of decision are in benchmarks/study/preregistration.md.
 """
 
 import argparse

@@ -62,7 +62,7 @@ def expected_calibration_error(confidences: Sequence[float], correct: Sequence[b
 
 
 def distinct_n(responses: Sequence[str], n: int) -> float:
-    """Share of different n-grams of words among all those of one problem's responses; NaN if all are shorter than n words.
+    """Share of different n-grams of words among all those of one problem's responses; NaN if all are too short.
 
     >>> distinct_n(["a b c", "a b d"], 2)
     0.75

@@ -1,8 +1,9 @@
 """Large runs of the study: their commands, to print or to submit. collect.py reads the results back.
 
-A run is OUT/ARM-sSEED, trained by matrix_llm/train.py, scored by eval/gsm8k.py and eval/hendrycks_math.py, and measured on GSM8K's
-reference solutions (CE, calibration, effective ranks) by benchmarks.study.measure. On this machine the commands of a run follow each
-other. With Slurm, training is docs/slurm.sh, which resumes by itself, and the other jobs wait until it succeeds.
+A run is OUT/ARM-sSEED, trained by matrix_llm/train.py, scored by eval/gsm8k.py and eval/hendrycks_math.py, and
+measured on GSM8K's reference solutions (CE, calibration, effective ranks) by benchmarks.study.measure. On this
+machine the commands of a run follow each other. With Slurm, training is docs/slurm.sh, which resumes by itself, and
+the other jobs wait until it succeeds.
 """
 
 import shlex

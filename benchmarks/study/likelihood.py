@@ -82,7 +82,10 @@ def likelihood(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]], lim
 
 
 def hidden_effective_rank(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]]) -> float:
-    """Effective rank, 1 to H, of the second moment of the unit hidden states that the LM head reads at response positions."""
+    """Effective rank, 1 to H, of the second moment of the hidden states, as unit vectors, at response positions.
+
+    The states are those of the last layer, which the LM head reads.
+    """
     width = model.config.get_text_config().hidden_size
     moment = torch.zeros(width, width, dtype=torch.float64, device=model.device)  # (H, H)
     count = 0

@@ -1,15 +1,15 @@
 """Measure one finished checkpoint. Everything is fixed but the weights, so that runs compare pair by pair.
 
-    python -m benchmarks.study.measure FOLDER --out measured.json [--problems 2000] [--sample_problems 64] [--text test.jsonl ...]
-    python -m benchmarks.study.measure FOLDER --out measured.json --heldout gsm8k/test.jsonl      # large runs, after eval/gsm8k.py
+    python -m benchmarks.study.measure FOLDER --out measured.json [--problems 2000] [--text test.jsonl ...]
+    python -m benchmarks.study.measure FOLDER --out measured.json --heldout gsm8k/test.jsonl    # after eval/gsm8k.py
 
-1. greedy answers to the held-out problems (the generator's test split: other names, other numbers), each with its confidence
+1. greedy answers to the held-out problems (the generator's test split: other names, other numbers), with confidences
 2. samples at temperature 0.7 of the first few of them: pass@k and diversity
 3. the likelihood of held-out responses, and of the texts given: CE per token, calibration of the next token
 4. effective rank of the LM head and of the last hidden states, here and at each checkpoint-N of the run
 
-With --heldout, 1 and 2 are left to eval/, and 3 and 4 read that set's questions and answers. Prompts are laid out as the run's
-recipe.yaml says. Weights are read as bfloat16 on a GPU, and as float32 on a CPU.
+With --heldout, 1 and 2 are left to eval/, and 3 and 4 read that set's questions and answers. Prompts are laid out as
+the run's recipe.yaml says. Weights are read as bfloat16 on a GPU, and as float32 on a CPU.
 """
 
 import argparse
@@ -125,7 +125,11 @@ def measure(
     heldout: Source | None = None,
     problem_seed: int = PROBLEM_SEED,
 ) -> dict[str, Any]:
-    """Everything of the module's list: `row` holds figures, `problems` what the paired tests need, `shown` three responses."""
+    """Everything on the list above.
+
+    Returns:
+        `row` holds the figures, `problems` what the paired tests need, `shown` three responses to look at.
+    """
     started = time.perf_counter()
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     layout = [recipe.get(name, getattr(DataArguments, name)) for name in ("prompt_template", "response_separator")]

@@ -21,7 +21,7 @@ CURVES = {
 
 
 def draw_contrasts(contrasts: Sequence[Contrast], which: str, path: Path) -> None:
-    """One line per contrast: its seeds as dots, the mean as a diamond, the bootstrap interval thick, the t interval thin."""
+    """One line per contrast: seeds as dots, their mean a diamond, the bootstrap interval thick, the t interval thin."""
     figure = Figure(figsize=(7, 1.2 + 0.45 * len(contrasts)), layout="constrained")
     axes = figure.subplots()
     for place, c in enumerate(reversed(contrasts)):  # the first contrast at the top

@@ -31,8 +31,8 @@ def write_report(output: Path, page: Path, sensitivity: Sequence[Path] = ()) -> 
     """Fill the page between its markers and return every file that was written. A page that does not exist is created.
 
     Args:
-        output: folder of the study.
-        sensitivity: folders of studies that differ in an override; their main contrast is described without a verdict.
+        output: folder of the study. sensitivity: folders of studies that differ in an override; their main contrast
+        is described without a verdict.
 
     Raises:
         StudyError: no rows yet, a page without the markers, or a `sensitivity` folder without a study.

@@ -1,4 +1,4 @@
-"""Train and measure the runs of a study on this machine. Resumable: a run whose row is in OUT/runs.jsonl is not repeated."""
+"""Train and measure the runs of a study on this machine. A run whose row is in OUT/runs.jsonl is not repeated."""
 
 import json
 import shutil
@@ -64,7 +64,7 @@ def train_and_measure(study: Study, arm: Arm, seed: int) -> Outcome:
     log = study.log(folder.name)
     row: dict[str, Any] = {"arm": arm.name, "seed": seed, "settings": dict(arm.overrides)}
 
-    # 1. Train, unless an earlier call did. Without a checkpoint there is nothing to go on from, so the folder is emptied.
+    # 1. Train, unless an earlier call did. Without a checkpoint there is nothing to resume, so the folder is emptied.
     resumed = False
     if not (folder / "results.json").is_file():
         resumed = any(folder.glob("checkpoint-*"))
@@ -90,7 +90,7 @@ def train_and_measure(study: Study, arm: Arm, seed: int) -> Outcome:
 
 
 def measure_base(study: Study) -> None:
-    """Measure the weights that all runs start from, into OUT/base.json. A base that is not a local folder is skipped."""
+    """Measure the weights that all runs start from, in OUT/base.json. A base that is not a local folder is skipped."""
     base, file = base_of(study.recipe, study.overrides), study.output / BASE
     if not base or file.is_file() or not (ROOT / base / "config.json").is_file():
         return
@@ -112,7 +112,7 @@ class Worker:
         self._writing = threading.Lock()
 
     def make(self, arm: Arm, seed: int) -> None:
-        """Make one run and append its rows. A failure is kept for the caller: other runs are under way and may finish."""
+        """Make one run and append its rows. A failure is kept for the caller: other threads may finish their runs."""
         if self.failure:
             return
         started = time.perf_counter()

@@ -61,8 +61,8 @@ def paired_t(differences: Sequence[float], confidence: float = 0.95) -> PairedTe
 def sign_flip(differences: Sequence[float], repeats: int = 100_000, seed: int = 0) -> float:
     """Two-sided permutation p: without an effect each seed's difference could as well have the other sign.
 
-    All 2^S sign patterns up to S = 16, otherwise the observed one and `repeats` random ones. With all of them p cannot be below
-    2 / 2^S: 0.0625 at S = 5.
+    All 2^S sign patterns up to S = 16, otherwise the observed one and `repeats` random ones. With all of them p
+    cannot be below 2 / 2^S: 0.0625 at S = 5.
 
     >>> sign_flip([1.0, 2.0, 3.0])
     0.25
@@ -84,8 +84,8 @@ def sign_flip(differences: Sequence[float], repeats: int = 100_000, seed: int = 
 def minimum_detectable_effect(sd: float, seeds: int, power: float = 0.8, alpha: float = 0.05) -> float:
     """The true mean difference that the paired t test over `seeds` finds with probability `power`.
 
-    Under a true difference d the statistic has a noncentral t distribution with S - 1 degrees of freedom and noncentrality
-    d sqrt(S) / sd; the noncentrality with the wanted power is found by root finding.
+    Under a true difference d the statistic has a noncentral t distribution with S - 1 degrees of freedom and
+    noncentrality d sqrt(S) / sd; the noncentrality with the wanted power is found by root finding.
 
     Args:
         sd: standard deviation of the differences over seeds.
@@ -99,7 +99,7 @@ def minimum_detectable_effect(sd: float, seeds: int, power: float = 0.8, alpha: 
     critical = student.ppf(1 - alpha / 2, df)
 
     def excess(noncentrality: float) -> float:
-        # P(T < -critical) as an upper tail of the mirrored distribution: SciPy's nct.cdf is NaN far out on the other side
+        # P(T < -critical) as the upper tail of the mirrored distribution: SciPy's nct.cdf is NaN in its far lower tail
         found = nct.sf(critical, df, noncentrality) + nct.sf(critical, df, -noncentrality)
         return float(found) - power
 
@@ -117,9 +117,9 @@ def hierarchical_bootstrap(
 ) -> tuple[float, float]:
     """Percentile interval of the mean difference when seeds and problems are both redrawn with replacement.
 
-    The design is crossed (all seeds meet the same problems), so a draw takes S seeds and P problems and uses their whole product.
-    Draws, as counts, are multinomial, and the mean is counts_S^T D counts_P / (S P). Problems with the same S differences are drawn
-    as one kind, of which there are few: 3^S at most.
+    The design is crossed (all seeds meet the same problems), so a draw takes S seeds and P problems and uses their
+    whole product. Draws, as counts, are multinomial, and the mean is counts_S^T D counts_P / (S P). Problems with the
+    same S differences are drawn as one kind, of which there are few: 3^S at most.
 
     With few seeds it is too narrow by about sqrt((S - 1) / S), which is why no verdict rests on it alone.
     """

@@ -36,7 +36,7 @@ NOT_METRICS = {"seed", "steps", "measure_seconds", "resumed"}
 SHARES = ("accuracy", "pass@", "unanswered")  # prefixes of the metrics that are given in percent
 
 
-# --- words -------------------------------------------------------------------------------------------------------------
+# --- words -----------------------------------------------------------------------------------------------------------
 
 
 def points(share: float) -> str:
@@ -89,7 +89,7 @@ def describe_likelihood(rows: Sequence[Row], arm: str, reference: str) -> str:
 
 
 def metric_names(rows: Sequence[Row]) -> list[str]:
-    """The names of all single figures: accuracies first, then the labelled ones in the order of LABELS, then the rest by name."""
+    """The names of all single figures: accuracies first, then those of LABELS in its order, then the rest by name."""
     found = {
         name
         for row in rows
@@ -123,7 +123,7 @@ def format_value(metric: str, value: float) -> str:
     return f"{value:.2f}" if metric.startswith(("rank", "peak")) else f"{value:.4f}"
 
 
-# --- tables ------------------------------------------------------------------------------------------------------------
+# --- tables ----------------------------------------------------------------------------------------------------------
 
 
 def seeds_table(contrast: Contrast, rows: Sequence[Row], which: str) -> str:

@@ -95,11 +95,11 @@ def test_commands_start_from_any_folder(tmp_path):
 @pytest.fixture
 def test_sets(tmp_path):
     """Four problems in GSM8K's and in MATH's layout."""
-    files = []
+    files, about = [], {"level": "Level 1", "subject": "Algebra"}
     for name, make in (
         ("gsm8k", lambda n: {"question": f"{n} and one?", "answer": f"So\n#### {n + 1}"}),
-        ("math", lambda n: {"problem": f"{n}+1?", "solution": f"$\\boxed{{{n + 1}}}$", "level": "Level 1", "subject": "Algebra"}),
-    ):  # fmt: skip
+        ("math", lambda n: {"problem": f"{n}+1?", "solution": f"$\\boxed{{{n + 1}}}$", **about}),
+    ):
         (tmp_path / name).mkdir()
         files.append(tmp_path / name / "test.jsonl")
         files[-1].write_text("".join(json.dumps(make(n)) + "\n" for n in range(4)))

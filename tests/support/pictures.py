@@ -5,7 +5,11 @@ from matplotlib.colors import to_rgb
 
 
 def count_colour(picture: np.ndarray, colour: str, tolerance: float = 0.02) -> np.ndarray:
-    """(height, width) booleans: the pixels of that colour. `picture`: (height, width, 3 or 4), from matplotlib.image.imread."""
+    """(height, width) booleans, true for the pixels of that colour.
+
+    Args:
+        picture: (height, width, 3 or 4), from matplotlib.image.imread.
+    """
     return (np.abs(picture[..., :3] - to_rgb(colour)) < tolerance).all(-1)
 
 

@@ -26,7 +26,7 @@ bf16: false
 
 
 def write_synthetic_study(folder: Path, gains: dict[str, float], seeds: int = 5, size: int = 2000) -> None:
-    """runs.jsonl and problems.jsonl in which each arm's accuracy is 0.6, plus its gain, plus 1 point of noise over seeds.
+    """runs.jsonl and problems.jsonl: each arm's accuracy is 0.6, plus its gain, plus 1 point of noise over seeds.
 
     The noise has mean 0 in each arm, so that arms with equal gains do not differ by chance either.
     """
