@@ -24,7 +24,7 @@ def say(text: str) -> None:
 
 
 def train_command(recipe: Path, arm: Arm, seed: int, folder: Path, overrides: Sequence[str] = ()) -> list[str]:
-    """Arguments of the interpreter that train one run. The arm's settings come last, so `overrides` cannot undo them."""
+    """The interpreter's arguments that train one run. The arm's settings come last, so `overrides` cannot undo them."""
     script = [str(ROOT / "matrix_llm" / "train.py"), str(recipe)]
     return [*script, *overrides, "--seed", str(seed), "--output_dir", str(folder), *arm.arguments]
 
