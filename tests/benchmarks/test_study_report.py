@@ -52,6 +52,14 @@ def test_report_lists_runs_that_diverged_and_leaves_their_seed_out(tmp_path):
     assert "over 3 seeds" in text
 
 
+def test_verdicts_of_a_run_that_was_killed_before_its_row_do_not_count(tmp_path):
+    write_synthetic_study(tmp_path, {"ce": 0, "mce": 0}, seeds=3, size=50)
+    for arm in ("ce", "mce"):
+        append_row(tmp_path / PROBLEMS, {"arm": arm, "seed": 4, "set": "heldout", "correct": "1" * 50})
+    text = render(read_jsonl(tmp_path / RUNS), read_jsonl(tmp_path / PROBLEMS), "x")
+    assert "over 3 seeds" in text
+
+
 def test_report_describes_a_study_that_differs_in_an_override(tmp_path):
     for name, gain, overrides in (("a", 0.0, []), ("b", 0.05, ["--learning_rate", "1e-3"])):
         (tmp_path / name).mkdir()
@@ -98,6 +106,7 @@ def test_a_contrast_that_differs_is_drawn_in_red_to_the_right_of_zero(tmp_path):
     red, blue = count_colour(picture, "#d62728"), count_colour(picture, "#1f77b4")
     assert red.sum() > 50
     assert blue.sum() > 50
+    assert count_colour(picture, "#f1b3b3", tolerance=0.03).sum() > 50  # the bootstrap interval, translucent
     assert np.nonzero(red)[1].min() > np.nonzero(blue)[1].max()  # the intervals do not touch
 
 
