@@ -37,10 +37,8 @@ def test_sign_flip_counts_patterns_and_has_its_floor():
 
 
 def test_sign_flip_counts_accuracies_that_tie_up_to_rounding_as_ties():
-    differences = [0.3 - 0.2, 0.4 - 0.2, 0.2 - 0.5]  # 0.1, 0.2 and -0.3, up to rounding: the observed sum is 0
-    assert statistics.sign_flip(differences) == statistics.sign_flip([1, 2, -3]) == 1.0
-    differences = [0.8 - 0.7, 0.9 - 0.7, 0.7 - 0.4, 0.7 - 0.8]
-    assert statistics.sign_flip(differences) == statistics.sign_flip([1, 2, 3, -1])
+    differences = [0.8 - 0.4, 0.9 - 0.8, 0.2 - 0.6, 0.0]  # 4, 1, -4 and 0 tenths, up to rounding
+    assert statistics.sign_flip(differences) == statistics.sign_flip([4, 1, -4, 0]) == 1.0
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.05 / 11])
