@@ -9,7 +9,8 @@ call returns them all at the end. The prefix cache is emptied before each turn, 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a script: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import statistics

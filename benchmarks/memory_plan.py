@@ -1,11 +1,14 @@
 """The memory estimate of --dry_run against the measured peak of real training on the CPU.
 
-    python benchmarks/memory_plan.py                      # two sizes; one process, and two with DDP, ZeRO-2, ZeRO-3, FSDP2; 15 minutes
+    python benchmarks/memory_plan.py                            # 15 minutes
     python benchmarks/memory_plan.py --engine "no sharding"
 
-Measured: the anonymous resident memory of rank 0, read every 2 ms, at its peak during the second and third optimizer step, less what the
-process held before the model was built (interpreter, libraries, rows). Estimated: matrix_llm.plan.memory for the same recipe. DeepSpeed's
-buckets are reserved whole but touched only as far as the model reaches, so they are set to the model's size here.
+Two sizes; one process, and two with DDP, ZeRO-2, ZeRO-3, FSDP2.
+
+Measured: the anonymous resident memory of rank 0, read every 2 ms, at its peak during the second and third optimizer
+step, less what the process held before the model was built (interpreter, libraries, rows). Estimated:
+matrix_llm.plan.memory for the same recipe. DeepSpeed's buckets are reserved whole but touched only as far as the
+model reaches, so they are set to the model's size here.
 """
 
 import sys
@@ -71,9 +74,10 @@ ENGINES: dict[str, list[str]] = {
 def write_recipe(folder: Path, size: str, engine: str, **changes: Any) -> Path:
     """A recipe whose rows are exactly max_length tokens long."""
     settings: dict[str, Any] = {
-        "model_config": {"model_type": "llama", "tie_word_embeddings": False, **SIZES[size]}, "tokenizer_vocab_size": 300,
-        "dataset": str(folder / "rows.jsonl"), "too_long": "truncate", "max_steps": 3, "learning_rate": 1e-4, "use_cpu": True,
-        "bf16": False, "gradient_checkpointing": False, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+        "model_config": {"model_type": "llama", "tie_word_embeddings": False, **SIZES[size]},
+        "tokenizer_vocab_size": 300, "dataset": str(folder / "rows.jsonl"), "too_long": "truncate", "max_steps": 3,
+        "learning_rate": 1e-4, "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "save_strategy": "no",
+        "report_to": "none", "disable_tqdm": True,
         "output_dir": str(folder / "run"),
         **changes,
     }  # fmt: skip
@@ -87,7 +91,8 @@ def write_recipe(folder: Path, size: str, engine: str, **changes: Any) -> Path:
         }
         blocks = {
             "zero_optimization": zero, "zero_force_ds_cpu_optimizer": False, "bf16": {"enabled": False},
-            "gradient_accumulation_steps": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto",
+            "gradient_accumulation_steps": "auto", "train_micro_batch_size_per_gpu": "auto",
+            "gradient_clipping": "auto",
         }  # fmt: skip
         (folder / "ds.json").write_text(json.dumps(blocks))
         settings["deepspeed"] = str(folder / "ds.json")
@@ -178,7 +183,7 @@ def estimate(recipe_path: Path, engine: str) -> Any:
 
 
 def measure(size: str, engine: str = "no sharding", **changes: Any) -> dict[str, float]:
-    """Bytes on the process of rank 0: measured peak, estimate, and the part of it that is weights, gradients and optimizer."""
+    """Bytes on the process of rank 0: measured peak, estimate, and its part for weights, gradients and optimizer."""
     with tempfile.TemporaryDirectory() as name:
         recipe = write_recipe(Path(name), size, engine, **changes)
         command = [str(Path(__file__).resolve()), "--child", str(recipe)]
@@ -192,10 +197,11 @@ def measure(size: str, engine: str = "no sharding", **changes: Any) -> dict[str,
             shape = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
             launcher += ["-m", "accelerate.commands.launch", *ENGINES[engine], *shape, "--main_process_port", port]
         env = {
-            **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu",
-            "HF_DATASETS_CACHE": str(Path(name) / "cache"), "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # ninja, for DeepSpeed's op
-            "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0",  # freed tensors go back to the system at once
+            **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+            "DS_ACCELERATOR": "cpu", "HF_DATASETS_CACHE": str(Path(name) / "cache"),
+            "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # ninja, for DeepSpeed
+            "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0",  # freed tensors go back at once
         }  # fmt: skip
         done = subprocess.run([*launcher, *command], env=env, capture_output=True, text=True, check=False, timeout=900)
         if done.returncode:
@@ -226,7 +232,8 @@ def main() -> None:
                 got = measure(size, engine, **CASES[case])
                 ratio = got["estimate"] / got["measured"]
                 print(
-                    f"{size:6} {engine:12} {case:30} {got['estimate'] / 2**20:9.0f} {got['measured'] / 2**20:9.0f} {ratio:10.2f}",
+                    f"{size:6} {engine:12} {case:30} "
+                    f"{got['estimate'] / 2**20:9.0f} {got['measured'] / 2**20:9.0f} {ratio:10.2f}",
                     flush=True,
                 )
 

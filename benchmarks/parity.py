@@ -1,8 +1,9 @@
-"""The parity table of docs/reliability.md: how far each engine is from one process, in float32 on the CPU, after 20 optimizer steps.
+"""The parity table of docs/reliability.md: how far each engine is from one process after 20 optimizer steps.
 
     python benchmarks/parity.py [--out parity.jsonl] [--engine zero3 ...]
 
-Prints Markdown. It runs what tests/engines/test_distributed.py runs: two real processes (gloo) for each engine, DeepSpeed and FSDP2 themselves.
+In float32 on the CPU. Prints Markdown. It runs what tests/engines/test_distributed.py runs: two real processes (gloo)
+for each engine, DeepSpeed and FSDP2 themselves.
 """
 
 import argparse
@@ -12,10 +13,11 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if not __package__:  # run as a script: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tests.support.engines import why_no_deepspeed  # noqa: E402
-from tests.support.parity_runs import CASES, ENGINES, REFERENCE, Runner, differences  # noqa: E402
+from tests.support.engines import why_no_deepspeed
+from tests.support.parity_runs import CASES, ENGINES, REFERENCE, Runner, differences
 
 LABELS = {
     "accumulation 1x8": "1 process, 8 micro-batches",
@@ -62,7 +64,8 @@ def main() -> None:
         runner.close()
     print(table(measured))
     print(
-        f"\nlargest of all: {max(row[key] for row in measured for key in COLUMNS):.1e}, in {time.perf_counter() - started:.0f} s"
+        f"\nlargest of all: {max(row[key] for row in measured for key in COLUMNS):.1e}, "
+        f"in {time.perf_counter() - started:.0f} s"
     )
 
 

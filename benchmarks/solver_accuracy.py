@@ -4,13 +4,18 @@
 
 Takes the hidden states of a model on rows it was not trained on, and compares each solver with the dense logarithm in
 float64, in value and in the gradient in the logits, by the position's cross-entropy. Errors are means over positions of
-|v - v*| / v* and ||g - g*|| / ||g*||, over positions with v* > 0.001 nats (below, both are rounding noise of a confident
-prediction).
+|v - v*| / v* and ||g - g*|| / ||g*||, over positions with v* > 0.001 nats (below, both are rounding noise of a
+confident prediction).
 """
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import json
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -82,7 +87,8 @@ def main() -> None:
     exact, exact_gradient = value_and_gradient(logits, labels, weight.double(), {"solver": "exact"}, chunk=8)
     counted = exact > 1e-3
     print(
-        f"{len(labels)} positions, V = {weight.shape[0]}, D = {weight.shape[1]}, mean CE {ce.mean():.3f}, mean MCE {exact.mean():.3f}"
+        f"{len(labels)} positions, V = {weight.shape[0]}, D = {weight.shape[1]}, "
+        f"mean CE {ce.mean():.3f}, mean MCE {exact.mean():.3f}"
     )
     for name, (low, high) in BINS.items():
         print(f"  {name}: {int(((ce >= low) & (ce <= high) & counted).sum())} positions")
