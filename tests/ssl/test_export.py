@@ -495,7 +495,7 @@ def test_foreign_torchvision_files_are_refused_by_name(tmp_path):
     for name, reason in (
         ("object.pth", "tensors alone"),
         ("cut.safetensors", "tensors alone"),
-        ("gone.pth", r"no \.safetensors or \.pth"),
+        ("gone.pth", r"gone\.pth is not a \.safetensors or \.pth"),
     ):
         with pytest.raises(ExportError, match=reason):
             from_torchvision(tmp_path / name)

@@ -453,6 +453,9 @@ assert ssl.SSLContext
         ({"backbone_config": {"depths": [1]}}, "Add model_type"),
         ({"eval_strategy": "epoch", "eval_dataset": None}, "Give eval_dataset"),
         ({"dataloader_drop_last": False}, "Set it to true"),
+        ({"per_device_train_batch_size": 1}, "per_device_train_batch_size=1 .* at least 2"),
+        ({"loss_settings": {"lambda_": "1e-3"}}, "lambda_='1e-3' must be a number.*1.0e-3"),
+        ({"loss_settings": {"order": 2.5}}, "order=2.5 must be a whole number"),
     ],
 )
 def test_a_recipe_that_cannot_work_ends_with_one_line(tmp_path, capsys, changes, words):
@@ -492,6 +495,17 @@ def test_every_method_of_a_cifar_recipe_can_be_planned():
     for method in METHODS:
         found = load_ssl_recipe(ROOT / "recipes/ssl/cifar10_r18.yaml", ["--method", method], dry_run=True).model
         SSLConfig(method=method, backbone_config=found.backbone_config, projector_widths=found.projector_widths)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"preset": "papers"}, {"order": 0}, {"preset": "paper", "lambda_": 0.0}, {"eps": 0.0}]
+)
+def test_a_loss_setting_out_of_range_is_an_error_that_the_user_can_mend(settings):
+    """pretrain.py prints the errors of this family in one line; any other would be a traceback."""
+    model, (x, y) = ssl_parity_run.tiny("mec" if "eps" in settings else "matrix_ssl"), views()
+    model.config.loss_settings = settings
+    with pytest.raises(RecipeError, match=next(reversed(settings))):
+        model(x, y)
 
 
 def test_unknown_labels_are_refused_before_training(tmp_path):
