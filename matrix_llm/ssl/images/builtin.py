@@ -26,7 +26,7 @@ def check_split(split: str, source: str) -> None:
 
 
 def load_digits(split: str) -> Images:
-    """scikit-learn's 1,797 handwritten digits, 8 x 8: 1,297 to train on and 500 to test, the classes in equal shares."""
+    """scikit-learn's 1,797 handwritten digits, 8 x 8: 1,297 to train on and 500 to test, classes in equal shares."""
     check_split(split, "digits")
     try:
         from sklearn.datasets import load_digits as read_digits

@@ -65,7 +65,7 @@ def polynomial(c: Tensor, a: Sequence[float]) -> Tensor:
 
 
 class _TraceOfPowers(torch.autograd.Function):
-    """sum_{k>=1} a_k tr C^k, and its gradient sum_k k a_k (C^T)^(k-1). At order 4: one product forward, one backward."""
+    """sum_{k>=1} a_k tr C^k, and its gradient sum_k k a_k (C^T)^(k-1). One product each at order 4."""
 
     @staticmethod
     def forward(ctx, c: Tensor, a: Sequence[float]) -> Tensor:
