@@ -1,16 +1,19 @@
-"""All nine methods on scikit-learn's digits, the ablations of gamma and of the Taylor order, and docs/ssl.md from what was found.
+"""All nine methods on scikit-learn's digits, the ablations of gamma and of the Taylor order, and docs/ssl.md from
+what was found.
 
-    python benchmarks/ssl_digits.py run --output runs/ssl_digits     # resumable: one line of rows.jsonl for each finished run
-    python benchmarks/ssl_digits.py page --output runs/ssl_digits    # writes the figures and the measured part of docs/ssl.md
-    python benchmarks/ssl_digits.py demo --output runs/ssl/digits    # one finished run beside a random network and raw pixels
+    python benchmarks/ssl_digits.py run --output runs/ssl_digits     # resumable: one line of rows.jsonl for each
+    finished run python benchmarks/ssl_digits.py page --output runs/ssl_digits    # writes the figures and the
+    measured part of docs/ssl.md python benchmarks/ssl_digits.py demo --output runs/ssl/digits    # one finished run
+    beside a random network and raw pixels
 
-Fixed before the runs: every method trains with recipes/ssl/digits.yaml (network, widths, augmentation, SGD, 600 steps of 128). Its base
-learning rate is chosen among 0.25, 0.5, 1 and 2 on seed 100 by the accuracy with 5 labels a class, on training images alone: labels are
-drawn from the first 1,000, and the other 297 are scored. The test images are looked at once, with seeds 0, 1 and 2.
+Fixed before the runs: every method trains with recipes/ssl/digits.yaml (network, widths, augmentation, SGD, 600 steps
+of 128). Its base learning rate is chosen among 0.25, 0.5, 1 and 2 on seed 100 by the accuracy with 5 labels a class,
+on training images alone: labels are drawn from the first 1,000, and the other 297 are scored. The test images are
+looked at once, with seeds 0, 1 and 2.
 
-Added after the first runs: with its chosen rate, 1, VICReg's loss became infinite on seeds 0 and 1 (seed 2 finished and was scored).
-A rate whose loss does so on any seed is out, for all seeds, and the next best on seed 100 takes its place; such runs are kept as
-rows `diverged/...`.
+Added after the first runs: with its chosen rate, 1, VICReg's loss became infinite on seeds 0 and 1 (seed 2 finished
+and was scored). A rate whose loss does so on any seed is out, for all seeds, and the next best on seed 100 takes its
+place; such runs are kept as rows `diverged/...`.
 """
 
 import argparse
@@ -27,7 +30,7 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+sys.path[0] = str(ROOT)  # import from the repository, not from this folder
 
 RATES = (0.25, 0.5, 1.0, 2.0)
 SEEDS = (0, 1, 2)
@@ -78,7 +81,7 @@ def settings_of(method: str, rate: float, seed: int, extra: list[str]) -> list[s
 
 
 def scores(x, y, u, v) -> dict:
-    from matrix_llm.ssl.probes import Features, effective_ranks, few_label_accuracy, knn_accuracy, linear_accuracy
+    from matrix_llm.ssl.evaluate import Features, effective_ranks, few_label_accuracy, knn_accuracy, linear_accuracy
 
     train, test = Features(x, y), Features(u, v)
     few = {n: statistics.mean(few_label_accuracy(train, test, labels_per_class=n, draws=20)) for n in (5, 1)}
@@ -109,9 +112,9 @@ def one(job: dict) -> dict:
 
     torch.set_num_threads(1)
     from matrix_llm.ssl.augment import EvalTransform
+    from matrix_llm.ssl.evaluate import Features, few_label_accuracy
     from matrix_llm.ssl.modeling import load_backbone
     from matrix_llm.ssl.pretrain import main
-    from matrix_llm.ssl.probes import Features, few_label_accuracy
 
     folder, started = Path(job["folder"]), time.perf_counter()
     if (
@@ -180,7 +183,7 @@ def demo(run: Path) -> None:
 
     if not (run / "results.json").is_file():
         raise SystemExit(
-            f"error: {run} is no finished run. First: accelerate launch --cpu matrix_llm/ssl/pretrain.py recipes/ssl/digits.yaml"
+            f"error: {run} is not a finished run. First: accelerate launch --cpu matrix_llm/ssl/pretrain.py recipes/ssl/digits.yaml"
         )
     found = {"pre-trained": scores(*features_of(load_backbone(run), EvalTransform.load(run)))}
     found |= {row["key"].removeprefix("baseline/"): row for row in baselines()}
@@ -259,6 +262,7 @@ def run(output: Path, workers: int) -> None:
     )
 
 
+#
 # --------------------------------------------------------------------------------------------------------------------- page
 
 

@@ -32,6 +32,10 @@ class ProbeError(MatrixLLMError, ValueError):
     """Features or labels that an evaluation protocol cannot use."""
 
 
+class ExportError(MatrixLLMError, ValueError):
+    """A network that another library cannot represent, or a file that the export cannot read or write."""
+
+
 class EvalError(MatrixLLMError, ValueError):
     """An evaluation that cannot start or continue."""
 
@@ -42,6 +46,10 @@ class CheckpointError(MatrixLLMError, RuntimeError):
 
 class PushError(MatrixLLMError, RuntimeError):
     """The Hub could not be reached, or refused the request."""
+
+
+class NonFiniteRowsError(MatrixLLMError, ValueError):
+    """NaN or infinity in the rows that an image loss or a metric reads: the run has diverged."""
 
 
 class NonFiniteLossError(MatrixLLMError, RuntimeError):

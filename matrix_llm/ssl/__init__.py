@@ -1,4 +1,8 @@
-"""Self-supervised learning of images: Matrix-SSL and its baselines, on the matrix-information functions of `matrix_llm.information`.
+"""Self-supervised learning of images: Matrix-SSL and its baselines, on the matrix functions of
+`matrix_llm.information`.
 
-`losses`, `metrics` and `gather` need torch alone, and nothing here is imported by `import matrix_llm`.
+Read `losses/`, `methods.py` (which loss and which heads a method has), `models/`, `images/`, `training/`, then the
+command `pretrain.py`; `evaluation/` with `evaluate.py`, `transfer/` with `export.py`, and `figures.py` use what it
+leaves. `modeling.py`, `data.py`, `augment.py` and `trainer.py` only give the rooms' public names. `import matrix_llm`
+imports nothing from here, and `losses` and `metrics` need torch alone.
 """

@@ -1,10 +1,13 @@
-"""The settings of a pre-training run: what the recipe may say about model, data, augmentation and training, all checked before loading.
+"""The settings of a pre-training run: what a recipe may set about model, data, augmentation and training, checked
+before loading.
 
->>> # load_ssl_recipe("recipes/ssl/digits.yaml", ["--loss_settings", "{gamma: 0.5}"]).model.loss_settings == {"gamma": 0.5}
+>>> # recipe = load_ssl_recipe("recipes/ssl/digits.yaml", ["--loss_settings", "{gamma: 0.5}"])
+>>> # recipe.model.loss_settings == {"gamma": 0.5}
 """
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,12 +19,12 @@ from transformers import CONFIG_MAPPING, TrainingArguments
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.reader import Settings, find_from_repository
 from matrix_llm.base.values import nearest, setting
-from matrix_llm.ssl.augment import AugmentConfig
-from matrix_llm.ssl.methods import METHODS, check_loss_settings, method_named
+from matrix_llm.ssl.images.settings import AugmentConfig
+from matrix_llm.ssl.methods import METHODS, check_loss_settings, find_method
 
 __all__ = ["SSLDataArguments", "SSLModelArguments", "SSLRecipe", "SSLTrainingConfig", "load_ssl_recipe"]
 
-RESNET_50 = {"model_type": "resnet"}  # transformers' own defaults
+RESNET_50 = {"model_type": "resnet"}  # transformers' defaults
 
 
 @dataclass
@@ -29,16 +32,23 @@ class SSLModelArguments:
     """The method and the network. Widths that are not given are the paper's."""
 
     method: str = field(default="matrix_ssl", metadata={"choices": [*METHODS]})
-    backbone_config: dict | None = (
-        None  # e.g. {"model_type": "resnet", "depths": [2, 2, 2, 2], ...}; not given: ResNet-50
-    )
+    """A key of `methods.METHODS`."""
+    backbone_config: dict | None = None
+    """The architecture, e.g. {"model_type": "resnet", "depths": [2, 2, 2, 2]}; not given: a ResNet-50."""
     projector_widths: list[int] | None = None
+    """Widths of the projector's layers, each at least 1."""
     predictor_widths: list[int] | None = None
-    loss_settings: dict | None = None  # of the method's loss, e.g. {"gamma": 1.0, "order": 4}
+    """Widths of the predictor's layers, each at least 1; the last one is that of the projector."""
+    loss_settings: dict | None = None
+    """Settings of the method's loss, e.g. {"gamma": 1.0, "order": 4}."""
     queue_size: int | None = None
+    """Keys in MoCo's queue, at least one batch of all ranks."""
     prototypes: int | None = None
+    """SwAV's prototypes, at least 1."""
     zero_init_residual: bool = True
-    online_probe: bool = True  # with labelled images: a linear classifier on detached features, trained along
+    """Start each residual branch at zero."""
+    online_probe: bool = True
+    """With labelled images, train a linear classifier on detached features along with the network."""
 
     def __post_init__(self):
         for name in ("projector_widths", "predictor_widths"):
@@ -47,34 +57,43 @@ class SSLModelArguments:
                 raise RecipeError(
                     f"{name}={widths} cannot work: give one width above 0 for each layer, e.g. [2048, 2048, 2048]."
                 )
-        try:
-            check_loss_settings(self.method, self.loss_settings or {})
-        except ValueError as error:
-            raise RecipeError(str(error)) from None
-        if self.backbone_config is not None and not isinstance(self.backbone_config.get("model_type"), str):
-            raise RecipeError(
-                f"backbone_config={self.backbone_config!r} does not say which architecture. Add model_type, e.g. resnet."
-            )
-        if self.backbone_config is not None and (kind := self.backbone_config["model_type"]) not in (
-            known := (*CONFIG_MAPPING, "small_resnet")
-        ):
-            raise RecipeError(
-                f"backbone_config: model_type={kind!r} is no architecture of transformers.{nearest(kind, known)}"
-            )
+        check_loss_settings(self.method, self.loss_settings or {})
+        if self.backbone_config is not None:
+            kind, known = self.backbone_config.get("model_type"), (*CONFIG_MAPPING, "small_resnet")
+            if not isinstance(kind, str):
+                raise RecipeError(
+                    f"backbone_config={self.backbone_config!r} does not name the architecture. Add model_type, e.g. "
+                    "resnet."
+                )
+            if kind not in known:
+                raise RecipeError(
+                    f"backbone_config: model_type={kind!r} is not an architecture of "
+                    f"transformers.{nearest(kind, known)}"
+                )
 
 
 @dataclass
 class SSLDataArguments:
-    """Which images. `dataset`: "digits", "synthetic", a folder, an .npz, a CIFAR binary folder, or a Hub id (data.py)."""
+    """Which images."""
 
     dataset: str | None = None
+    """The images to train on: "digits", "synthetic", a folder, an .npz, CIFAR's binary folder or a Hub id
+    (`images/load.py`).
+    """
     dataset_config: str | None = None
+    """Configuration of a Hub data set."""
     dataset_split: str = "train"
-    eval_dataset: str | None = None  # for the online probe's held-out accuracy
+    """The part to train on."""
+    eval_dataset: str | None = None
+    """Labelled images for the online probe's held-out accuracy."""
     eval_split: str = "test"
+    """The part of eval_dataset."""
     image_column: str | None = None
+    """Column of a Hub data set with the images; found if not given."""
     label_column: str | None = None
+    """Column of a Hub data set with the labels; found if not given."""
     max_train_rows: int | None = setting(None, at_least=1)
+    """Train on at most this many images, at least 1."""
 
     def __post_init__(self):
         if self.dataset is None:
@@ -85,51 +104,70 @@ class SSLDataArguments:
 class SSLTrainingConfig(TrainingArguments):
     """`TrainingArguments` for pre-training.
 
-    Other defaults: no gradient clipping (1.0 in TrainingArguments; no released code of these methods clips), incomplete batches are
-    dropped, cosine schedule, no reporting service.
+    Other defaults than there: no gradient clipping (no released code of these methods clips), incomplete batches are
+    dropped, a cosine schedule, and no reporting service.
     """
 
     optimizer: str = field(default="sgd", metadata={"choices": ["sgd", "lars", "adamw"]})
+    """What takes the steps."""
     momentum: float = setting(0.9, at_least=0, below=1)
-    base_learning_rate: float | None = setting(
-        None, above=0
-    )  # learning_rate = base_learning_rate * batch of all ranks / 256
-    ema_momentum: float | None = None  # of the target network; not given: the method's
+    """Of SGD and LARS, from 0 to below 1."""
+    base_learning_rate: float | None = setting(None, above=0)
+    """Above 0: learning_rate = base_learning_rate * images of all ranks / 256."""
+    ema_momentum: float | None = None
+    """Share of the target network that one step keeps, 0 to 1; not given: the method's."""
     ema_schedule: str | None = field(default=None, metadata={"choices": ["cosine", "constant"]})
-    probe_learning_rate: float = setting(0.1, above=0)  # of the online probe, by the same schedule
-    effective_rank_steps: int = setting(
-        100, at_least=0
-    )  # log effective ranks of the last batch every so many steps; 0: never
+    """How that share changes over the steps; not given: the method's."""
+    probe_learning_rate: float = setting(0.1, above=0)
+    """Of the online probe, above 0, with the schedule of the network."""
+    effective_rank_steps: int = setting(100, at_least=0)
+    """Log the effective ranks of the last batch every so many steps, at least 0; 0 never."""
     weight_decay: float = 1e-5
+    """At least 0."""
     max_grad_norm: float = 0.0
+    """Clip gradients to this norm, at least 0; 0 does not clip."""
     lr_scheduler_type: str = "cosine"
+    """A schedule of transformers."""
     dataloader_drop_last: bool = True
+    """Must be true: a smaller last batch would have another loss."""
     remove_unused_columns: bool = False
+    """The batches have names of their own."""
     ddp_find_unused_parameters: bool | None = False
-    ddp_broadcast_buffers: bool | None = False  # rank-wide normalisation and gathered keys keep them equal
+    """Every trained weight takes part in every step."""
+    ddp_broadcast_buffers: bool | None = False
+    """Normalisation over all ranks and gathered keys keep the buffers equal already."""
     per_device_eval_batch_size: int = 256
+    """Held-out images at a time, at least 1."""
     report_to: str | list[str] | None = "none"
+    """Reporting services."""
     logging_nan_inf_filter: bool = False
+    """A loss that is not finite stops the run; it must not be hidden."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.gradient_accumulation_steps != 1:
             raise RecipeError(
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps} does not enlarge the batch here: covariances, negatives "
-                "and batch normalisation are those of each micro-batch alone. Use more ranks or a smaller batch, and set it to 1."
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} does not enlarge the batch here: "
+                "covariances, "
+                "negatives and batch normalisation are those of each micro-batch alone. Use more ranks or a smaller "
+                "batch, and "
+                "set it to 1."
             )
         if self.n_gpu > 1:
             raise RecipeError(
-                f"one process sees {self.n_gpu} GPUs, and transformers would split each batch over copies of the model, with a loss for "
-                f"each part. Start it with `accelerate launch --num_processes {self.n_gpu}`, or set CUDA_VISIBLE_DEVICES=0."
+                f"one process sees {self.n_gpu} GPUs, and transformers would split each batch over copies of the "
+                "model, with a "
+                f"loss for each part. Start it with `accelerate launch --num_processes {self.n_gpu}`, or set "
+                "CUDA_VISIBLE_DEVICES=0."
             )
         if not self.dataloader_drop_last:
             raise RecipeError(
-                "dataloader_drop_last=False: the last batch would be smaller, another loss. Set it to true."
+                "dataloader_drop_last=False: the last batch would be smaller and have another loss. Set it to true."
             )
         if self.deepspeed or self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
             raise RecipeError(
-                "deepspeed and fsdp shard weights, which the target network copies. Launch pre-training with plain DDP."
+                "deepspeed and fsdp shard the weights, which the target network copies. Launch pre-training with "
+                "plain DDP."
             )
         if self.ema_momentum is not None and not 0 <= self.ema_momentum <= 1:
             raise RecipeError(f"ema_momentum={self.ema_momentum} cannot work: it must be from 0 to 1.")
@@ -138,17 +176,26 @@ class SSLTrainingConfig(TrainingArguments):
 
     @property
     def images_per_step(self) -> int:
+        """Images of all ranks in one step."""
         return self.per_device_train_batch_size * max(self.n_gpu, 1) * self.world_size
 
 
 @dataclass
 class SSLRecipe:
+    """A checked recipe."""
+
     model: SSLModelArguments
+    """The method and the network."""
     data: SSLDataArguments
+    """The images."""
     augment: AugmentConfig
+    """The two views."""
     training: SSLTrainingConfig
+    """How it trains."""
     path: Path
+    """The recipe's file."""
     resolved: dict[str, Any]
+    """The settings given, in the file or on the command line."""
 
 
 SETTINGS = Settings(
@@ -169,17 +216,20 @@ SETTINGS = Settings(
 
 
 def load_ssl_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run: bool = False) -> SSLRecipe:
-    """Reads a flat YAML recipe, applies `--key value` overrides, checks everything and builds the four dataclasses.
+    """Read a flat YAML recipe, apply `--key value` overrides, check everything and build the four dataclasses.
 
     Args:
-        dry_run: build the training settings on the CPU, so that a machine without a GPU can plan a bf16 run.
+        dry_run: build the training settings for the CPU, so that a machine without a GPU can plan a bf16 run.
 
     Raises:
         RecipeError: a setting that cannot work.
     """
     path = Path(path).expanduser()
+    # 1. Names, types and ranges
     resolved = SETTINGS.read(path, overrides)
-    settings = {"output_dir": f"runs/ssl/{path.stem}", **resolved}
+    settings = {"output_dir": f"runs/ssl/{path.stem}", **copy.deepcopy(resolved)}
+    resolved.pop("hub_token", None)  # a secret: it is passed on, and never written
+    # 2. Settings that contradict each other, or would do nothing
     if "optim" in settings:
         raise RecipeError(
             f"{path}: optim={settings['optim']!r} would do nothing here. Write `optimizer: sgd`, lars or adamw."
@@ -191,25 +241,19 @@ def load_ssl_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run:
     for key in ("dataset", "eval_dataset"):
         if isinstance(settings.get(key), str):
             settings[key] = find_from_repository(settings[key], path)
+    # 3. The dataclasses, which check themselves
     given = SETTINGS.split(settings)
     if dry_run:
         given["training"] |= {"use_cpu": True}
     try:
-        model = SSLModelArguments(**given["model"])
-        recipe = SSLRecipe(
-            model,
-            SSLDataArguments(**given["data"]),
-            AugmentConfig(**given["augment"]),
-            SSLTrainingConfig(**given["training"]),
-            path,
-            resolved,
-        )
-    except (ValueError, NotImplementedError) as error:
+        model, data = SSLModelArguments(**given["model"]), SSLDataArguments(**given["data"])
+        augment, training = AugmentConfig(**given["augment"]), SSLTrainingConfig(**given["training"])
+    except (ValueError, NotImplementedError) as error:  # TrainingArguments refuses settings with these two
         raise RecipeError(f"{path}: {error}") from None
-    if not method_named(model.method).target and (
-        recipe.training.ema_momentum is not None or recipe.training.ema_schedule is not None
+    if not find_method(model.method).target and (
+        training.ema_momentum is not None or training.ema_schedule is not None
     ):
         raise RecipeError(
-            f"{path}: ema_momentum or ema_schedule given, but {model.method} has no target network. Remove it."
+            f"{path}: ema_momentum or ema_schedule is given, but {model.method} has no target network. Remove it."
         )
-    return recipe
+    return SSLRecipe(model, data, augment, training, path, resolved)

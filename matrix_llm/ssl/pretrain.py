@@ -6,7 +6,8 @@
 1. the recipe, its overrides and the output directory are checked; nothing has been loaded yet
 2. images are found; --dry_run prints the plan and stops
 3. model, trainer, training; metrics.jsonl grows as it goes
-4. the backbone for `AutoModel.from_pretrained`, preprocessor_config.json, pretraining/ (heads and target network too), recipe.yaml,
+4. the backbone for `AutoModel.from_pretrained`, preprocessor_config.json, pretraining/ (heads and target network
+too), recipe.yaml,
    results.json and README.md (the card) are moved into place
 """
 
@@ -45,18 +46,23 @@ from matrix_llm.run.run_folder import (
     start_run_folder,
 )
 from matrix_llm.ssl.config import RESNET_50, SSLRecipe, load_ssl_recipe
-from matrix_llm.ssl.data import Images, load_images
+from matrix_llm.ssl.images.dataset import Images
+from matrix_llm.ssl.images.load import load_images
 
 if TYPE_CHECKING:
     from matrix_llm.run.preemption import StopOnSignal
-    from matrix_llm.ssl.modeling import SSLModel
+    from matrix_llm.ssl.models.ssl_model import SSLModel
 
 USAGE = "usage: accelerate launch matrix_llm/ssl/pretrain.py RECIPE.yaml [--key value ...] [--dry_run]"
 PRETRAINING = "pretraining"
 
 
 def load_data(recipe: SSLRecipe) -> tuple[Images, Images | None]:
-    """The training images, and the labelled held-out ones of the online probe."""
+    """The training images, and the labelled held-out images of the online probe.
+
+    Raises:
+        RecipeError, ImageDataError: images that cannot be used, or an evaluation without labelled images.
+    """
     data = recipe.data
     columns: dict[str, Any] = {
         "config": data.dataset_config,
@@ -69,30 +75,33 @@ def load_data(recipe: SSLRecipe) -> tuple[Images, Images | None]:
         held_out is None or images.labels is None
     ):
         raise RecipeError(
-            f"eval_strategy={recipe.training.eval_strategy!r} measures the online probe, which needs labelled images and eval_dataset. "
-            "Give eval_dataset, or set eval_strategy to no."
+            f"eval_strategy={recipe.training.eval_strategy!r} measures the online probe, which needs labelled images "
+            "and eval_dataset. Give eval_dataset, or set eval_strategy to no."
         )
     if recipe.model.online_probe and held_out is not None and images.labels is not None:
         from matrix_llm.base.errors import ProbeError
-        from matrix_llm.ssl.subjects import aligned
+        from matrix_llm.ssl.evaluation.splits import aligned
 
         try:
-            images, held_out, _ = aligned(images, held_out)  # folders are counted where they are
+            images, held_out, _ = aligned(images, held_out)  # a folder numbers its classes by itself
         except ProbeError as error:
             raise RecipeError(f"eval_dataset={recipe.data.eval_dataset!r}: {error}") from None
     return images, held_out
 
 
 def build_model(recipe: SSLRecipe, images: Images) -> "SSLModel":
+    """The recipe's model, initialised by its seed; a RecipeError where backbone, images and method do not fit."""
     from transformers import set_seed
 
-    from matrix_llm.ssl.modeling import SSLConfig, SSLModel
+    from matrix_llm.ssl.models.ssl_config import SSLConfig
+    from matrix_llm.ssl.models.ssl_model import SSLModel
 
     settings, channels = recipe.model, recipe.augment.channels
     backbone = {**(settings.backbone_config or RESNET_50)}
     if backbone.setdefault("num_channels", channels) != channels:
         raise RecipeError(
-            f"backbone_config has num_channels={backbone['num_channels']}, but images have channels={channels}. Make them equal."
+            f"backbone_config has num_channels={backbone['num_channels']}, but images have channels={channels}. "
+            "Make them equal."
         )
     classes = int(images.labels.max()) + 1 if images.labels is not None and settings.online_probe else 0
     set_seed(recipe.training.seed)
@@ -108,7 +117,7 @@ def build_model(recipe: SSLRecipe, images: Images) -> "SSLModel":
             zero_init_residual=settings.zero_init_residual,
             probe_classes=classes,
         )
-    except (ValueError, KeyError) as error:
+    except RecipeError as error:
         raise RecipeError(f"{recipe.path}: {error}") from None
     model = SSLModel(config)
     _check_backbone(model, recipe)
@@ -116,21 +125,20 @@ def build_model(recipe: SSLRecipe, images: Images) -> "SSLModel":
 
 
 def _check_backbone(model: "SSLModel", recipe: SSLRecipe) -> None:
-    """One blank image through the backbone: sizes that do not fit each other show at the first step otherwise."""
+    """Send one blank image through the backbone: sizes that do not fit would otherwise show only at the first step."""
     import torch
 
-    from matrix_llm.ssl.modeling import feature_dim, pooled
+    from matrix_llm.base.modes import evaluation_mode
+    from matrix_llm.ssl.models.backbones import feature_dim, pooled
 
     a, wanted = recipe.augment, feature_dim(model.backbone)
     try:
-        with torch.no_grad():
-            found = pooled(model.backbone.eval(), torch.zeros(1, a.channels, a.image_size, a.image_size)).shape[1]
+        with torch.no_grad(), evaluation_mode(model.backbone):
+            found = pooled(model.backbone, torch.zeros(1, a.channels, a.image_size, a.image_size)).shape[1]
     except RuntimeError as error:
         raise RecipeError(
             f"backbone_config cannot take images of image_size={a.image_size}: {error}. Correct one of them."
         ) from None
-    finally:
-        model.backbone.train()
     if found != wanted:
         raise RecipeError(
             f"backbone_config makes {found} features, but its hidden_sizes end at {wanted}. "
@@ -139,6 +147,7 @@ def _check_backbone(model: "SSLModel", recipe: SSLRecipe) -> None:
 
 
 def plan_lines(recipe: SSLRecipe, images: Images, model: "SSLModel") -> list[str]:
+    """What the run will do, one line for each part; a RecipeError where there are fewer images than one step takes."""
     training, config = recipe.training, model.config
     steps = len(images) // training.images_per_step
     total = training.max_steps if training.max_steps > 0 else int(steps * training.num_train_epochs)
@@ -146,12 +155,13 @@ def plan_lines(recipe: SSLRecipe, images: Images, model: "SSLModel") -> list[str
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     method = model.method
     lines = [
-        f"images           {len(images):,} of {images.name}, {'with' if images.labels is not None else 'without'} labels",
+        f"images           {len(images):,} of {images.name}, {'without' if images.labels is None else 'with'} labels",
         f"method           {method.title} ({method.paper}), loss settings {config.loss_settings or 'as published'}",
         f"backbone         {type(model.backbone).__name__}, {backbone:,} parameters; trained with heads: {trained:,}",
         f"projector        {' - '.join(map(str, config.projector_widths))}"
         + (f", predictor {' - '.join(map(str, config.predictor_widths))}" if config.predictor_widths else ""),
-        f"batch            {training.per_device_train_batch_size} x {training.world_size} process(es) = {training.images_per_step} images",
+        f"batch            {training.per_device_train_batch_size} x {training.world_size} process(es) = "
+        f"{training.images_per_step} images",
         f"steps            {steps} an epoch, {total} in all; warm-up {training.get_warmup_steps(total)}",
         f"optimizer        {training.optimizer}, learning rate {training.learning_rate:g}"
         + (
@@ -163,7 +173,8 @@ def plan_lines(recipe: SSLRecipe, images: Images, model: "SSLModel") -> list[str
     ]
     if steps == 0:
         raise RecipeError(
-            f"{images.name} has {len(images)} images, but one step takes {training.images_per_step}. Set a smaller batch."
+            f"{images.name} has {len(images)} images, but one step takes {training.images_per_step}. "
+            "Set per_device_train_batch_size lower."
         )
     return lines
 
@@ -196,20 +207,26 @@ def pretrain(recipe: SSLRecipe, stop: "StopOnSignal", arguments: list[str]) -> N
     from matrix_llm.publish.card import versions
     from matrix_llm.run.metrics import MetricsFileCallback
     from matrix_llm.run.preemption import resume_command
-    from matrix_llm.ssl.trainer import SSLTrainer
+    from matrix_llm.ssl.training.trainer import SSLTrainer
 
     training, output = recipe.training, Path(str(recipe.training.output_dir))
+    # 2. Images and model
     images, held_out = load_data(recipe)
     model = build_model(recipe, images)
     say("\n".join(f"=> {line}" for line in plan_lines(recipe, images, model)))
     trainer = SSLTrainer(
-        model, training, images=images, augment=recipe.augment, eval_images=held_out if model.probe is not None else None,
+        model,
+        training,
+        images=images,
+        augment=recipe.augment,
+        eval_images=held_out if model.probe is not None else None,
         callbacks=[MetricsFileCallback(), stop],
-    )  # fmt: skip
+    )
+    # 3. Training; the output directory is written from here on
     resume = find_resume_checkpoint(training)
     if trainer.is_world_process_zero():
         start_run_folder(output, recipe.resolved, {})
-        trainer.transform.save(output)  # evaluate.py reads it for a checkpoint, too
+        trainer.transform.save(output)  # evaluate.py reads it for checkpoints, too
 
     clock = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume)
@@ -219,6 +236,7 @@ def pretrain(recipe: SSLRecipe, stop: "StopOnSignal", arguments: list[str]) -> N
         )
         trainer.accelerator.wait_for_everyone()
         return
+    # 4. What was measured, then the weights and the card
     results: dict[str, Any] = {
         "images": len(images),
         "steps": trainer.state.global_step,
@@ -242,7 +260,8 @@ def pretrain(recipe: SSLRecipe, stop: "StopOnSignal", arguments: list[str]) -> N
         write_text(output / CARD, _card(recipe, model, read_jsonl(output / METRICS), results))
         (output / PARTIAL).unlink(missing_ok=True)
         say(
-            f"=> {output}/ holds the backbone, preprocessor_config.json, {PRETRAINING}/, recipe.yaml, {METRICS}, results.json and README.md"
+            f"=> {output}/ holds the backbone, preprocessor_config.json, {PRETRAINING}/, recipe.yaml, {METRICS}, "
+            "results.json and README.md"
         )
     trainer.accelerator.wait_for_everyone()
 

@@ -1,4 +1,6 @@
-"""The two-view augmentation: torchvision's rules written out again for one image, in NumPy and the standard library's colorsys."""
+"""The two-view augmentation: torchvision's rules written out again for one image, in NumPy and the standard library's
+colorsys.
+"""
 
 import colorsys
 import itertools
@@ -10,18 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from matrix_llm.ssl.augment import (
-    AREA,
-    ATTEMPTS,
-    COLUMNS,
-    DRAWS,
-    RATIO,
-    Augment,
-    AugmentConfig,
-    EvalTransform,
-    TwoViewCollator,
-    draw,
-)
+from matrix_llm.ssl.augment import Augment, AugmentConfig, EvalTransform, TwoViewCollator, draw
+from matrix_llm.ssl.images.draws import AREA, ATTEMPTS, COLUMNS, DRAWS, RATIO
 
 NOTHING = {
     "flip_prob": 0.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "gray_prob": 0.0, "blur_prob": 0.0,
@@ -31,7 +23,8 @@ ALWAYS = {"jitter_prob": 1.0, "solarize_prob": 0.5, "solarize_prob2": 0.5, "blur
 UNIT = {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
 
 
-# ------------------------------------------------------------------------------------------------- the reference, for one image
+# ------------------------------------------------------------------------------------------------- the reference, for
+# one image
 
 
 def grey(x):  # (C, S, S)
@@ -65,7 +58,9 @@ def gaussian_blur(x, sigma):
 
 
 def rotated(x, degrees):
-    """Pixel (i, j) comes from the place that a counter-clockwise turn carries to it; between four pixels by area, black outside."""
+    """Pixel (i, j) comes from the place that a counter-clockwise turn carries to it; between four pixels by area,
+    black outside.
+    """
     size, angle = x.shape[1], math.radians(degrees)
     out, middle = np.zeros_like(x), (x.shape[1] - 1) / 2
     for i, j in np.ndindex(size, size):
@@ -218,7 +213,8 @@ def test_the_gpu_gives_the_views_of_the_cpu(channels):
             torch.testing.assert_close(a.cpu(), b, atol=2e-3, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------------------------------ the uniforms
+# ------------------------------------------------------------------------------------------------------------------
+# the uniforms
 
 
 def test_draws_depend_on_seed_epoch_index_and_view_alone():
@@ -265,6 +261,7 @@ def test_draws_are_uniform_and_uncorrelated():
     assert correlation.abs().max() < 0.04
 
 
+#
 # ---------------------------------------------------------------------------------------------------------------------- crops
 
 
@@ -335,7 +332,8 @@ def test_a_batch_holds_labels_indices_and_what_was_skipped():
     assert batch["crops"].shape == (2, 3, 3, 8, 8)  # grey images as RGB
 
 
-# --------------------------------------------------------------------------------------------------------------- configuration
+# ---------------------------------------------------------------------------------------------------------------
+# configuration
 
 
 @pytest.mark.parametrize(
@@ -377,7 +375,8 @@ def test_crops_or_draws_of_another_shape_are_refused():
         Augment(config)(images, draws[:, :2])
 
 
-# ------------------------------------------------------------------------------------------------------------------ evaluation
+# ------------------------------------------------------------------------------------------------------------------
+# evaluation
 
 
 @pytest.mark.parametrize("size", [16, 125, 224, 400])

@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader
 
 from matrix_llm.base.errors import ImageDataError
 from matrix_llm.ssl.augment import Augment, AugmentConfig, TwoViewCollator
-from matrix_llm.ssl.data import GIVE_UP, MAX_PIXELS, EpochSampler, TrainImages, load_images
+from matrix_llm.ssl.data import EpochSampler, TrainImages, load_images
+from matrix_llm.ssl.images.dataset import GIVE_UP
+from matrix_llm.ssl.images.decode import MAX_PIXELS
 
 CONFIG = AugmentConfig(image_size=8)
 
@@ -35,7 +37,8 @@ def encoded(image, **options):
     return buffer.getvalue()
 
 
-# -------------------------------------------------------------------------------------------------------------------- folders
+# --------------------------------------------------------------------------------------------------------------------
+# folders
 
 
 def test_class_folders_become_labels(tmp_path):
@@ -95,7 +98,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     ("files", "message"),
     [
         ([], "holds no image"),
-        (["cat/a.png", "b.png"], "class folders and beside them"),
+        (["cat/a.png", "b.png"], "both inside and outside class folders"),
     ],
 )
 def test_a_folder_that_leaves_its_classes_open_is_refused(tmp_path, files, message):
@@ -112,7 +115,8 @@ def test_a_missing_folder_is_named(tmp_path):
         load_images(str(tmp_path / "notes.txt"))
 
 
-# ----------------------------------------------------------------------------------------------------- images that are refused
+# ----------------------------------------------------------------------------------------------------- images that
+# are refused
 
 
 def one_file(tmp_path, content, name="a.png"):
@@ -196,7 +200,8 @@ def test_many_unreadable_images_in_a_row_stop_the_run(tmp_path):
         train[0, 4]
 
 
-# ---------------------------------------------------------------------------------------------------- images that are converted
+# ---------------------------------------------------------------------------------------------------- images that are
+# converted
 
 
 def read_back(tmp_path, image, suffix="png", **options):
@@ -242,7 +247,8 @@ def test_a_camera_held_sideways_makes_an_upright_image(tmp_path):
     assert read_back(tmp_path, picture(size=(12, 6)), "jpg", exif=exif).shape == (12, 6, 3)
 
 
-# --------------------------------------------------------------------------------------------------------------- other sources
+# ---------------------------------------------------------------------------------------------------------------
+# other sources
 
 
 def test_digits_are_split_in_equal_shares_without_overlap():
@@ -393,7 +399,8 @@ def test_a_hub_id_that_cannot_be_reached_is_named():
         load_images("nobody/nothing")
 
 
-# ----------------------------------------------------------------------------------------------------------- order and workers
+# ----------------------------------------------------------------------------------------------------------- order
+# and workers
 
 
 def epochs(images, workers, epochs=(0, 1), seed=0, batch=16):

@@ -1,4 +1,6 @@
-"""Probes against slow references and against what they must do on features made for it; the command line on the digits."""
+"""Probes against slow references and against what they must do on features made for it; the command line on the
+digits.
+"""
 
 import json
 import os
@@ -17,28 +19,16 @@ from matrix_llm.base.statistics import wilson_interval
 from matrix_llm.ssl.augment import EvalTransform
 from matrix_llm.ssl.data import Images, load_images
 from matrix_llm.ssl.evaluate import main
-from matrix_llm.ssl.loops import augmented_batches, extract_features, fine_tune, labels_of
+from matrix_llm.ssl.evaluation.features import Features, check_classes, correct_at, effective_ranks
+from matrix_llm.ssl.evaluation.label_draws import class_balanced_split, few_label_draws
+from matrix_llm.ssl.evaluation.linear import choose_c, few_label_accuracy, linear_accuracy, linear_scores
+from matrix_llm.ssl.evaluation.neighbours import knn_accuracy, knn_votes
+from matrix_llm.ssl.evaluation.passes import AugmentedBatches, extract_features, labels_of
+from matrix_llm.ssl.evaluation.protocols import interval_of_mean
+from matrix_llm.ssl.evaluation.splits import aligned, read_split
+from matrix_llm.ssl.evaluation.trained import fine_tune, fit_linear, lars_reach
 from matrix_llm.ssl.metrics import batch_effective_rank, inter_class_effective_rank, intra_class_effective_rank
 from matrix_llm.ssl.modeling import SmallResNetConfig, SmallResNetModel, SSLConfig, SSLModel
-from matrix_llm.ssl.probes import (
-    Features,
-    check_classes,
-    choose_c,
-    class_balanced_split,
-    correct_at,
-    effective_ranks,
-    feature_batches,
-    few_label_accuracy,
-    few_label_draws,
-    fit_linear,
-    interval_of_mean,
-    knn_accuracy,
-    knn_votes,
-    lars_reach,
-    linear_accuracy,
-    linear_scores,
-)
-from matrix_llm.ssl.subjects import aligned, read_split
 from tests.support.paths import ROOT
 
 SCRIPT = ROOT / "matrix_llm" / "ssl" / "evaluate.py"
@@ -58,10 +48,22 @@ def noise(n, *, width=12, seed=0):
     return Features(torch.randn(n, width, generator=g), torch.randint(K, (n,), generator=g))
 
 
+def feature_batches(train, batch_size):
+    """Fixed features in a new order each epoch, whole batches only."""
+
+    def batches(epoch):
+        order = torch.from_numpy(np.random.default_rng([0, epoch]).permutation(len(train.y)))
+        for start in range(0, len(order) - batch_size + 1, batch_size):
+            rows = order[start : start + batch_size]
+            yield train.x[rows], train.y[rows]
+
+    return batches
+
+
 def trained_accuracy(train, test, optimizer, rate):
     batch = 40
     probe = fit_linear(
-        feature_batches(train, batch, 0), width=train.x.shape[1], classes=K, epochs=30, steps=len(train.y) // batch, learning_rate=rate,
+        feature_batches(train, batch), width=train.x.shape[1], classes=K, epochs=30, steps=len(train.y) // batch, learning_rate=rate,
         optimizer=optimizer,
     )  # fmt: skip
     return correct_at(probe(test.x), test.y) / len(test.y)
@@ -98,7 +100,9 @@ def test_trained_probe_is_the_same_for_the_same_seed():
 
 @pytest.mark.parametrize("k", [1, 7, 50])
 def test_knn_equals_the_double_loop(k, monkeypatch):
-    monkeypatch.setattr("matrix_llm.ssl.probes.SIMILARITIES", 3 * 50)  # three rows at a time: 20 rows leave a rest
+    monkeypatch.setattr(
+        "matrix_llm.ssl.evaluation.neighbours.SIMILARITIES", 3 * 50
+    )  # three rows at a time: 20 rows leave a rest
     train, test = noise(50), noise(20, seed=1)
     expected = torch.zeros(20, K, dtype=torch.float64)
     for i in range(20):
@@ -155,7 +159,9 @@ def test_chosen_c_is_smaller_where_the_labels_are_noise():
 
 
 def test_wilson_interval_equals_a_hand_computed_value():
-    """8 of 10, z = 1.96: centre (0.8 + 0.19207) / 1.38415 = 0.71674, radius 1.96 sqrt(0.016 + 0.009604) / 1.38415 = 0.22657."""
+    """8 of 10, z = 1.96: centre (0.8 + 0.19207) / 1.38415 = 0.71674, radius 1.96 sqrt(0.016 + 0.009604) / 1.38415 =
+    0.22657.
+    """
     assert wilson_interval(8, 10) == pytest.approx((0.49017, 0.94331), abs=2e-4)
 
 
@@ -165,7 +171,8 @@ def test_interval_of_mean_covers_the_mean_in_95_of_100_samples():
     assert 0.93 < np.mean(covered) < 0.97
 
 
-# -------------------------------------------------------------------------------------------------------------------- drawing
+# --------------------------------------------------------------------------------------------------------------------
+# drawing
 
 
 def test_splits_are_class_balanced_disjoint_from_the_rest_and_nested():
@@ -233,6 +240,7 @@ def test_a_class_missing_in_training_is_named():
         check_classes(torch.tensor([1, 1]), torch.tensor([1]))
 
 
+#
 # --------------------------------------------------------------------------------------------------------------------- images
 
 
@@ -272,10 +280,9 @@ def test_unreadable_images_are_left_out_and_named():
     assert len(features.y) == 18
     assert torch.equal(features.y, images.labels[[i for i in range(20) if i not in (3, 9)]])
     assert [text.split(" ")[0] for text in features.skipped] == ["class3/3.png", "class1/9.png"]
-    skipped: dict[str, None] = {}
-    batches = augmented_batches(images, TRANSFORM, batch_size=10, seed=0, flip_prob=0.0, skipped=skipped)
+    batches = AugmentedBatches(images, TRANSFORM, batch_size=10, seed=0, flip_prob=0.0)
     assert sum(len(y) for epoch in (0, 1) for _, y in batches(epoch)) == 36
-    assert len(skipped) == 2
+    assert len(batches.skipped) == 2
     with pytest.raises(ProbeError, match="none of the 4 images"):
         extract_features(None, striped(4, broken=range(4)), TRANSFORM)
 
@@ -289,7 +296,7 @@ def test_features_do_not_depend_on_batch_size_or_mode_and_leave_the_mode():
 
 def test_augmented_batches_repeat_for_a_seed_and_change_with_the_epoch():
     def crops(seed, epoch, flip_prob=0.0):
-        return next(augmented_batches(striped(12), TRANSFORM, batch_size=12, seed=seed, flip_prob=flip_prob)(epoch))
+        return next(AugmentedBatches(striped(12), TRANSFORM, batch_size=12, seed=seed, flip_prob=flip_prob)(epoch))
 
     assert torch.equal(crops(0, 1)[0], crops(0, 1)[0])
     assert not torch.equal(crops(0, 1)[0], crops(0, 2)[0])
@@ -303,7 +310,7 @@ def test_fine_tuning_changes_the_backbone_and_beats_the_frozen_start():
     backbone = tiny_backbone()
     frozen = [extract_features(backbone, part, TRANSFORM) for part in (train, test)]
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    batches = augmented_batches(train, TRANSFORM, batch_size=16, seed=0, flip_prob=0.0, crop_scale_min=0.8)
+    batches = AugmentedBatches(train, TRANSFORM, batch_size=16, seed=0, flip_prob=0.0, crop_scale_min=0.8)
     head = fine_tune(
         backbone, batches, classes=4, epochs=25, steps=3, backbone_learning_rate=0.05, head_learning_rate=0.5,
     )  # fmt: skip
@@ -319,7 +326,7 @@ def test_fine_tuning_changes_the_backbone_and_beats_the_frozen_start():
 def test_a_backbone_learning_rate_of_zero_leaves_the_weights():
     backbone = tiny_backbone()
     before = [p.clone() for p in backbone.parameters()]
-    batches = augmented_batches(striped(16), TRANSFORM, batch_size=8, seed=0, flip_prob=0.0)
+    batches = AugmentedBatches(striped(16), TRANSFORM, batch_size=8, seed=0, flip_prob=0.0)
     fine_tune(backbone, batches, classes=4, epochs=1, steps=2, backbone_learning_rate=0.0, head_learning_rate=0.5)
     assert all(torch.equal(p, old) for p, old in zip(backbone.parameters(), before, strict=True))
 
@@ -352,7 +359,8 @@ def test_split_files_name_images_by_path_or_by_file_name(tmp_path):
         read_split(file, Images("x", ["a/0.png", "b/0.png"], lambda i: Image.new("L", (8, 8)), torch.tensor([0, 1])))
 
 
-# --------------------------------------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------------------------------------------
+# command line
 
 
 @pytest.fixture
@@ -463,7 +471,7 @@ def test_what_cannot_work_is_refused_in_one_line_before_any_weight_is_loaded(
     def too_late(*args, **kwargs):
         raise AssertionError("loaded weights before checking")
 
-    monkeypatch.setattr("matrix_llm.ssl.subjects.load_backbone", too_late)
+    monkeypatch.setattr("matrix_llm.ssl.evaluation.subjects.load_backbone", too_late)
     given, reason = REFUSED[case]
     arguments = [a.format(tmp=tmp_path, flat=flat_folder(tmp_path) if "{flat}" in a else "") for a in given]
     for name, value in (("--model", str(run_folder)), ("--data", "digits")):
@@ -499,7 +507,9 @@ def test_weights_that_are_pickles_or_damaged_are_refused(run_folder, capsys):
 
 
 def test_the_script_runs_from_elsewhere_and_leaves_the_standard_ssl_module(run_folder, tmp_path):
-    """Started as `python .../evaluate.py`, which puts the script's folder, whose parent holds our `ssl`, first on the path."""
+    """Started as `python .../evaluate.py`, which puts the script's folder, whose parent holds our `ssl`, first on the
+    path.
+    """
     arguments = ["knn", "--model", str(run_folder), "--data", "digits", "--device", "cpu"]
     check = tmp_path / "sitecustomize.py"
     check.write_text(

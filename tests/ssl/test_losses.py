@@ -1,7 +1,7 @@
-"""Every loss of matrix_llm.ssl against a slow float64 reference written out here, in value and gradient, and the facts it must satisfy."""
+"""Every loss of matrix_llm.ssl against a slow float64 reference written out here, in value and gradient, and the
+facts it must satisfy.
+"""
 
-import doctest
-import importlib
 import itertools
 import math
 import os
@@ -27,7 +27,7 @@ from matrix_llm.ssl.losses import (
     swav_loss,
     vicreg_loss,
 )
-from matrix_llm.ssl.polynomials import gram, log_series, polynomial, trace_of_powers
+from matrix_llm.ssl.losses.polynomials import gram, log_series, polynomial, trace_of_powers
 from tests.support import ssl_distributed_run
 from tests.support.paths import ROOT, SUPPORT
 
@@ -52,7 +52,8 @@ def views(count, width, seed=0):
     return 0.8 * a, 0.6 * a + 0.5 * b
 
 
-# --- references: from the definitions, with nothing of the code under test ---------------------------------------------------
+# --- references: from the definitions, with nothing of the code under test
+# ---------------------------------------------------
 
 
 def unit(z):
@@ -84,7 +85,9 @@ def reference_official(target, online, gamma=1.0, order=4, mu=1.0, lambda_=1.0):
 
 
 def reference_paper(target, online, gamma=1.0, lambda_=1.0):
-    """Autograd through eigvals is never asked: tr log is log det, and log(C22 + lambda I) a long series about lambda + 1/2."""
+    """Autograd through eigvals is never asked: tr log is log det, and log(C22 + lambda I) a long series about lambda
+    + 1/2.
+    """
     width = target.shape[1]
     eye = torch.eye(width, dtype=F64)
     q = covariance(target, online) + lambda_ * eye
@@ -191,11 +194,6 @@ def assert_same(got, expected, tolerance=1e-10):
     torch.testing.assert_close(got[0], expected[0], rtol=tolerance, atol=tolerance)
     for ours, theirs in zip(got[1], expected[1], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("name", ["losses", "metrics", "polynomials", "gather"])
-def test_doctests(name):
-    assert doctest.testmod(importlib.import_module(f"matrix_llm.ssl.{name}")).failed == 0
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -353,7 +351,9 @@ def test_mec_of_equal_views_is_twice_the_coding_rate():
 
 
 def test_alignment_is_smallest_where_the_views_agree():
-    """MCE(P, .) is convex and smallest at P (prop. 2.6), so the online branch cannot do better than the target's covariance."""
+    """MCE(P, .) is convex and smallest at P (prop. 2.6), so the online branch cannot do better than the target's
+    covariance.
+    """
     z1, z2 = views(12, 4)
     least = matrix_alignment_loss(z1, z1, preset="paper", lambda_=0.1) + covariance(z1, z1).trace()
     for t in (0.1, 0.5, 1.0):
@@ -449,7 +449,10 @@ ONE, FOUR = torch.ones(1, 3), torch.ones(4, 3)
         (lambda: matrix_ssl_loss(FOUR.long(), FOUR), "int64"),
         (lambda: matrix_ssl_loss(FOUR, FOUR, preset="papers"), "'official', 'paper'"),
         (lambda: matrix_ssl_loss(FOUR, FOUR, order=0), "order=0"),
-        (lambda: matrix_ssl_loss(FOUR[:3], FOUR[:3], preset="paper", lambda_=0.0), "lambda_=0.0.*rank 2"),
+        (
+            lambda: matrix_ssl_loss(FOUR[:3], FOUR[:3], preset="paper", lambda_=0.0),
+            r"lambda_=0\.0.*at most 2.*lambda_ > 0",
+        ),
         (lambda: mec_loss(FOUR, FOUR, eps=0.0), "eps=0.0"),
         (lambda: nt_xent_loss(FOUR, FOUR, temperature=-1.0), "temperature=-1.0"),
         (lambda: moco_loss(FOUR, FOUR, torch.ones(3, 9)), r"queue is \(3, 9\)"),
@@ -467,7 +470,7 @@ def test_row_wise_losses_take_a_single_row():
 
 
 def test_torch_alone_is_imported():
-    code = "import sys, matrix_llm.ssl.losses, matrix_llm.ssl.metrics, matrix_llm.ssl.gather; print('transformers' in sys.modules)"
+    code = "import sys, matrix_llm.ssl.losses, matrix_llm.ssl.metrics; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "False"
 

@@ -1,4 +1,5 @@
-"""One process of tests/test_ssl_losses.py's distributed test: every loss on this rank's rows, through DistributedDataParallel.
+"""One process of tests/ssl/test_losses.py's distributed test: every loss on this rank's rows, through
+DistributedDataParallel.
 
     python ssl_distributed_run.py RANK WORLD STORE OUT
 
@@ -12,7 +13,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from matrix_llm.ssl.gather import gather_rows
 from matrix_llm.ssl.losses import (
     barlow_twins_loss,
     byol_loss,
@@ -24,6 +24,7 @@ from matrix_llm.ssl.losses import (
     swav_loss,
     vicreg_loss,
 )
+from matrix_llm.ssl.losses.gather import gather_rows
 
 ROWS, INPUTS, WIDTH = 12, 5, 8
 QUEUE = torch.randn(9, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3))

@@ -1,4 +1,4 @@
-"""One process of tests/test_ssl_training.py's parity test: every method for a few steps, through SSLTrainer.
+"""One process of tests/ssl/test_training.py's parity test: every method for a few steps, through SSLTrainer.
 
     [accelerate launch --num_processes 2] ssl_parity_run.py OUT BATCH
 
