@@ -14,9 +14,7 @@
 import sys
 from pathlib import Path
 
-if (
-    not __package__
-):  # run as a script: import from the repository, not from this folder, whose ssl/ hides the standard one
+if not __package__:  # run as a script: import from the repository; this folder's ssl/ would hide the standard one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 if __name__ == "__main__":
     from matrix_llm.base.threads import wait_passively
@@ -61,11 +59,11 @@ USAGE = "usage: accelerate launch matrix_llm/train.py RECIPE.yaml [--key value .
 GATHER = "stage3_gather_16bit_weights_on_model_save"
 
 
-# --- --dry_run: what would be done --------------------------------------------------------------------------------------
+# --- --dry_run: what would be done -----------------------------------------------------------------------------------
 
 
 def print_plan(recipe: Recipe) -> None:
-    """The rows and their lengths, the recipe as resolved, the loss, the steps, memory per GPU, one row with its mask."""
+    """Rows and their lengths, the recipe as resolved, the loss, the steps, memory per GPU, one row with its mask."""
     from matrix_llm.model.load import load_config
     from matrix_llm.plan.memory import memory_lines
     from matrix_llm.plan.steps import describe_loss, masked_sample, plan_steps
@@ -93,7 +91,7 @@ def print_plan(recipe: Recipe) -> None:
     say("# the first row and its label mask\n" + "\n".join(sample))
 
 
-# --- the run --------------------------------------------------------------------------------------------------------------
+# --- the run ---------------------------------------------------------------------------------------------------------
 
 
 def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
@@ -260,7 +258,7 @@ def save_run(trainer: "MatrixTrainer", recipe: Recipe, results: dict[str, Any], 
     trainer.accelerator.wait_for_everyone()  # no rank leaves while another still needs it
 
 
-# --- the command ----------------------------------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> int:
