@@ -32,6 +32,13 @@ __all__ = ["DataArguments", "MatrixConfig", "ModelArguments", "Recipe", "RecipeE
 # ------------------------------------------------------------------------------------------------ training and loss
 
 
+# metric_for_best_model: the direction of the metrics that MatrixTrainer logs
+HIGHER_IS_BETTER = {
+    **dict.fromkeys(["ce", "mce", "entropy", "aux_loss", "peak_memory_gib"], False),
+    **dict.fromkeys(["accuracy", "mean_token_accuracy", "effective_rank", "tokens_per_second", "mfu"], True),
+}
+
+
 @dataclass
 class MatrixConfig(SFTConfig):
     """trl.SFTConfig plus the matrix cross-entropy (MCE). With mce_weight = 0 it means what SFTConfig means.
@@ -77,7 +84,10 @@ class MatrixConfig(SFTConfig):
                 "eval_packing=True with packing=False: rows are packed, but batched without their positions, so they "
                 "would see each other. Set packing: true as well, or remove eval_packing."
             )
-        # 2. What is known once SFTConfig has read the DeepSpeed and FSDP settings
+        # 2. Which way our own metrics improve: for transformers, a name that does not end in "loss" is higher-is-better
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = HIGHER_IS_BETTER.get(self.metric_for_best_model.removeprefix("eval_"))
+        # 3. What is known once SFTConfig has read the DeepSpeed and FSDP settings
         super().__post_init__()
         if self.mce_weight > 0:
             self._check_sharding()

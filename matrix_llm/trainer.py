@@ -26,7 +26,7 @@ from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import compute_flops_per_token, get_peak_flops
+from trl.trainer.utils import get_peak_flops
 
 from matrix_llm.base.errors import NonFiniteLossError, RecipeError
 from matrix_llm.config import MatrixConfig
@@ -35,7 +35,7 @@ from matrix_llm.model.lm_head import MatrixHead, add_matrix_head, head_effective
 from matrix_llm.model.packing import check_isolation
 from matrix_llm.run.checkpoint_files import last_complete_checkpoint
 from matrix_llm.run.saving import WholeCheckpoints
-from matrix_llm.run.window import TokenClock, TokenSums, peak_memory_gib
+from matrix_llm.run.window import TokenClock, TokenSums, peak_memory_gib, training_flops_per_token
 
 logger = logging.getLogger(__name__)
 WINDOW = "log_window_{}.json"  # in a checkpoint, one for each process
@@ -134,7 +134,6 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
         self._row_ids: Tensor | None = None  # of the micro-batch in progress
         self._sums = {"train": TokenSums(), "eval": TokenSums()}
         self._clock = TokenClock(self._total_train_tokens)
-        self._flops_per_token: float | None = None
         self._train_calls = 0  # the weights may have changed between two calls of train()
 
         # 3. the loss, inside the model's forward
@@ -268,11 +267,9 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
         if self.accelerator.device.type == "cuda":
             precision = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
             peak = get_peak_flops(torch.cuda.get_device_name(self.accelerator.device), precision)
-            if peak is not None:
-                if self._flops_per_token is None:
-                    length = self.args.max_length or 1024
-                    self._flops_per_token = compute_flops_per_token(self._base_model().config.get_text_config(), length)
-                speed["mfu"] = 100 * self._flops_per_token * rate / (peak * self.accelerator.num_processes)
+            flops = training_flops_per_token(self._base_model(), self.args.max_length or 1024)
+            if peak is not None and flops is not None:
+                speed["mfu"] = 100 * flops * rate / (peak * self.accelerator.num_processes)
         return {name: value for name, value in speed.items() if math.isfinite(value)}
 
     def record_effective_rank(self) -> None:

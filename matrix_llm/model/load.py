@@ -20,6 +20,7 @@ from transformers import (
     set_seed,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
 
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.values import nearest
@@ -27,6 +28,8 @@ from matrix_llm.config import ModelArguments
 from matrix_llm.model.adapters import four_bit_options
 from matrix_llm.model.pretrained import load_pretrained, load_pretrained_config
 from matrix_llm.model.tokenizer import check_vocabulary
+
+logger = logging.get_logger(__name__)
 
 # still understood by transformers, though no longer fields of the configuration classes
 LEGACY_CONFIG_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}
@@ -66,7 +69,35 @@ def load_model(
     if isinstance(embeddings := getattr(model.get_input_embeddings(), "num_embeddings", None), int):
         check_vocabulary(tokenizer, embeddings)
     set_special_ids(model, tokenizer)
+    repair_generation_settings(model)
     return model
+
+
+def repair_generation_settings(model: PreTrainedModel) -> None:
+    """Turn sampling on where a checkpoint sets temperature or top_p without it, as Llama-2-chat and Vicuna do.
+
+    transformers reads such a generation_config.json, and refuses to write it: the run would end without its weights.
+
+    Raises:
+        RecipeError: the settings contradict each other in another way, which only the user can decide.
+    """
+    settings = model.generation_config
+    if settings is None:
+        return
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        settings.do_sample = True
+    else:
+        return
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        raise RecipeError(
+            f"the generation_config.json of {model.name_or_path!r} could not be saved after training: "
+            f"{' '.join(str(error).split())} Correct the file."
+        ) from None
+    logger.warning("generation_config.json sets sampling options without do_sample: it is saved with do_sample: true.")
 
 
 def load_config(

@@ -1,5 +1,8 @@
 """The model's weights (model/load.py): random or from a checkpoint, float32 by default, with strict settings."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -51,3 +54,24 @@ def test_missing_model_is_one_clear_line(name, tiny_tokenizer):
             load()
         assert name in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_sampling_settings_without_do_sample_do_not_stop_the_run_from_saving(tmp_path, tiny_tokenizer):
+    """Llama-2-chat and Vicuna were published so; transformers reads such a file and refuses to write it."""
+    path = save_llama(tmp_path / "base", rows=300)
+    file = Path(path, "generation_config.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "temperature": 0.9, "top_p": 0.6}))
+    with pytest.raises(ValueError, match="do_sample"):
+        AutoModelForCausalLM.from_pretrained(path).save_pretrained(tmp_path / "refused")
+    model = load_model(ModelArguments(model_name_or_path=path), tiny_tokenizer)
+    model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved/generation_config.json").read_text())
+    assert (saved["temperature"], saved["top_p"], saved["do_sample"]) == (0.9, 0.6, True)
+
+
+def test_generation_settings_that_cannot_be_saved_are_refused_before_training(tmp_path, tiny_tokenizer):
+    path = save_llama(tmp_path / "base", rows=300)
+    file = Path(path, "generation_config.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "length_penalty": 2.0}))
+    with pytest.raises(RecipeError, match=r"generation_config\.json.*length_penalty.*Correct the file"):
+        load_model(ModelArguments(model_name_or_path=path), tiny_tokenizer)
