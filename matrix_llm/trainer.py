@@ -12,11 +12,14 @@ What it adds to `SFTTrainer`, in this order:
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import logging
 import math
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +44,23 @@ logger = logging.getLogger(__name__)
 WINDOW = "log_window_{}.json"  # in a checkpoint, one for each process
 
 
-class RowIdCollator:
+@dataclass
+class RowIdCollator(DataCollatorForLanguageModeling):
     """TRL's collator, with the `row_id` of each row in the batch, for error messages.
 
-    >>> collator = RowIdCollator(DataCollatorForLanguageModeling(pad_token_id=0))
+    A column of that name which does not hold numbers is somebody else's, and is dropped like any unknown column.
+
+    >>> collator = RowIdCollator(pad_token_id=0)
     >>> batch = collator([{"input_ids": [1, 2], "labels": [-100, 2], "row_id": 7}])
     >>> batch["row_id"]
     tensor([7])
     """
 
-    def __init__(self, collator: DataCollatorForLanguageModeling) -> None:
-        self.collator = collator
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collator(examples)
-        if "row_id" in examples[0]:
-            batch["row_id"] = torch.tensor([example["row_id"] for example in examples])
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        ids = [example.get("row_id") for example in examples]
+        if all(isinstance(each, int) for each in ids):
+            batch["row_id"] = torch.tensor(ids)
         return batch
 
 
@@ -83,16 +87,26 @@ class WatchCallback(TrainerCallback):
             self.trainer.record_effective_rank()
 
 
+def to_matrix_config(args: MatrixConfig | TrainingArguments | None) -> MatrixConfig:
+    """The trainer's settings from whatever `SFTTrainer` takes; the mce_ settings then have their defaults."""
+    if args is None:
+        return MatrixConfig("runs/matrix_llm")
+    if isinstance(args, MatrixConfig):
+        return args
+    tokens = {name: value for name, value in vars(args).items() if name.endswith("_token")}  # to_dict hides them all
+    return MatrixConfig(**{**args.to_dict(), **tokens})
+
+
 class MatrixTrainer(WholeCheckpoints, SFTTrainer):
     """Drop-in for `trl.SFTTrainer` that trains on CE + mce_weight * MCE. With mce_weight 0 it is `SFTTrainer`.
 
-    Takes `SFTTrainer`'s arguments; `args` is a `MatrixConfig`.
+    Takes `SFTTrainer`'s arguments; `args` is a `MatrixConfig`. An `SFTConfig` or `TrainingArguments` is taken too, with
+    the defaults of the mce_ settings.
 
     Raises:
         RecipeError, ModelError (both ValueErrors): a combination that would silently train wrongly, such as an adapter
         on
             `lm_head` or a custom loss function; the message names the way out.
-        TypeError: `args` is not a `MatrixConfig`.
 
     >>> trainer = MatrixTrainer(model, MatrixConfig("runs/x", mce_weight=1.0), train_dataset=rows)  # doctest: +SKIP
     >>> trainer.train()  # doctest: +SKIP
@@ -103,29 +117,25 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
     _signature_columns: Any
     _tag_names = ["trl", "sft", "matrix-llm"]  # noqa: RUF012
 
+    @functools.wraps(SFTTrainer.__init__)  # type: ignore[misc]  # tools read the signature to see what it takes
     def __init__(
         self,
         model: str | PreTrainedModel,
-        args: MatrixConfig | None = None,
+        args: MatrixConfig | TrainingArguments | None = None,
         *positional,
         **kwargs,
     ) -> None:
         # 1. arguments
-        if args is None:
-            args = MatrixConfig("runs/matrix_llm")
-        if not isinstance(args, MatrixConfig):
-            raise TypeError(
-                f"args is a {type(args).__name__}, but MatrixTrainer needs a MatrixConfig (a subclass of "
-                "trl.SFTConfig)."
-            )
-        if args.mce_weight > 0 and kwargs.get("compute_loss_func") is not None:
+        args = to_matrix_config(args)
+        given = inspect.signature(SFTTrainer.__init__).bind(self, model, args, *positional, **kwargs).arguments
+        if args.mce_weight > 0 and given.get("compute_loss_func") is not None:
             raise RecipeError(
                 f"mce_weight={args.mce_weight} with a compute_loss_func, which replaces the loss, so that there would "
                 "be no MCE. Set mce_weight: 0, or leave out compute_loss_func."
             )
         super().__init__(model, args, *positional, **kwargs)
-        if isinstance(self.data_collator, DataCollatorForLanguageModeling):
-            self.data_collator = RowIdCollator(self.data_collator)  # type: ignore[assignment]
+        if type(self.data_collator) is DataCollatorForLanguageModeling:  # a subclass is the caller's own, and stays
+            self.data_collator = RowIdCollator(**vars(self.data_collator))
         if args.mce_weight > 0:
             # The loss divides by num_items_in_batch itself, whatever the model's forward would accept.
             self.model_accepts_loss_kwargs = True
@@ -173,8 +183,10 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
         self._row_ids = inputs.pop("row_id", None)
         mode = "train" if self.model.training else "eval"
 
-        # 1. Plain SFT trains as SFTTrainer does. Its held-out rows are measured like everybody's, so that runs compare.
-        if self.args.mce_weight == 0 and (mode == "train" or self._matrix_head is None):
+        # 1. Plain SFT trains as SFTTrainer does. Its held-out rows are measured like everybody's, so that runs compare,
+        #    unless it trains another loss, by which its checkpoints are then chosen.
+        is_measured = mode == "eval" and self._matrix_head is not None and self._trains_cross_entropy
+        if self.args.mce_weight == 0 and not is_measured:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             self._check_finite(result[0] if return_outputs else result, mode)
             return result
@@ -214,6 +226,11 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
         with torch.no_grad():  # the logits were asked for (compute_metrics): an extra forward, as in SFTTrainer
             return loss, model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False)
 
+    @property
+    def _trains_cross_entropy(self) -> bool:
+        """Whether the loss is CE (with or without MCE) and not DFT, label smoothing or the caller's own function."""
+        return self.args.loss_type == "nll" and self.args.label_smoothing_factor == 0 and self.compute_loss_func is None
+
     def _set_step(self, mode: str) -> None:
         """Tell the model's forward which step this is, and the weight of MCE in it."""
         assert self._matrix_head is not None
@@ -247,9 +264,9 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
         tokens = max(sums.pop("tokens", 0.0), 1.0)
         metrics.update({name: [value / tokens] for name, value in sums.items()})
 
-        # 2. plain SFT's loss is its cross-entropy
+        # 2. plain SFT's loss is its cross-entropy, unless it trains another one
         loss_key = "eval_loss" if mode == "eval" else "loss"
-        if self.args.mce_weight == 0 and loss_key in logs and "ce" not in metrics:
+        if self.args.mce_weight == 0 and self._trains_cross_entropy and loss_key in logs and "ce" not in metrics:
             metrics["ce"] = [logs[loss_key]]
 
         # 3. progress and speed

@@ -1,5 +1,6 @@
 """MatrixTrainer against SFTTrainer, step by step, on tiny random models."""
 
+import inspect
 import json
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch.nn import functional as F
+from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from matrix_llm.base.errors import NonFiniteLossError
 from matrix_llm.config import MatrixConfig
@@ -255,13 +258,63 @@ def test_a_custom_loss_together_with_mce_is_refused(tmp_path, tiny_tokenizer):
             processing_class=tiny_tokenizer,
             compute_loss_func=lambda *a, **k: None,
         )
-    with pytest.raises(TypeError, match="MatrixConfig"):
-        MatrixTrainer(
-            tiny_model(),
-            SFTConfig(str(tmp_path), use_cpu=True, bf16=False),
-            train_dataset=rows(),
-            processing_class=tiny_tokenizer,
-        )
+    positional = (tiny_model(), MatrixConfig(**config(tmp_path)), None, rows(), None, tiny_tokenizer)
+    with pytest.raises(ValueError, match=r"compute_loss_func"):
+        MatrixTrainer(*positional, lambda *a, **k: None)
+
+
+@pytest.mark.parametrize("kind", [SFTConfig, TrainingArguments])
+def test_the_settings_of_sft_trainer_are_taken_with_the_defaults_of_mce(kind, tmp_path, tiny_tokenizer):
+    settings = {"use_cpu": True, "bf16": False, "max_steps": 1, "logging_steps": 1, "report_to": "none"}
+    args = kind(str(tmp_path), learning_rate=3e-4, hub_token="x", **settings)
+    trainer = MatrixTrainer(tiny_model(), args, train_dataset=rows(), processing_class=tiny_tokenizer)
+    assert (trainer.args.learning_rate, trainer.args.mce_weight, trainer.args.hub_token) == (3e-4, 1.0, "x")
+    trainer.train()
+    assert history(trainer, "mce")
+
+
+def test_the_constructor_shows_the_signature_of_sft_trainers():
+    assert inspect.signature(MatrixTrainer.__init__) == inspect.signature(SFTTrainer.__init__)
+
+
+def test_the_collator_is_still_trls_and_its_settings_count(tmp_path, tiny_tokenizer):
+    trainer = MatrixTrainer(
+        tiny_model(), MatrixConfig(**config(tmp_path)), train_dataset=rows(), processing_class=tiny_tokenizer
+    )
+    assert isinstance(trainer.data_collator, DataCollatorForLanguageModeling)
+    trainer.data_collator.pad_to_multiple_of = 32
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["input_ids"].shape[1] == 32
+    assert batch["row_id"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("ids", [["a", "b"], [None, None], [1, None]])
+def test_a_column_called_row_id_that_holds_no_numbers_is_dropped(ids, tmp_path, tiny_tokenizer):
+    plain = rows(2).remove_columns("row_id")
+    data = Dataset.from_list([{**row, "row_id": each} for row, each in zip(plain, ids, strict=True)])
+    assert train(tmp_path, tiny_tokenizer, data=data, max_steps=1).state.global_step == 1
+
+
+@pytest.mark.parametrize("changes", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.3}])
+def test_another_loss_without_mce_is_evaluated_like_sft_trainers_and_not_called_ce(changes, tmp_path, tiny_tokenizer):
+    """Its eval_loss chooses the best checkpoint, so it must be the loss that is trained."""
+    settings = config(tmp_path, mce_weight=0.0, max_steps=1, **changes)
+    plain = {key: value for key, value in settings.items() if not key.startswith("mce_")}
+    data = {"train_dataset": rows(), "eval_dataset": rows(8), "processing_class": tiny_tokenizer}
+    ours = MatrixTrainer(tiny_model(), MatrixConfig(**settings), **data)
+    theirs = SFTTrainer(tiny_model(), SFTConfig(**plain), **data)
+    ours.train()
+    theirs.train()
+    assert ours.evaluate()["eval_loss"] == theirs.evaluate()["eval_loss"]
+    assert not [entry for entry in ours.state.log_history if "ce" in entry or "eval_ce" in entry]
+
+
+def test_resuming_from_nothing_is_the_value_error_that_transformers_raises(tmp_path, tiny_tokenizer):
+    trainer = MatrixTrainer(
+        tiny_model(), MatrixConfig(**config(tmp_path)), train_dataset=rows(), processing_class=tiny_tokenizer
+    )
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint=True.*no complete checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
 
 
 def test_raw_rows_take_sft_trainers_own_preparation(tmp_path, tiny_tokenizer):

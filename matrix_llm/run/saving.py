@@ -8,7 +8,7 @@ from pathlib import Path
 from torch.distributed.checkpoint import CheckpointException
 from transformers import Trainer
 
-from matrix_llm.base.errors import CheckpointError
+from matrix_llm.base.errors import RecipeError
 from matrix_llm.run.checkpoint_files import SAVING, finish_checkpoint, last_complete_checkpoint, remove_old_checkpoints
 from matrix_llm.run.failures import cannot_write, why_not_written
 
@@ -105,14 +105,14 @@ class WholeCheckpoints(Trainer):
         """Trainer's own; with True it resumes from the last complete checkpoint.
 
         Raises:
-            CheckpointError: True was given, and there is no complete checkpoint.
+            RecipeError: True was given, and there is no complete checkpoint.
         """
         if resume_from_checkpoint is True:
             last = last_complete_checkpoint(Path(str(self.args.output_dir)))
             if last is None:
-                raise CheckpointError(
-                    f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint. "
-                    "Leave it out to start from the beginning."
+                raise RecipeError(
+                    f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint of this "
+                    "trainer. Leave it out to start from the beginning, or give the path of another trainer's."
                 )
             resume_from_checkpoint = str(last)
         self._resumed_from = resume_from_checkpoint or None
