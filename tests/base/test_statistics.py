@@ -1,4 +1,4 @@
-"""The statistics of scores against scipy, against direct formulas, and against the figures the paper's scores are judged by."""
+"""The statistics of scores against scipy, direct formulas, and the figures by which the paper's scores are judged."""
 
 import doctest
 import math

@@ -63,8 +63,8 @@ def feature_batches(train, batch_size):
 def trained_accuracy(train, test, optimizer, rate):
     batch = 40
     probe = fit_linear(
-        feature_batches(train, batch), width=train.x.shape[1], classes=K, epochs=30, steps=len(train.y) // batch, learning_rate=rate,
-        optimizer=optimizer,
+        feature_batches(train, batch), width=train.x.shape[1], classes=K, epochs=30, steps=len(train.y) // batch,
+        learning_rate=rate, optimizer=optimizer,
     )  # fmt: skip
     return correct_at(probe(test.x), test.y) / len(test.y)
 
@@ -240,8 +240,7 @@ def test_a_class_missing_in_training_is_named():
         check_classes(torch.tensor([1, 1]), torch.tensor([1]))
 
 
-#
-# --------------------------------------------------------------------------------------------------------------------- images
+# --- images
 
 
 def striped(n, *, seed=0, broken=()):
@@ -403,8 +402,8 @@ def test_every_protocol_end_to_end_on_digits(run_folder, capsys):
     names = (place / "semi-10-digits.split.txt").read_text()
     assert len(names.splitlines()) == 130
     again = evaluated(
-        capsys, place / "again.json", "semi", "--split", place / "semi-10-digits.split.txt", "--epochs", 2, "--out", place / "again.json",
-        *common,
+        capsys, place / "again.json", "semi", "--split", place / "semi-10-digits.split.txt", "--epochs", 2,
+        "--out", place / "again.json", *common,
     )  # fmt: skip
     assert again["top1"] == semi["top1"]
     assert {"torch", "transformers", "scikit-learn", "python"} <= semi["versions"].keys()
@@ -520,8 +519,8 @@ def test_the_script_runs_from_elsewhere_and_leaves_the_standard_ssl_module(run_f
         "atexit.register(seen)\n"
     )
     out = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True,
-        text=True, timeout=120,
+        [sys.executable, str(SCRIPT), *arguments], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert out.returncode == 0, out.stderr
     assert out.stdout.startswith("knn: ")

@@ -47,7 +47,7 @@ def test_views_of_different_images_are_refused():
 
 
 def colours(path: Path) -> set[tuple[int, int, int]]:
-    """The saturated colours that at least 10 pixels of a picture have: marks and lines, not the axes, the text or the paper."""
+    """The saturated colours of at least 10 pixels each: marks and lines, not the axes, the text or the background."""
     pixels = np.rint(255 * imread(path)[..., :3]).astype(int).reshape(-1, 3)
     found, counts = np.unique(pixels[np.ptp(pixels, axis=1) > 60], axis=0, return_counts=True)
     return {tuple(colour) for colour in found[counts >= 10].tolist()}

@@ -26,9 +26,9 @@ from tests.support.paths import ROOT, SUPPORT
 RECIPES = sorted((ROOT / "recipes/ssl").glob("*.yaml"))
 TINY = {
     "method": "matrix_ssl", "dataset": "digits", "eval_dataset": "digits", "backbone_config": ssl_parity_run.BACKBONE,
-    "projector_widths": [16, 12], "predictor_widths": [6, 12], "image_size": 8, "channels": 1, "flip_prob": 0.0, "image_mean": [0.5],
-    "image_std": [0.5], "per_device_train_batch_size": 64, "max_steps": 6, "learning_rate": 0.05, "logging_steps": 1, "use_cpu": True,
-    "disable_tqdm": True, "save_steps": 2,
+    "projector_widths": [16, 12], "predictor_widths": [6, 12], "image_size": 8, "channels": 1, "flip_prob": 0.0,
+    "image_mean": [0.5], "image_std": [0.5], "per_device_train_batch_size": 64, "max_steps": 6, "learning_rate": 0.05,
+    "logging_steps": 1, "use_cpu": True, "disable_tqdm": True, "save_steps": 2,
 }  # fmt: skip
 
 
