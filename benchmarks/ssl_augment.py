@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/ssl_augment.py [--repeats 5]
 
-Medians. The JPEG is generated (500 x 375, smooth), so real photographs decode more slowly. At 224 pixels both views
-of ImageNet's recipe.
+Medians. The JPEG is generated (500 x 375, smooth), so real photographs decode more slowly. The batched part makes both
+views of the ImageNet recipe at 224 pixels.
 """
 
 import sys

@@ -1,10 +1,8 @@
-"""All nine methods on scikit-learn's digits, the ablations of gamma and of the Taylor order, and docs/ssl.md from
-what was found.
+"""All nine methods on scikit-learn's digits, ablations of gamma and of the Taylor order, and their part of docs/ssl.md.
 
-    python benchmarks/ssl_digits.py run --output runs/ssl_digits     # resumable: one line of rows.jsonl for each
-    finished run python benchmarks/ssl_digits.py page --output runs/ssl_digits    # writes the figures and the
-    measured part of docs/ssl.md python benchmarks/ssl_digits.py demo --output runs/ssl/digits    # one finished run
-    beside a random network and raw pixels
+    python benchmarks/ssl_digits.py run --output runs/ssl_digits     # resumable: one line of rows.jsonl a finished run
+    python benchmarks/ssl_digits.py page --output runs/ssl_digits    # writes the figures and tables of docs/ssl.md
+    python benchmarks/ssl_digits.py demo --output runs/ssl/digits    # one run against a random network and raw pixels
 
 Fixed before the runs: every method trains with recipes/ssl/digits.yaml (network, widths, augmentation, SGD, 600 steps
 of 128). Its base learning rate is chosen among 0.25, 0.5, 1 and 2 on seed 100 by the accuracy with 5 labels a class,

@@ -1,5 +1,4 @@
-"""What the self-supervised losses cost, forward and backward, beside the arithmetic of the released code and beside
-lightly's.
+"""What the self-supervised losses cost, forward and backward, compared with the released code's arithmetic and lightly.
 
     python benchmarks/ssl_loss.py [--dim 2048] [--batches 1024 4096] [--repeats 5] [--threads 2] [--json table.json]
 

@@ -1,6 +1,4 @@
-"""The two-view augmentation: torchvision's rules written out again for one image, in NumPy and the standard library's
-colorsys.
-"""
+"""The two-view augmentation against torchvision's rules, written out here for one image in NumPy and colorsys."""
 
 import colorsys
 import itertools

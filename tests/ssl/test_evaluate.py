@@ -163,9 +163,7 @@ def test_weights_that_are_pickles_or_damaged_are_refused(run_folder, capsys):
 
 
 def test_the_script_runs_from_elsewhere_and_leaves_the_standard_ssl_module(run_folder, tmp_path):
-    """Started as `python .../evaluate.py`, which puts the script's folder, whose parent holds our `ssl`, first on the
-    path.
-    """
+    """`python .../evaluate.py` puts the script's folder first on the path; `matrix_llm/ssl` must not hide `ssl`."""
     arguments = ["knn", "--model", str(run_folder), "--data", "digits", "--device", "cpu"]
     check = tmp_path / "sitecustomize.py"
     check.write_text(

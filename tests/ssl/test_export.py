@@ -1,6 +1,4 @@
-"""matrix_llm/ssl/export.py: exported weights give the same features in networks with the other libraries' names and
-semantics.
-"""
+"""Exported weights (export.py) give the same features in networks with the other libraries' names and semantics."""
 
 import json
 import pickle
