@@ -1,4 +1,4 @@
-"""Every loss against a slow float64 reference written out here, in value and gradient, and the facts it must satisfy."""
+"""Every loss against a slow float64 reference written out here, in value and gradient, and facts it must satisfy."""
 
 import itertools
 import math

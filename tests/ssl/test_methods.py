@@ -12,7 +12,7 @@ from tests.support.tiny_ssl import tiny_model, views
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_combines_its_branches_as_published(method):
-    """Both directions, halved (Matrix-SSL, MEC, SimSiam) or summed (BYOL), or one (MoCo); targets see the other view."""
+    """Both directions, halved (Matrix-SSL, MEC, SimSiam) or summed (BYOL), one (MoCo); targets see the other view."""
     model, (x, y) = tiny_model(method).eval(), views()
     (_, z1, p1), (_, z2, p2) = model.online_branch(x), model.online_branch(y)
     t1, t2 = (model.target_branch(v) if METHODS[method].target else None for v in (x, y))

@@ -48,7 +48,7 @@ def test_the_target_network_starts_equal_and_moves_by_one_minus_the_momentum():
 
 
 def test_the_target_network_normalises_with_its_own_batch_statistics():
-    """As in the released code: its running statistics move by themselves, and are not copied from the online network."""
+    """As in the released code: its running statistics move by themselves and are not copied from the online network."""
     model = tiny_model("matrix_ssl").train()
     with torch.no_grad():
         model.target_backbone.embedder.embedder.convolution.weight.mul_(3)
