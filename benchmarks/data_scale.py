@@ -1,19 +1,23 @@
-"""Minutes and memory of MetaMathQA's size and shape: read and tokenise, find it in the cache, stream it, look for test questions in it.
+"""Minutes and memory for a data set of MetaMathQA's size and shape.
 
-    python benchmarks/data_scale.py                                         # 395,000 rows, about 6 minutes on 2 free cores, 2 GB of disk
+The phases: read and tokenise, find it in the cache, stream it, look for test questions in it.
+
+    python benchmarks/data_scale.py         # 395,000 rows, about 6 minutes on 2 free cores, 2 GB of disk
     python benchmarks/data_scale.py --rows 5000
     python benchmarks/data_scale.py --test data/gsm8k/test.jsonl data/math/test.jsonl
 
-The rows are made of matrix_llm.data.wordproblems: as many as MetaMathQA has, with its columns and about its lengths (query 240 characters,
-response 470, the longest rows ten times that). One row in PLANTED is a test question, which the leakage check must find. Everything lies
-in a temporary folder, removed at the end. Each phase is a process of its own; its memory is that of all its processes together, read
-ten times a second: RSS, and of it what is not a page of a mapped file ("anonymous"), which is what must fit.
+The rows come from matrix_llm.data.wordproblems: as many as MetaMathQA has, with its columns and about its lengths
+(query 240 characters, response 470, the longest rows ten times that). One row in PLANTED is a test question, which the
+leakage check must find. Everything is written to a temporary folder, which is removed at the end. Each phase is a
+process of its own; its memory is that of all its processes together, read ten times a second: RSS, and the part of it
+that is not a page of a mapped file ("anonymous"), which is what must fit.
 """
 
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a script: import from the repository, not from this folder
+if not __package__:
+    # run as a script: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
@@ -33,13 +37,17 @@ PLANTED = 1000
 POOL = 20_000
 PHASES = ("first run", "second run", "streaming", "leakage check", "leakage check, cached")
 SETTINGS = {
-    "model_config": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1},
-    "prompt_template": "metamath", "max_length": 512, "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True,
+    "model_config": {
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    },
+    "prompt_template": "metamath", "max_length": 512, "use_cpu": True, "bf16": False, "report_to": "none",
+    "disable_tqdm": True,
 }  # fmt: skip
 
 
 def write_rows(path: Path, count: int, planted: list[str], seed: int = 0) -> None:
-    """MetaMathQA's columns: queries of one to four problems, responses of one to fifty solutions, most of them short."""
+    """Rows with MetaMathQA's columns: one to three problems a query, one to fifty solutions a response, mostly few."""
     pool = wordproblems.generate(min(POOL, 4 * count), seed=seed)
     rng = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
@@ -59,7 +67,7 @@ def write_rows(path: Path, count: int, planted: list[str], seed: int = 0) -> Non
 
 
 def write_test(path: Path, count: int, seed: int) -> list[str]:
-    """Questions as GSM8K's test file holds them, which share no 13 words with a row: the words of the test split's in reverse order."""
+    """Questions in the form of GSM8K's test file, their words reversed, so that none shares 13 words with a row."""
     problems = wordproblems.generate(count, seed=seed, split="test")
     questions = [" ".join(reversed(problem.original_question.split())) for problem in problems]
     path.write_text(

@@ -1,15 +1,17 @@
-"""What our vLLM engine costs beside bare `LLM.generate`: the same prompts in the same process, in turns.
+"""What our vLLM engine costs compared with a bare `LLM.generate`: the same prompts in the same process, in turns.
 
-    python benchmarks/engine_overhead.py --model runs/gsm8k_small --data gsm8k/test.jsonl [--problems 1000] [--repeats 4]
+    python benchmarks/engine_overhead.py --model runs/gsm8k_small --data gsm8k/test.jsonl \\
+        [--problems 1000] [--repeats 4]
 
-Ours delivers each text as it is done, cuts it at stop strings and appends it to a file, as a run of eval/gsm8k.py does; the bare
-call returns them all at the end. The prefix cache is emptied before each turn, and the first bare call is warm-up.
+Ours delivers each text as soon as it is done, cuts it at stop strings and appends it to a file, as eval/gsm8k.py does;
+the bare call returns them all at the end. The prefix cache is emptied before each turn; the first bare call is warm-up.
 """
 
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a script: import from the repository, not from this folder
+if not __package__:
+    # run as a script: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
@@ -83,9 +85,8 @@ def main() -> None:
             spent, tokens[name] = run()
             seconds[name].append(spent)
     for name, spent in seconds.items():
-        print(
-            f"{name}: {tokens[name]:,} tokens, seconds {', '.join(f'{s:.2f}' for s in spent)}, median {statistics.median(spent):.2f}"
-        )
+        times = ", ".join(f"{s:.2f}" for s in spent)
+        print(f"{name}: {tokens[name]:,} tokens, seconds {times}, median {statistics.median(spent):.2f}")
     ratio = statistics.median(seconds["ours"]) / statistics.median(seconds["bare"])
     print(f"overhead of ours: {100 * (ratio - 1):+.1f} % ({len(requests)} prompts, {'GPU' if gpu else 'CPU'})")
 

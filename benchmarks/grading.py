@@ -2,10 +2,11 @@
 
     python benchmarks/grading.py rows.jsonl [pairs.jsonl ...]
 
-Rows: {"benchmark": "gsm8k" | "math", "response": ..., "gold": ..., "reference_label": true | false | null}; rows without a label are
-left out. Pairs: {"pred": ..., "gold": ..., "equal": true | false}. The graders take turns over the same rows in one process; the
-times are processor-shared wall times of this run, so compare them with each other. `--skip_source TEXT` leaves rows out whose
-"source" holds TEXT, for a source whose labels are known to be wrong.
+Rows: {"benchmark": "gsm8k" | "math", "response": ..., "gold": ..., "reference_label": true | false | null}; rows
+without a label are left out. Pairs: {"pred": ..., "gold": ..., "equal": true | false}. The graders take turns over the
+same rows in one process; the times are wall times of this run on a shared processor, so compare them only with each
+other. `--skip_source TEXT` leaves out rows whose "source" contains TEXT, for a source whose labels are known to be
+wrong.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-if not __package__:  # run as a script: import from the repository, not from this folder
+if not __package__:
+    # run as a script: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval.answers import CONVENTIONS, answers_equal, grade
@@ -75,9 +77,8 @@ def main() -> None:
             cases = [((row["response"], row["gold"], row["benchmark"]), bool(row["reference_label"])) for row in rows]
             graders = [(convention, by_convention(convention)) for convention in CONVENTIONS]
             graders.append(("math-verify", math_verify))
-        print(
-            f"\n{path.name}: {len(cases)} labelled rows\n\n| grader | agreement | false positives / negatives | s per 1,000 |"
-        )
+        print(f"\n{path.name}: {len(cases)} labelled rows\n")
+        print("| grader | agreement | false positives / negatives | s per 1,000 |")
         print("|---|---|---|---|", flush=True)
         for name, grader in graders:
             print(measure(name, cases, grader), flush=True)

@@ -13,7 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-if not __package__:  # run as a script: import from the repository, not from this folder
+if not __package__:
+    # run as a script: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tests.support.engines import why_no_deepspeed

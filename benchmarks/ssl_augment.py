@@ -2,14 +2,15 @@
 
     OMP_NUM_THREADS=1 python benchmarks/ssl_augment.py [--repeats 5]
 
-Medians. The JPEG is generated (500 x 375, smooth), so real photographs decode more slowly. At 224 pixels both views
-of ImageNet's recipe.
+Medians. The JPEG is generated (500 x 375, smooth), so real photographs decode more slowly. The batched part makes both
+views of the ImageNet recipe at 224 pixels.
 """
 
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a script: import from the repository, not from this folder
+if not __package__:
+    # run as a script: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse

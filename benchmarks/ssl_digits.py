@@ -1,10 +1,8 @@
-"""All nine methods on scikit-learn's digits, the ablations of gamma and of the Taylor order, and docs/ssl.md from
-what was found.
+"""All nine methods on scikit-learn's digits, ablations of gamma and of the Taylor order, and their part of docs/ssl.md.
 
-    python benchmarks/ssl_digits.py run --output runs/ssl_digits     # resumable: one line of rows.jsonl for each
-    finished run python benchmarks/ssl_digits.py page --output runs/ssl_digits    # writes the figures and the
-    measured part of docs/ssl.md python benchmarks/ssl_digits.py demo --output runs/ssl/digits    # one finished run
-    beside a random network and raw pixels
+    python benchmarks/ssl_digits.py run --output runs/ssl_digits     # resumable: one line of rows.jsonl a finished run
+    python benchmarks/ssl_digits.py page --output runs/ssl_digits    # writes the figures and tables of docs/ssl.md
+    python benchmarks/ssl_digits.py demo --output runs/ssl/digits    # one run against a random network and raw pixels
 
 Fixed before the runs: every method trains with recipes/ssl/digits.yaml (network, widths, augmentation, SGD, 600 steps
 of 128). Its base learning rate is chosen among 0.25, 0.5, 1 and 2 on seed 100 by the accuracy with 5 labels a class,
@@ -16,6 +14,13 @@ and was scored). A rate whose loss does so on any seed is out, for all seeds, an
 place; such runs are kept as rows `diverged/...`.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:
+    # run as a script: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import argparse
 import contextlib
 import io
@@ -24,14 +29,10 @@ import multiprocessing
 import os
 import shutil
 import statistics
-import sys
 import time
 from collections import defaultdict
-from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # import from the repository, not from this folder
-
 RATES = (0.25, 0.5, 1.0, 2.0)
 SEEDS = (0, 1, 2)
 EXTRA = {  # what a method's heads are here; the widths of the recipe suit the others
@@ -183,13 +184,13 @@ def demo(run: Path) -> None:
 
     if not (run / "results.json").is_file():
         raise SystemExit(
-            f"error: {run} is not a finished run. First: accelerate launch --cpu matrix_llm/ssl/pretrain.py recipes/ssl/digits.yaml"
+            f"error: {run} is not a finished run. "
+            "First: accelerate launch --cpu matrix_llm/ssl/pretrain.py recipes/ssl/digits.yaml"
         )
     found = {"pre-trained": scores(*features_of(load_backbone(run), EvalTransform.load(run)))}
     found |= {row["key"].removeprefix("baseline/"): row for row in baselines()}
-    print(
-        f"{'accuracy on 500 held-out digits':34}{'linear':>8}{'5 labels':>10}{'1 label':>9}   (labels a class; means of 20 draws)"
-    )
+    columns = f"{'linear':>8}{'5 labels':>10}{'1 label':>9}"
+    print(f"{'accuracy on 500 held-out digits':34}{columns}   (labels a class; means of 20 draws)")
     for name, row in found.items():
         print(f"{name:34}{row['linear']:8.3f}{row['five']:10.3f}{row['one']:9.3f}")
 
@@ -262,8 +263,7 @@ def run(output: Path, workers: int) -> None:
     )
 
 
-#
-# --------------------------------------------------------------------------------------------------------------------- page
+# --- the page
 
 
 def cell(values: list[float], digits: int) -> str:
@@ -297,7 +297,8 @@ def page(output: Path) -> None:
     done = read(output)
     if not any(key.startswith("order/") for key in done):
         raise SystemExit(
-            f"error: {output / 'rows.jsonl'} holds no finished study. First: python benchmarks/ssl_digits.py run --output {output}"
+            f"error: {output / 'rows.jsonl'} holds no finished study. "
+            f"First: python benchmarks/ssl_digits.py run --output {output}"
         )
     rates = chosen_rates(output)
     groups: dict[str, list[dict]] = defaultdict(list)
@@ -313,10 +314,11 @@ def page(output: Path) -> None:
         "intra-class effective rank": "eval_intra_class_effective_rank",
         "inter-class effective rank": "eval_inter_class_effective_rank",
     }
-    plot_lines(
-        {title: {METHODS[m].title: trajectory(output / f"main/{m}/0", name) for m in EXTRA} for title, name in names.items()},
-        figures / "ssl_effective_rank.png", x="epoch",
-    )  # fmt: skip
+    ranks = {
+        title: {METHODS[m].title: trajectory(output / f"main/{m}/0", name) for m in EXTRA}
+        for title, name in names.items()
+    }
+    plot_lines(ranks, figures / "ssl_effective_rank.png", x="epoch")
     shown = {"linear": "linear", "5 labels": "five", "1 label": "one"}
     panels = {
         title: {
@@ -340,17 +342,19 @@ def page(output: Path) -> None:
         folder = output / f"main/{m}/0"
         found = batch_information(*two_view_embeddings(folder, "digits", split="train", rows=512))
         information.append(
-            f"| {METHODS[m].title} | {found['rows']} | {found['matrix_kl_to_uniform']:.3f} | {found['effective_rank']:.1f} "
-            f"| {found['matrix_kl_views']:.4f} | {found['matrix_cross_entropy_views']:.3f} |"
+            f"| {METHODS[m].title} | {found['rows']} | {found['matrix_kl_to_uniform']:.3f} "
+            f"| {found['effective_rank']:.1f} | {found['matrix_kl_views']:.4f} "
+            f"| {found['matrix_cross_entropy_views']:.3f} |"
         )
         if m in ("matrix_ssl", "mec", "simclr", "simsiam"):
             _, _, u, v = features_of(load_backbone(folder), EvalTransform.load(folder))
             maps[METHODS[m].title] = u
     plot_tsne(maps, v, figures / "ssl_tsne.png")
     seconds = sum(row.get("job_seconds", 0.0) for row in done.values())
+    chosen = ", ".join(f"{METHODS[m].title} {rates[m]:g}" for m in EXTRA)
+    diverged = ", ".join(key.removeprefix("diverged/") for key in done if key.startswith("diverged/")) or "none"
     lines = [
-        f"Base learning rates chosen: {', '.join(f'{METHODS[m].title} {rates[m]:g}' for m in EXTRA)}. Runs whose loss became infinite: "
-        f"{', '.join(key.removeprefix('diverged/') for key in done if key.startswith('diverged/')) or 'none'} (method/rate/seed).",
+        f"Base learning rates chosen: {chosen}. Runs whose loss became infinite: {diverged} (method/rate/seed).",
         "",
         *table(ends | main, "method"),
         "",

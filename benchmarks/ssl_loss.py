@@ -1,5 +1,4 @@
-"""What the self-supervised losses cost, forward and backward, beside the arithmetic of the released code and beside
-lightly's.
+"""What the self-supervised losses cost, forward and backward, compared with the released code's arithmetic and lightly.
 
     python benchmarks/ssl_loss.py [--dim 2048] [--batches 1024 4096] [--repeats 5] [--threads 2] [--json table.json]
 
@@ -16,7 +15,8 @@ where it is installed: its VICReg, and its Barlow Twins at the same lambda.
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a script: import from the repository, not from this folder
+if not __package__:
+    # run as a script: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
@@ -134,8 +134,9 @@ def compare(name: str, ours: Loss, theirs: Loss, z: tuple[Tensor, Tensor], both:
     }
     ours_ms, theirs_ms = (f"{statistics.median(s):9.1f} ({min(s):.1f} to {max(s):.1f})" for s in spent.values())
     print(
-        f"{name:28} B {row['rows']:5} d {row['width']:5}  ours {ours_ms:32} theirs {theirs_ms:32} ratio {row['ratio']:.2f}  "
-        f"values {value:.7g} {other_value:.7g}, gradients apart {row['gradient_difference']:.1e}",
+        f"{name:28} B {row['rows']:5} d {row['width']:5}  ours {ours_ms:32} theirs {theirs_ms:32} "
+        f"ratio {row['ratio']:.2f}  values {value:.7g} {other_value:.7g}, "
+        f"gradients apart {row['gradient_difference']:.1e}",
         flush=True,
     )
     return row
@@ -166,9 +167,8 @@ def main() -> None:
             ("Barlow Twins / lightly", barlow_twins_loss, lightly[1], True),
         ]
     name = torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu"
-    print(
-        f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads, {options.dtype}; milliseconds, median (range)"
-    )
+    setup = f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads, {options.dtype}"
+    print(f"{setup}; milliseconds, median (range)")
     rows = []
     for batch in options.batches:
         z = views(batch, options.dim, options.device, getattr(torch, options.dtype))

@@ -1,4 +1,4 @@
-"""The statistics of scores against scipy, against direct formulas, and against the figures the paper's scores are judged by."""
+"""The statistics of scores against scipy, direct formulas, and the figures by which the paper's scores are judged."""
 
 import doctest
 import math
@@ -32,6 +32,14 @@ def test_wilson_is_scipys(correct, total, confidence):
     scipy_stats = pytest.importorskip("scipy.stats")
     expected = scipy_stats.binomtest(correct, total).proportion_ci(confidence, method="wilson")
     assert wilson_interval(correct, total, confidence) == pytest.approx(tuple(expected), abs=1e-12)
+
+
+def test_wilson_is_a_published_value_and_one_computed_by_hand():
+    """By hand for 8 of 10, z = 1.96: centre (0.8 + 0.19207) / 1.38415 = 0.71674, radius
+    1.96 sqrt(0.016 + 0.009604) / 1.38415 = 0.22657.
+    """
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)  # Newcombe 1998, table I, method 3
+    assert wilson_interval(8, 10) == pytest.approx((0.49017, 0.94331), abs=2e-4)
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 7, 30, 1319, 10**6])

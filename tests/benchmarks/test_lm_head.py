@@ -1,4 +1,4 @@
-"""benchmarks/lm_head: its reference against the exact solver, its rows stored once, and tables and plots made from them."""
+"""benchmarks/lm_head: its reference against the exact solver, its rows stored once, its tables and plots."""
 
 import json
 

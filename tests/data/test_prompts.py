@@ -1,3 +1,5 @@
+"""Prompt templates: the authors' own, custom ones, and what is refused."""
+
 import json
 
 import pytest

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 from matrix_llm.base.errors import DataError, RecipeError
 from matrix_llm.data.forms import Row
 from matrix_llm.data.tokens import IGNORED, Encoder, row_texts
-from tests.conftest import SENTENCES
+from tests.support.sentences import SENTENCES
 
 MESSAGES = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
 CHAT = "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}"

@@ -1,4 +1,7 @@
-"""Overlaps of training and test questions: all that are real, none that only look so. The real MATH and GSM8K files where they are."""
+"""Overlaps of training and test questions: every real one is found, and none that only looks like one.
+
+The last tests read the real MATH and GSM8K files where they are.
+"""
 
 import doctest
 import json
@@ -12,6 +15,7 @@ from eval import contamination, files
 from eval.contamination import find_overlaps, main, questions
 from matrix_llm.base.errors import EvalError
 from matrix_llm.data.questions import normalise
+from tests.support.blocked import without
 from tests.support.paths import ROOT, SHARED
 
 DATA = SHARED / "data"
@@ -40,7 +44,7 @@ def test_exact_overlaps_name_all_their_training_rows_up_to_a_limit():
 
 
 def test_n_gram_shares_are_counted_by_hand():
-    """Ten distinct 3-grams in the test question, of which the first row holds 4, the second 6, the third all in other company."""
+    """The test question has ten distinct 3-grams; the first row holds 4 of them, the second 6, the third all ten."""
     test = [("t", "a b c d e f g h i j k l")]
     train = [
         ("four", "a b c d e f x"),
@@ -77,7 +81,7 @@ def test_settings_that_mean_nothing_are_refused():
             find_overlaps([], [], share=share)
 
 
-# --- files -------------------------------------------------------------------------------------------------------------
+# --- files
 
 
 def rows_of(path, field=None):
@@ -187,7 +191,7 @@ def test_memory_does_not_grow_with_the_training_data(tmp_path, monkeypatch):
         assert peaks[1] < 1.3 * peaks[0], form
 
 
-# --- command -----------------------------------------------------------------------------------------------------------
+# --- command
 
 
 def write(path, rows):
@@ -229,11 +233,10 @@ def test_errors_are_one_line_and_exit_1(tmp_path, capsys):
 
 def test_the_script_runs_from_another_folder_without_torch(tmp_path):
     test = write(tmp_path / "t.jsonl", plain(2))
-    blocked = "import sys, runpy; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'vllm', 'numpy', 'pandas', 'pyarrow')))\n"
     script = ROOT / "eval/contamination.py"
-    code = (
-        blocked
-        + f"sys.argv = ['x', '--train', {test!r}, '--test', {test!r}]; runpy.run_path({str(script)!r}, run_name='__main__')"
+    code = without("torch", "transformers", "vllm", "numpy", "pandas", "pyarrow") + (
+        f"import runpy; sys.argv = ['x', '--train', {test!r}, '--test', {test!r}]\n"
+        f"runpy.run_path({str(script)!r}, run_name='__main__')"
     )
     for command in ([str(script), "--train", test, "--test", test], ["-c", code]):
         done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -241,7 +244,7 @@ def test_the_script_runs_from_another_folder_without_torch(tmp_path):
         assert "exact:   2 test questions" in done.stdout
 
 
-# --- the real files ----------------------------------------------------------------------------------------------------
+# --- the real files
 
 
 @needs_data
@@ -281,7 +284,7 @@ def test_gsm8k_has_none():
     ],
 )
 def test_the_normal_form_merges_no_two_questions_of_one_set_but_true_repeats(name, repeats):
-    """Read by eye: these pairs ask the same question in another layout. One more, and the normal form has lost a meaning."""
+    """Read by eye: these pairs ask the same question in another layout. Any further pair would be a fault."""
     forms, verbatim = {}, {}
     for row, text in questions(DATA / name):
         first = verbatim.setdefault(" ".join(text.split()).lower(), row)

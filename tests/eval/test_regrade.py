@@ -23,9 +23,9 @@ def write(path, rows):
 
 def ours(number, response, gold, sample=0):
     return {
-        "id": f"test/{number}", "sample": sample, "prompt_sha256": "0", "problem": f"Problem {number}?", "gold": gold, "subject": None,
-        "level": None,
-        "response": response, "finish_reason": "stop", "stop_reason": None, "prompt_tokens": 1, "tokens": 1,
+        "id": f"test/{number}", "sample": sample, "prompt_sha256": "0", "problem": f"Problem {number}?", "gold": gold,
+        "subject": None, "level": None, "response": response, "finish_reason": "stop", "stop_reason": None,
+        "prompt_tokens": 1, "tokens": 1,
     }  # fmt: skip
 
 

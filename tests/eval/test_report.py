@@ -242,7 +242,10 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
-HOSTILE = "</pre></details><script>alert(1)</script><img src=x onerror=alert(1)> & \" ' \x1b[2J \x00 \u202e \u200b \ud800 \\boxed{<b>7</b>}"
+HOSTILE = (
+    "</pre></details><script>alert(1)</script><img src=x onerror=alert(1)> & \" ' \x1b[2J \x00 \u202e \u200b \ud800 "
+    "\\boxed{<b>7</b>}"
+)
 
 
 def test_hostile_text_is_shown_and_never_run(tmp_path):

@@ -9,8 +9,8 @@ from transformers import AutoTokenizer, CodeLlamaTokenizer, PreTrainedTokenizerF
 from matrix_llm.config import ModelArguments, RecipeError
 from matrix_llm.model.load import load_model
 from matrix_llm.model.tokenizer import load_tokenizer
-from tests.conftest import SENTENCES
 from tests.support.checkpoints import save_llama, scratch
+from tests.support.sentences import SENTENCES
 
 
 def test_trained_tokenizer_loses_no_character_and_survives_saving(tmp_path):

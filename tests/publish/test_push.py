@@ -29,7 +29,7 @@ def test_what_was_pushed_loads_to_the_same_logits_and_nothing_else_was_pushed(hu
 
 def test_a_pretrained_image_backbone_is_pushed_with_its_own_card_and_weights(hub, client, tmp_path, capsys):
     from matrix_llm.ssl.pretrain import main as pretrain
-    from tests.support.ssl_parity_run import BACKBONE
+    from tests.support.tiny_ssl import BACKBONE
 
     recipe = tmp_path / "tiny.yaml"
     settings = {

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -203,17 +203,12 @@ def test_final_answer_takes_bounded_time_on_hostile_text(piece):
     assert time.process_time() - start < 5  # a backtracking parser would take hours
 
 
-def test_wilson_interval_holds_at_the_ends_and_matches_a_published_value():
-    assert wilson_interval(0, 20)[0] == 0.0
-    assert wilson_interval(20, 20)[1] == 1.0
-    low, high = wilson_interval(81, 263)  # Newcombe 1998, table I, method 3
-    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+def problem(*, query, answer):
+    return replace(generate(1, seed=0)[0], query=query, answer=answer)
 
 
 def test_accuracy_counts_right_wrong_and_unanswered(monkeypatch, model, tokenizer):
-    problems = [
-        SimpleNamespace(query=f"q{i} {{}}", answer=answer) for i, answer in enumerate(["1,000", "2", "3", "4.0"])
-    ]
+    problems = [problem(query=f"q{i} {{}}", answer=answer) for i, answer in enumerate(["1,000", "2", "3", "4.0"])]
     replies = {
         "Q: q0 {}": "The answer is: 1000.0",
         "Q: q1 {}": "The answer is: 3",
@@ -239,10 +234,10 @@ def test_accuracy_of_an_untrained_model_on_word_problems(model, tokenizer):
 
 
 def test_unusable_problems_and_templates_are_refused(model, tokenizer):
-    problem = SimpleNamespace(query="q", answer="none")
+    unanswerable = problem(query="q", answer="none")
     with pytest.raises(ValueError, match="no problems"):
         measure_accuracy(model, tokenizer, [])
     with pytest.raises(ValueError, match="problem 0 has the answer 'none'"):
-        measure_accuracy(model, tokenizer, [problem])
+        measure_accuracy(model, tokenizer, [unanswerable])
     with pytest.raises(ValueError, match=r"template='metamath'.*\{instruction\}"):
-        measure_accuracy(model, tokenizer, [problem], template="metamath")
+        measure_accuracy(model, tokenizer, [unanswerable], template="metamath")

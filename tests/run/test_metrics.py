@@ -1,11 +1,10 @@
 """The metrics file of a run, and its plot."""
 
 import json
-from types import SimpleNamespace
 
 import matplotlib.image
 import pytest
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from matrix_llm.base.files import read_jsonl
 from matrix_llm.run.metrics import MetricsFileCallback, last_values, plot_losses
@@ -33,7 +32,8 @@ def test_a_resumed_run_removes_the_lines_of_the_steps_that_it_repeats(tmp_path):
     path, callback = tmp_path / "metrics.jsonl", MetricsFileCallback()
     lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 1.0}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
-    args, state, control = SimpleNamespace(output_dir=tmp_path), TrainerState(global_step=2), TrainerControl()
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    state, control = TrainerState(global_step=2), TrainerControl()
     callback.on_train_begin(args, state, control)
     assert read_jsonl(path) == lines[:2]
     callback.on_log(args, state, control, logs={"loss": 1.5})

@@ -1,6 +1,4 @@
-"""The two-view augmentation: torchvision's rules written out again for one image, in NumPy and the standard library's
-colorsys.
-"""
+"""The two-view augmentation against torchvision's rules, written out here for one image in NumPy and colorsys."""
 
 import colorsys
 import itertools
@@ -16,8 +14,8 @@ from matrix_llm.ssl.augment import Augment, AugmentConfig, EvalTransform, TwoVie
 from matrix_llm.ssl.images.draws import AREA, ATTEMPTS, COLUMNS, DRAWS, RATIO
 
 NOTHING = {
-    "flip_prob": 0.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "gray_prob": 0.0, "blur_prob": 0.0,
-    "blur_prob2": 0.0, "solarize_prob2": 0.0,
+    "flip_prob": 0.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "gray_prob": 0.0,
+    "blur_prob": 0.0, "blur_prob2": 0.0, "solarize_prob2": 0.0,
 }  # fmt: skip
 ALWAYS = {"jitter_prob": 1.0, "solarize_prob": 0.5, "solarize_prob2": 0.5, "blur_prob": 0.7, "blur_prob2": 0.7}
 UNIT = {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
@@ -261,8 +259,7 @@ def test_draws_are_uniform_and_uncorrelated():
     assert correlation.abs().max() < 0.04
 
 
-#
-# ---------------------------------------------------------------------------------------------------------------------- crops
+# --- crops
 
 
 def torchvision_box(width, height, u, config):

@@ -1,6 +1,4 @@
-"""matrix_llm/ssl/export.py: exported weights give the same features in networks with the other libraries' names and
-semantics.
-"""
+"""Exported weights (export.py) give the same features in networks with the other libraries' names and semantics."""
 
 import json
 import pickle
@@ -34,8 +32,9 @@ BASIC = {"layer_type": "basic", "hidden_sizes": [8, 16, 24, 32], "depths": [2, 2
 BOTTLENECK = {"layer_type": "bottleneck", "hidden_sizes": [16, 32, 64, 128], "depths": [3, 4, 6, 3]}
 BOTH = pytest.mark.parametrize("sizes", [BASIC, BOTTLENECK], ids=["basic", "bottleneck"])
 SMALL_DETR = {
-    "d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_queries": 6,
-    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "dropout": 0.0, "auxiliary_loss": True,
+    "d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
+    "num_queries": 6, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "dropout": 0.0,
+    "auxiliary_loss": True,
 }  # fmt: skip
 
 
@@ -299,7 +298,8 @@ def test_the_detectron2_file_and_config_describe_the_run(tmp_path):
     assert config["MODEL"]["BACKBONE"]["FREEZE_AT"] == 0
     assert config["MODEL"]["ROI_HEADS"]["NAME"] == "Res5ROIHeadsExtraNorm"
     assert config["MODEL"]["RESNETS"] == {
-        "DEPTH": 50, "NORM": "SyncBN", "STRIDE_IN_1X1": False, "STEM_OUT_CHANNELS": 8, "RES2_OUT_CHANNELS": 16, "WIDTH_PER_GROUP": 4,
+        "DEPTH": 50, "NORM": "SyncBN", "STRIDE_IN_1X1": False, "STEM_OUT_CHANNELS": 8, "RES2_OUT_CHANNELS": 16,
+        "WIDTH_PER_GROUP": 4,
     }  # fmt: skip
 
 

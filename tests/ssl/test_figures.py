@@ -12,7 +12,7 @@ from matplotlib.image import imread
 
 from matrix_llm.ssl.figures import batch_information, main
 from matrix_llm.ssl.pretrain import main as pretrain
-from tests.support import ssl_parity_run
+from tests.support.tiny_ssl import BACKBONE
 
 
 def test_equal_views_have_no_divergence_and_a_cross_entropy_equal_to_their_entropy():
@@ -47,7 +47,7 @@ def test_views_of_different_images_are_refused():
 
 
 def colours(path: Path) -> set[tuple[int, int, int]]:
-    """The saturated colours that at least 10 pixels of a picture have: marks and lines, not the axes, the text or the paper."""
+    """The saturated colours of at least 10 pixels each: marks and lines, not the axes, the text or the background."""
     pixels = np.rint(255 * imread(path)[..., :3]).astype(int).reshape(-1, 3)
     found, counts = np.unique(pixels[np.ptp(pixels, axis=1) > 60], axis=0, return_counts=True)
     return {tuple(colour) for colour in found[counts >= 10].tolist()}
@@ -59,7 +59,7 @@ def test_a_finished_run_gets_its_figures_and_another_folder_is_named(tmp_path, c
         "method": "matrix_ssl",
         "dataset": "digits",
         "eval_dataset": "digits",
-        "backbone_config": ssl_parity_run.BACKBONE,
+        "backbone_config": BACKBONE,
     }
     settings |= {
         "projector_widths": [8, 8],

@@ -1,6 +1,4 @@
-"""Every loss of matrix_llm.ssl against a slow float64 reference written out here, in value and gradient, and the
-facts it must satisfy.
-"""
+"""Every loss against a slow float64 reference written out here, in value and gradient, and facts it must satisfy."""
 
 import itertools
 import math
@@ -351,9 +349,7 @@ def test_mec_of_equal_views_is_twice_the_coding_rate():
 
 
 def test_alignment_is_smallest_where_the_views_agree():
-    """MCE(P, .) is convex and smallest at P (prop. 2.6), so the online branch cannot do better than the target's
-    covariance.
-    """
+    """MCE(P, .) is convex and smallest at P (prop. 2.6): the online branch cannot beat the target's own covariance."""
     z1, z2 = views(12, 4)
     least = matrix_alignment_loss(z1, z1, preset="paper", lambda_=0.1) + covariance(z1, z1).trace()
     for t in (0.1, 0.5, 1.0):

@@ -20,8 +20,9 @@ import os
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if not __package__:
+    # run as a script: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 from datasets import Dataset
@@ -76,12 +77,6 @@ def how_sharded(trainer: MatrixTrainer) -> dict:
     }
 
 
-class FreshSummaries(head.MatrixHead):
-    """Never knows which step it is, and so makes a new summary for every micro-batch."""
-
-    step = property(lambda self: None, lambda self, value: None)
-
-
 def run_case(out: Path, models: Path, settings: dict) -> None:
     settings = dict(settings)
     architecture, lora, fresh = (
@@ -103,9 +98,11 @@ def run_case(out: Path, models: Path, settings: dict) -> None:
         processing_class=train_tokenizer(["a b"], 260),
         peft_config=None if lora is None else adapter,
     )
-    if fresh:
-        trainer._matrix_head.__class__ = FreshSummaries
+    if fresh:  # the head never knows which step it is, and so makes a new summary for every micro-batch
+        head.MatrixHead.step = property(lambda self: None, lambda self, value: None)
     trainer.train()
+    if fresh:
+        del head.MatrixHead.step
     head.summarise = summarise
     engine = how_sharded(trainer)
     state = whole_weights(trainer)

@@ -22,6 +22,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+if not __package__:
+    # run as a script: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH"
 
 
@@ -428,5 +432,4 @@ def _serve_orders():
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
     _serve_orders()

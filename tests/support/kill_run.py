@@ -27,6 +27,10 @@ import sys
 import time
 from pathlib import Path
 
+if not __package__:
+    # run as a script: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 
 def kill_this_process() -> None:
     sys.stdout.flush()
@@ -149,7 +153,6 @@ def run(job: dict) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     answers = os.dup(1)
     os.dup2(2, 1)
     import matplotlib.pyplot  # noqa: F401

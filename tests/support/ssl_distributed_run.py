@@ -93,9 +93,9 @@ def main() -> None:
     }
     dist.barrier()
     torch.save(found, f"{out}/{rank}.pt")
-    os._exit(
-        0
-    )  # 1 of 40 ordinary exits aborts, results saved: "terminate called without an active exception", from gloo's threads
+    # 1 in 40 ordinary exits aborts after the results are saved: "terminate called without an active exception", from
+    # gloo's threads
+    os._exit(0)
 
 
 if __name__ == "__main__":
