@@ -335,7 +335,7 @@ def test_the_training_page_has_every_setting_with_its_default_and_range():
     ],
 )
 def test_our_metrics_carry_their_direction(metric, higher, tmp_path):
-    """By eval_ce, transformers would keep the worst checkpoint: only names that end in "loss" are lower-is-better there."""
+    """By eval_ce transformers would keep the worst checkpoint: there, only names ending in "loss" should be low."""
     settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "metric_for_best_model": metric}
     assert MatrixConfig(**settings).greater_is_better is higher
     assert MatrixConfig(**settings, greater_is_better=not higher).greater_is_better is not higher
