@@ -1,10 +1,9 @@
 """All nine methods on scikit-learn's digits, the ablations of gamma and of the Taylor order, and docs/ssl.md from
 what was found.
 
-    python benchmarks/ssl_digits.py run --output runs/ssl_digits     # resumable: one line of rows.jsonl for each
-    finished run python benchmarks/ssl_digits.py page --output runs/ssl_digits    # writes the figures and the
-    measured part of docs/ssl.md python benchmarks/ssl_digits.py demo --output runs/ssl/digits    # one finished run
-    beside a random network and raw pixels
+    python benchmarks/ssl_digits.py run --output runs/ssl_digits     # resumable: a line of rows.jsonl per finished run
+    python benchmarks/ssl_digits.py page --output runs/ssl_digits    # the figures and the measured part of docs/ssl.md
+    python benchmarks/ssl_digits.py demo --output runs/ssl/digits    # one finished run against random and raw pixels
 
 Fixed before the runs: every method trains with recipes/ssl/digits.yaml (network, widths, augmentation, SGD, 600 steps
 of 128). Its base learning rate is chosen among 0.25, 0.5, 1 and 2 on seed 100 by the accuracy with 5 labels a class,
@@ -12,8 +11,8 @@ on training images alone: labels are drawn from the first 1,000, and the other 2
 looked at once, with seeds 0, 1 and 2.
 
 Added after the first runs: with its chosen rate, 1, VICReg's loss became infinite on seeds 0 and 1 (seed 2 finished
-and was scored). A rate whose loss does so on any seed is out, for all seeds, and the next best on seed 100 takes its
-place; such runs are kept as rows `diverged/...`.
+and was scored). A rate whose loss does so on any seed is excluded for all seeds, and the next best on seed 100 takes
+its place; such runs are kept as rows `diverged/...`.
 """
 
 import argparse
@@ -121,7 +120,7 @@ def one(job: dict) -> dict:
         not (folder / "results.json").is_file()
         or f"base_learning_rate: {job['rate']}\n" not in (folder / "recipe.yaml").read_text()
     ):
-        shutil.rmtree(folder, ignore_errors=True)  # what a run cut off left behind
+        shutil.rmtree(folder, ignore_errors=True)  # the remains of an interrupted run
         words = [
             str(ROOT / "recipes/ssl/digits.yaml"),
             "--output_dir",
@@ -132,7 +131,7 @@ def one(job: dict) -> dict:
         ]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
             status = main(words)
-        if status == 1:  # the loss was no number: this rate is out
+        if status == 1:  # the loss was not finite: this rate is excluded
             return {"key": f"diverged/{job['method']}/{job['rate']}/{job['seed']}", "seconds": 0.0}
         if status != 0:
             raise RuntimeError(f"{job['key']}: {errors.getvalue()[-2000:]}")
@@ -177,7 +176,7 @@ def baselines() -> list[dict]:
 
 
 def demo(run: Path) -> None:
-    """A finished run of recipes/ssl/digits.yaml beside what it must beat."""
+    """Compare a finished run of recipes/ssl/digits.yaml with what it must beat."""
     from matrix_llm.ssl.augment import EvalTransform
     from matrix_llm.ssl.modeling import load_backbone
 
@@ -262,8 +261,7 @@ def run(output: Path, workers: int) -> None:
     )
 
 
-#
-# --------------------------------------------------------------------------------------------------------------------- page
+# --- page -------------------------------------------------------------------------------------------------------------
 
 
 def cell(values: list[float], digits: int) -> str:

@@ -1,16 +1,13 @@
-"""What the self-supervised losses cost, forward and backward, beside the arithmetic of the released code and beside
-lightly's.
+"""The cost of the self-supervised losses, forward and backward, compared with the released code and with lightly.
 
     python benchmarks/ssl_loss.py [--dim 2048] [--batches 1024 4096] [--repeats 5] [--threads 2] [--json table.json]
 
 Each pair takes the same rows in turns, ours first in even repeats and last in odd ones; the first call of each is
-warm-up.
-Printed: median and range in milliseconds, the ratio of the medians, and how far value and gradient are apart.
+warm-up. Printed: median and range in milliseconds, the ratio of the medians, and how far value and gradient are apart.
 
-"released" is the arithmetic of the authors' code, written anew here: a B x B centring matrix, dense d x d matrices
-for P and Q, the Taylor series as a chain of products. The target branch has no gradient, as in training. lightly (pip
-install lightly) is compared
-where it is installed: its VICReg, and its Barlow Twins at the same lambda.
+"released" is the arithmetic of the authors' code, rewritten here: a B x B centring matrix, dense d x d matrices for P
+and Q, the Taylor series as a chain of products. The target branch has no gradient, as in training. lightly (pip
+install lightly) is compared if it is installed: its VICReg, and its Barlow Twins at the same lambda.
 """
 
 import sys
