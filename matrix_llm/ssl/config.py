@@ -152,9 +152,9 @@ class SSLTrainingConfig(TrainingArguments):
             )
         if self.n_gpu > 1:
             raise RecipeError(
-                f"one process sees {self.n_gpu} GPUs, and transformers would split each batch over copies of the model, "
-                f"with a loss for each part. Start it with `accelerate launch --num_processes {self.n_gpu}`, or set "
-                "CUDA_VISIBLE_DEVICES=0."
+                f"one process sees {self.n_gpu} GPUs, and transformers would split each batch over copies of the "
+                f"model, each with its own loss. Start it with `accelerate launch --num_processes {self.n_gpu}`, or "
+                "set CUDA_VISIBLE_DEVICES=0."
             )
         if not self.dataloader_drop_last:
             raise RecipeError(

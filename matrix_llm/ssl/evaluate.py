@@ -4,7 +4,7 @@ frozen features.
     python matrix_llm/ssl/evaluate.py linear --model runs/x --data digits                    # LARS, as in the paper
     python matrix_llm/ssl/evaluate.py linear --model runs/x --data digits --protocol lbfgs   # quick: features once
     python matrix_llm/ssl/evaluate.py knn    --model runs/x --data digits
-    python matrix_llm/ssl/evaluate.py semi --model runs/x --data imagenet --test_split val --percent 1 --split 1percent.txt
+    python matrix_llm/ssl/evaluate.py semi --model runs/x --data imagenet --test_split val --split 1percent.txt
     python matrix_llm/ssl/evaluate.py few    --model random:runs/x --data digits --labels_per_class 5
 
 --model is a run, or one of its checkpoints. `random:runs/x` is the same network before any training, `pixels:runs/x`
