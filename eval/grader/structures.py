@@ -184,7 +184,7 @@ def read_structure(text: str) -> Structure:
     if len(sides) in (2, 3) and not TIME_OF_DAY.search(text) and "(" not in text:
         return Ratio(tuple(map(read_structure, sides)))
 
-    # 6. infinity, or an expression; a \pm stands for both signs
+    # 6. infinity, or an expression; a \pm means both signs
     if text.lstrip("+-").strip() in INFINITIES:
         return Infinity("-" if text.startswith("-") else "+")
     expression = parse(text)
@@ -194,7 +194,7 @@ def read_structure(text: str) -> Structure:
 
 
 def split_outside_brackets(text: str, separator: str) -> list[str]:
-    """The pieces between separators that stand in no bracket. Half-open intervals mix the kinds, so all brackets
+    """The pieces between separators that are outside brackets. Half-open intervals mix the kinds, so all brackets
     count alike.
 
     >>> split_outside_brackets("[1,2),3", ",")

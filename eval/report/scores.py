@@ -2,7 +2,7 @@
 
 grade_rows  -> one verdict for each (row, convention); the only place that grades a run
 score       -> counts, accuracy and interval of a set of problems
-summarise   -> all of a run, as it stands in OUT/<name>.json
+summarise   -> the summary of a run, as in OUT/<name>.json
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def summarise(
 
     Args:
         rows: the run's generations, every problem with the same number n of samples.
-        extra: added as it stands (name, limit, generations, ...).
+        extra: added unchanged (name, limit, generations, ...).
 
     With n > 1 there are also pass@k for the powers of two up to n and for n, and the majority vote over all n.
 
