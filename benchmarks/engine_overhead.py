@@ -1,9 +1,11 @@
-"""What our vLLM engine costs beside bare `LLM.generate`: the same prompts in the same process, in turns.
+"""The overhead of our vLLM engine over bare `LLM.generate`: the same prompts in the same process, in turns.
 
-    python benchmarks/engine_overhead.py --model runs/gsm8k_small --data gsm8k/test.jsonl [--problems 1000] [--repeats 4]
+    python benchmarks/engine_overhead.py --model runs/gsm8k_small --data gsm8k/test.jsonl [--problems 1000]
+        [--repeats 4]
 
-Ours delivers each text as it is done, cuts it at stop strings and appends it to a file, as a run of eval/gsm8k.py does; the bare
-call returns them all at the end. The prefix cache is emptied before each turn, and the first bare call is warm-up.
+Ours yields each text as it finishes, cuts it at stop strings and appends it to a file, as a run of eval/gsm8k.py does;
+the bare call returns them all at the end. The prefix cache is emptied before each turn, and the first bare call is
+warm-up.
 """
 
 import sys
@@ -40,6 +42,7 @@ def main() -> None:
     import torch
     from vllm import SamplingParams
 
+    # 1. The model and the requests: problems whose prompt and response fit the model's positions
     source = locate(options.model)
     tokenizer = load_tokenizer(source)
     limit = context_limit(source) or 4096
@@ -56,6 +59,7 @@ def main() -> None:
     engine = VLLMEngine(VLLMOptions(source, "bfloat16" if gpu else "float32", limit, gpu=gpu), tokenizer)
     sampling = SamplingParams(temperature=0, max_tokens=options.max_tokens, stop=list(STOP))
 
+    # 2. The two ways to generate, each returning its seconds and its tokens
     def bare() -> tuple[float, int]:
         start = time.perf_counter()
         outputs = engine.llm.generate(
@@ -74,6 +78,7 @@ def main() -> None:
                     bar.advance(generation.tokens)
             return time.perf_counter() - start, tokens
 
+    # 3. Turns, after a warm-up
     bare()
     seconds: dict[str, list[float]] = {"bare": [], "ours": []}
     tokens: dict[str, int] = {}
@@ -84,7 +89,8 @@ def main() -> None:
             seconds[name].append(spent)
     for name, spent in seconds.items():
         print(
-            f"{name}: {tokens[name]:,} tokens, seconds {', '.join(f'{s:.2f}' for s in spent)}, median {statistics.median(spent):.2f}"
+            f"{name}: {tokens[name]:,} tokens, seconds {', '.join(f'{s:.2f}' for s in spent)}, "
+            f"median {statistics.median(spent):.2f}"
         )
     ratio = statistics.median(seconds["ours"]) / statistics.median(seconds["bare"])
     print(f"overhead of ours: {100 * (ratio - 1):+.1f} % ({len(requests)} prompts, {'GPU' if gpu else 'CPU'})")

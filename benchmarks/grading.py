@@ -2,10 +2,10 @@
 
     python benchmarks/grading.py rows.jsonl [pairs.jsonl ...]
 
-Rows: {"benchmark": "gsm8k" | "math", "response": ..., "gold": ..., "reference_label": true | false | null}; rows without a label are
-left out. Pairs: {"pred": ..., "gold": ..., "equal": true | false}. The graders take turns over the same rows in one process; the
-times are processor-shared wall times of this run, so compare them with each other. `--skip_source TEXT` leaves rows out whose
-"source" holds TEXT, for a source whose labels are known to be wrong.
+Rows: {"benchmark": "gsm8k" | "math", "response": ..., "gold": ..., "reference_label": true | false | null}; rows
+without a label are left out. Pairs: {"pred": ..., "gold": ..., "equal": true | false}. The graders take turns over the
+same rows in one process; the times are wall times on a shared processor, so compare them with each other only.
+`--skip_source TEXT` leaves out rows whose "source" contains TEXT, for a source whose labels are known to be wrong.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def math_verify(response: str, gold: str, benchmark: str) -> bool:
         given = parse(response, extraction_config=[LatexExtractionConfig(), ExprExtractionConfig()], parsing_timeout=5)
         wanted = parse(f"\\boxed{{{gold}}}" if benchmark == "math" else gold, parsing_timeout=5)
         return bool(verify(wanted, given, timeout_seconds=5))
-    except Exception:  # a crash is no verdict, so it counts as "not right"
+    except Exception:  # a crash is not a verdict, so it counts as "not right"
         return False
 
 
@@ -76,7 +76,8 @@ def main() -> None:
             graders = [(convention, by_convention(convention)) for convention in CONVENTIONS]
             graders.append(("math-verify", math_verify))
         print(
-            f"\n{path.name}: {len(cases)} labelled rows\n\n| grader | agreement | false positives / negatives | s per 1,000 |"
+            f"\n{path.name}: {len(cases)} labelled rows\n\n"
+            "| grader | agreement | false positives / negatives | s per 1,000 |"
         )
         print("|---|---|---|---|", flush=True)
         for name, grader in graders:

@@ -182,12 +182,14 @@ def demo(run: Path) -> None:
 
     if not (run / "results.json").is_file():
         raise SystemExit(
-            f"error: {run} is not a finished run. First: accelerate launch --cpu matrix_llm/ssl/pretrain.py recipes/ssl/digits.yaml"
+            f"error: {run} is not a finished run. First: accelerate launch --cpu matrix_llm/ssl/pretrain.py "
+            "recipes/ssl/digits.yaml"
         )
     found = {"pre-trained": scores(*features_of(load_backbone(run), EvalTransform.load(run)))}
     found |= {row["key"].removeprefix("baseline/"): row for row in baselines()}
     print(
-        f"{'accuracy on 500 held-out digits':34}{'linear':>8}{'5 labels':>10}{'1 label':>9}   (labels a class; means of 20 draws)"
+        f"{'accuracy on 500 held-out digits':34}{'linear':>8}{'5 labels':>10}{'1 label':>9}   "
+        "(labels a class; means of 20 draws)"
     )
     for name, row in found.items():
         print(f"{name:34}{row['linear']:8.3f}{row['five']:10.3f}{row['one']:9.3f}")
@@ -295,8 +297,10 @@ def page(output: Path) -> None:
     done = read(output)
     if not any(key.startswith("order/") for key in done):
         raise SystemExit(
-            f"error: {output / 'rows.jsonl'} holds no finished study. First: python benchmarks/ssl_digits.py run --output {output}"
+            f"error: {output / 'rows.jsonl'} holds no finished study. "
+            f"First: python benchmarks/ssl_digits.py run --output {output}"
         )
+    # 1. The rows of each arm
     rates = chosen_rates(output)
     groups: dict[str, list[dict]] = defaultdict(list)
     for key, row in done.items():
@@ -305,6 +309,7 @@ def page(output: Path) -> None:
     ends = {"raw pixels": groups["baseline/pixels"], "random network": groups["baseline/random"]}
     gamma = {f"{g:g}": groups[f"gamma/{g}"] if g != 1.0 else groups["main/matrix_ssl"] for g in sorted((*GAMMAS, 1.0))}
     order = {str(n): groups[f"order/{n}"] if n != 4 else groups["main/matrix_ssl"] for n in sorted((*ORDERS, 4))}
+    # 2. Plots: effective ranks over training, and the two ablations
     figures = ROOT / "docs"
     names = {
         "feature effective rank (128 images)": "feature_effective_rank",
@@ -312,7 +317,10 @@ def page(output: Path) -> None:
         "inter-class effective rank": "eval_inter_class_effective_rank",
     }
     plot_lines(
-        {title: {METHODS[m].title: trajectory(output / f"main/{m}/0", name) for m in EXTRA} for title, name in names.items()},
+        {
+            title: {METHODS[m].title: trajectory(output / f"main/{m}/0", name) for m in EXTRA}
+            for title, name in names.items()
+        },
         figures / "ssl_effective_rank.png", x="epoch",
     )  # fmt: skip
     shown = {"linear": "linear", "5 labels": "five", "1 label": "one"}
@@ -324,6 +332,7 @@ def page(output: Path) -> None:
         for title, part in (("gamma", gamma), ("Taylor order", order))
     }
     plot_lines(panels, figures / "ssl_ablations.png", x="value")
+    # 3. Matrix information of two views, and t-SNE maps
     from matrix_llm.ssl.augment import EvalTransform
     from matrix_llm.ssl.modeling import load_backbone
 
@@ -338,7 +347,8 @@ def page(output: Path) -> None:
         folder = output / f"main/{m}/0"
         found = batch_information(*two_view_embeddings(folder, "digits", split="train", rows=512))
         information.append(
-            f"| {METHODS[m].title} | {found['rows']} | {found['matrix_kl_to_uniform']:.3f} | {found['effective_rank']:.1f} "
+            f"| {METHODS[m].title} | {found['rows']} | {found['matrix_kl_to_uniform']:.3f} "
+            f"| {found['effective_rank']:.1f} "
             f"| {found['matrix_kl_views']:.4f} | {found['matrix_cross_entropy_views']:.3f} |"
         )
         if m in ("matrix_ssl", "mec", "simclr", "simsiam"):
@@ -347,8 +357,10 @@ def page(output: Path) -> None:
     plot_tsne(maps, v, figures / "ssl_tsne.png")
     seconds = sum(row.get("job_seconds", 0.0) for row in done.values())
     lines = [
-        f"Base learning rates chosen: {', '.join(f'{METHODS[m].title} {rates[m]:g}' for m in EXTRA)}. Runs whose loss became infinite: "
-        f"{', '.join(key.removeprefix('diverged/') for key in done if key.startswith('diverged/')) or 'none'} (method/rate/seed).",
+        f"Base learning rates chosen: {', '.join(f'{METHODS[m].title} {rates[m]:g}' for m in EXTRA)}. "
+        "Runs whose loss became infinite: "
+        f"{', '.join(key.removeprefix('diverged/') for key in done if key.startswith('diverged/')) or 'none'} "
+        "(method/rate/seed).",
         "",
         *table(ends | main, "method"),
         "",

@@ -131,7 +131,8 @@ def compare(name: str, ours: Loss, theirs: Loss, z: tuple[Tensor, Tensor], both:
     }
     ours_ms, theirs_ms = (f"{statistics.median(s):9.1f} ({min(s):.1f} to {max(s):.1f})" for s in spent.values())
     print(
-        f"{name:28} B {row['rows']:5} d {row['width']:5}  ours {ours_ms:32} theirs {theirs_ms:32} ratio {row['ratio']:.2f}  "
+        f"{name:28} B {row['rows']:5} d {row['width']:5}  "
+        f"ours {ours_ms:32} theirs {theirs_ms:32} ratio {row['ratio']:.2f}  "
         f"values {value:.7g} {other_value:.7g}, gradients apart {row['gradient_difference']:.1e}",
         flush=True,
     )
@@ -150,6 +151,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
+    # 1. What is compared
     cases: list[tuple[str, Loss, Loss, bool]] = [
         ("Matrix-SSL / released", matrix_ssl_loss, released_matrix_ssl, False),
         ("MEC / released", mec_loss, released_mec, False),
@@ -164,8 +166,10 @@ def main() -> None:
         ]
     name = torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu"
     print(
-        f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads, {options.dtype}; milliseconds, median (range)"
+        f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads, {options.dtype}; "
+        "milliseconds, median (range)"
     )
+    # 2. Every pair at every batch size
     rows = []
     for batch in options.batches:
         z = views(batch, options.dim, options.device, getattr(torch, options.dtype))

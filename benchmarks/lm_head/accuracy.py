@@ -1,7 +1,7 @@
 """How far a solver is from the truth, in value and gradient, on the inputs and with the settings that are timed.
 
 The truth is a 32-step float64 Lanczos recurrence over the whole vocabulary, which is itself compared with
-`solver="exact"` on a few positions. On purpose it shares no code with the library.
+`solver="exact"` on a few positions. It deliberately shares no code with the library.
 
 Legend: P sampled positions, C positions of a chunk, K Lanczos steps, V vocabulary size, H hidden width, D = H.
 """

@@ -72,6 +72,7 @@ class Answers:
     """What the answers to the held-out problems showed."""
 
     figures: dict[str, float]
+    """Accuracy, calibration and diversity, by name."""
     verdicts: dict[str, Any]
     """What the paired tests need: which problems were solved, and how often each sampled one was."""
     shown: list[dict[str, str]]
