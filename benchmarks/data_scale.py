@@ -44,7 +44,7 @@ SETTINGS = {
 
 
 def write_rows(path: Path, count: int, planted: list[str], seed: int = 0) -> None:
-    """Write MetaMathQA's columns: queries of one to four problems, responses of one to fifty short solutions."""
+    """Write MetaMathQA's columns: queries of 1 to 4 problems, responses of 1 to 50 solutions, most of them short."""
     pool = wordproblems.generate(min(POOL, 4 * count), seed=seed)
     rng = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:

@@ -361,7 +361,7 @@ class Recipe:
 # Names that people often try but that do not exist here, with what to write instead.
 _HINTS = {
     "warmup_ratio": "transformers 5 removed it: write `warmup_steps: 0.03` for 3 % of the steps",
-    "overwrite_output_dir": "transformers 5 removed it: give another output_dir, or resume_from_checkpoint to go on",
+    "overwrite_output_dir": "transformers 5 removed it: give another output_dir, or resume_from_checkpoint to continue",
     "logging_dir": "transformers 5 removed it: logs go to output_dir",
     "group_by_length": "transformers 5 removed it: write `train_sampling_strategy: group_by_length`",
     "evaluation_strategy": "it is called eval_strategy now",

@@ -234,7 +234,7 @@ def save_run(trainer: "MatrixTrainer", recipe: Recipe, results: dict[str, Any], 
     from matrix_llm.publish.card import model_card, versions
     from matrix_llm.run.metrics import plot_losses
 
-    # 1. The weights, complete in a folder of their own before they are moved into place
+    # 1. The weights, complete in a temporary folder before they are moved into place
     output = Path(str(recipe.training.output_dir))
     staging = output / STAGING
     if trainer.is_world_process_zero():

@@ -94,7 +94,7 @@ def describe_predictions(hidden: Tensor, weight: Tensor, labels: Tensor) -> tupl
 
 
 def find_truth(inputs: Inputs, positions: int, exact_positions: int) -> Truth:
-    """Values and gradients of the first `positions` whose CE lies in SAMPLE_CE, among the first 1,024."""
+    """Values and gradients of the first `positions` with a CE in SAMPLE_CE, among the first 1,024."""
     hidden, weight, labels = (t.detach() for t in inputs)
     ce, stats = describe_predictions(hidden[:1024], weight, labels[:1024])
     sample = ((ce > SAMPLE_CE[0]) & (ce <= SAMPLE_CE[1])).nonzero()[:positions, 0]

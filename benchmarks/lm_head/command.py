@@ -14,7 +14,7 @@ Memory: how far the peak rises above the level before the call, alone ("extra") 
 inputs"); of the resident set of a separate process on the CPU, and of the allocator on a GPU.
 
 Accuracy: on the timed inputs, with the timed settings, against a 32-step float64 recurrence over the whole
-vocabulary. The inputs are random but shaped like a trained model's; `make_inputs` says how.
+vocabulary. The inputs are random but shaped like a trained model's; `make_inputs` describes how.
 """
 
 import argparse

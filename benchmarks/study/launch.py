@@ -104,7 +104,7 @@ def submit(planned: Sequence[PlannedRun], output: Path) -> None:
             continue
         done = subprocess.run(["bash", "-euc", "\n".join(run.commands)], cwd=ROOT, text=True, capture_output=True)
         if done.returncode and (output / run.name / NON_FINITE).is_file():
-            say(f"{run.name}: the loss became non-finite; the other runs go on")
+            say(f"{run.name}: the loss became non-finite; the other runs continue")
         elif done.returncode:
             raise StudyError(f"submitting {run.name} failed: {last_line(done.stderr)}")
         append_row(output / SUBMITTED, {"run": run.name, "said": done.stdout.splitlines()[-3:]})

@@ -67,7 +67,7 @@ class Generation:
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], *, special_tokens: bool) -> list[tuple[int, ...]]:
-    """Token ids of each prompt, without the closing end-of-text token that some tokenizers add: the model is to go on
+    """Token ids of each prompt, without the closing end-of-text token that some tokenizers add: the model must continue
     from here.
 
     Args:

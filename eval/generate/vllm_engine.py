@@ -132,7 +132,7 @@ for pid in sys.argv[1:]:
 
 
 def _start_watcher(pids: Sequence[int | None]) -> subprocess.Popen:
-    """A process that kills vLLM's engine when this one is gone: after a SIGKILL the engine would keep the GPU for ever.
+    """A process that kills vLLM's engine when this one is gone: after a SIGKILL the engine would keep the GPU forever.
 
     It waits for the end of its standard input, which the system closes however this process ends. The engine's own
     workers end with the engine.
@@ -176,7 +176,7 @@ class DataParallelVLLM:
         ]
         for worker in workers:
             worker.start()
-        # 3. Yield results as they arrive, and watch for processes that died without a word.
+        # 3. Yield results as they arrive, and watch for processes that died silently.
         running = len(workers)
         try:
             while running:

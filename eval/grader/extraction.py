@@ -3,8 +3,8 @@ r"""The answer that a reader would take from a response: the extraction of the c
     extract_gsm8k("... The answer is 3 + 4 = 7.")    -> "7"
     extract_math(r"... so \boxed{\frac{1}{2}}.")     -> r"\frac{1}{2}"
 
-The last explicit statement counts: \boxed{...}, "#### ...", "The answer is ..." and their kin. Only without any of
-them does the last number or formula count, and not even that behind an empty box or in a repetition loop: then no
+The last explicit statement counts: \boxed{...}, "#### ...", "The answer is ..." and similar. Only without any of
+them does the last number or formula count, and not even that after an empty box or in a repetition loop: then no
 answer was given.
 
 Model text may be hostile, so each search is over a window of bounded length.

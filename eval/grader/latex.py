@@ -150,7 +150,7 @@ def _replace_text(found: re.Match[str]) -> str:
     if NOT_A_UNIT.search(inside):
         return f" {inside} "
     before = found.string[: found.start()].rstrip()
-    if re.search(r"[0-9})]$|\\pi$", before) and not before.endswith(("\\frac{", "^{", "_{")):  # behind a value
+    if re.search(r"[0-9})]$|\\pi$", before) and not before.endswith(("\\frac{", "^{", "_{")):  # after a value
         looks_like_a_unit = re.match(r"^[\s,.]*[A-Za-z. /'-]+\d?$", inside) and inside[:1] != "("
         is_time_of_day = re.match(r"^\s*[ap]\.?\s*m\.?\s*$", inside, re.I)
         if looks_like_a_unit and not is_time_of_day:

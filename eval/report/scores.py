@@ -110,7 +110,7 @@ def summarise(
                 "Start it again to complete it."
             )
 
-    # 2. verdicts; groups and single verdicts are of our own convention
+    # 2. verdicts; groups and single verdicts use our own convention
     graded = grade_rows(rows, benchmark=benchmark)
     verified = {problem: [graded[VERIFIED][place] for place in found] for problem, found in places.items()}
     first = {problem: rows[found[0]] for problem, found in places.items()}

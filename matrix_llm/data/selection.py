@@ -1,9 +1,9 @@
 """Which tokenised rows can be trained on, and a report of what became of the others.
 
-- too long: longer than max_length; dropped, cut or refused, as `too_long` says
+- too long: longer than max_length; dropped, cut or refused, depending on `too_long`
 - without a trained token: the prompt alone fills max_length, or the assistant is silent; dropped, since such a row
   has no loss
-- leaked: its question is a test question (leakage.py), and the recipe says `leakage: drop`
+- leaked: its question is a test question (leakage.py), and the recipe has `leakage: drop`
 """
 
 from collections.abc import Collection

@@ -166,7 +166,7 @@ def tensor_shapes(file: Path) -> Shapes:
         RecipeError: the file is damaged, has no tensor or has empty ones.
     """
     try:
-        with safe_open(file, framework="numpy") as opened:  # refuses a file that is not as long as its header says
+        with safe_open(file, framework="numpy") as opened:  # refuses a file whose length does not match its header
             shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise RecipeError(

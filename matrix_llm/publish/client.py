@@ -26,7 +26,7 @@ from matrix_llm.base.errors import PushError, scrub
 TRIES = 5  # of each request, the first included; the client's own retries of single requests come on top
 FIRST_WAIT = 1.0  # seconds before the second try, doubled before each further one
 LONGEST_WAIT = 300.0  # a longer Retry-After is reported instead of slept through
-TIMEOUT = 120.0  # seconds without a byte; by default the client waits for ever
+TIMEOUT = 120.0  # seconds without a byte; by default the client waits forever
 
 # What huggingface_hub raises for a request that failed: ValueError for a name or front matter that the Hub refuses,
 # RuntimeError around a failed upload. Anything else is a fault of ours or the client's, and keeps its traceback.

@@ -167,7 +167,7 @@ def read_evaluations(run: Path) -> list[Evaluation]:
     for path in sorted((run / "eval").glob("*.json")):
         content = read_json(path)
         if not isinstance(content, dict) or "scores" not in content:
-            continue  # e.g. the settings that eval/ stores beside each result
+            continue  # e.g. the settings that eval/ stores next to each result
         try:
             found.append(_parse_evaluation(content))
         except (ValueError, KeyError, TypeError, AttributeError):  # a field is missing, or of another type

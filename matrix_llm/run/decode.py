@@ -118,7 +118,7 @@ def generate_greedy(
     for index, ids in enumerate(prompt_ids):
         if not ids:
             raise DataError(f"prompt {index} ({prompts[index]!r}) has no tokens, so there is nothing to continue.")
-    # 2. Greedy, whatever the checkpoint's generation config says.
+    # 2. Greedy, whatever the checkpoint's generation config asks for.
     stops = _stop_tokens(model, tokenizer)
     pad = next(token for token in (tokenizer.pad_token_id, *stops, 0) if token is not None)  # masked: any token will do
     settings = GenerationConfig(

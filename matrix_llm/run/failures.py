@@ -41,7 +41,7 @@ PEER_IS_GONE = (
 
 
 def why_not_written(error: BaseException) -> str | None:
-    """The reason, if `error` says that a file could not be written, through whichever library; None for other errors.
+    """The reason, if `error` means that a file could not be written, from any library; None for other errors.
 
     >>> why_not_written(OSError(errno.ENOSPC, "No space left on device"))
     'No space left on device'

@@ -78,7 +78,7 @@ def prepare_data(recipe: Recipe, *, say: Callable[[str], None] = print, dry_run:
 def _prepare(recipe: Recipe, say: Callable[[str], None], dry_run: bool) -> Prepared:
     data, training = recipe.data, recipe.training
 
-    # 1. The training rows and a tokenizer, trained on them if the recipe says so
+    # 1. The training rows and a tokenizer, trained on them if the recipe asks for it
     root = cache_root()
     if root is None:
         folder = datasets.config.HF_DATASETS_CACHE
