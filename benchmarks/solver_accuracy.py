@@ -40,7 +40,7 @@ SOLVERS = {
 def predictions(
     folder: str, rows: str, template: str, positions: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states (N, H), head weight (V, H) and labels (N,) of the trained positions of unseen rows."""
+    """Hidden states (N, H), LM head weight (V, H) and labels (N,) of the trained positions of unseen rows."""
     tokenizer, model = (
         AutoTokenizer.from_pretrained(folder),
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),

@@ -96,6 +96,7 @@ class Binary(Expression):
 @dataclass(frozen=True, slots=True)
 class Factorial(Expression):
     argument: Expression
+    """The expression before the exclamation mark."""
 
     def children(self) -> tuple[Expression, ...]:
         return (self.argument,)
@@ -104,7 +105,9 @@ class Factorial(Expression):
 @dataclass(frozen=True, slots=True)
 class Binomial(Expression):
     top: Expression
+    """n of n choose k."""
     bottom: Expression
+    """k of n choose k."""
 
     def children(self) -> tuple[Expression, ...]:
         return (self.top, self.bottom)

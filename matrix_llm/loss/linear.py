@@ -121,15 +121,15 @@ def _check(
     positions, vocabulary_size = hidden.shape[0], weight.shape[0]
     if embeddings.ndim != 2 or embeddings.shape[0] != vocabulary_size:
         raise ValueError(
-            f"embeddings {tuple(embeddings.shape)} must be ({vocabulary_size}, D): weight has {vocabulary_size} rows, "
-            "and each is a token."
+            f"embeddings {tuple(embeddings.shape)} must be ({vocabulary_size}, D): weight has {vocabulary_size} "
+            "vectors, and each is a token."
         )
     if labels.shape != (positions,):
         raise ValueError(f"labels has shape {tuple(labels.shape)}, but {positions} positions need ({positions},).")
     if trained is not None and (trained.labels.shape != labels.shape or trained.vocabulary != vocabulary_size):
         raise ValueError(
             f"trained was made from {tuple(trained.labels.shape)} labels for a vocabulary of {trained.vocabulary}, but "
-            f"labels are {tuple(labels.shape)} and weight has {vocabulary_size} rows. Make it from these labels."
+            f"labels are {tuple(labels.shape)} and weight has {vocabulary_size} vectors. Make it from these labels."
         )
 
 
