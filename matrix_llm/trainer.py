@@ -42,7 +42,7 @@ WINDOW = "log_window_{}.json"  # in a checkpoint, one for each process
 
 
 class RowIdCollator:
-    """TRL's collator, which also keeps the `row_id` of each row in the batch, for error messages.
+    """TRL's collator, with the `row_id` of each row in the batch, for error messages.
 
     >>> collator = RowIdCollator(DataCollatorForLanguageModeling(pad_token_id=0))
     >>> batch = collator([{"input_ids": [1, 2], "labels": [-100, 2], "row_id": 7}])
@@ -90,7 +90,8 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
 
     Raises:
         RecipeError, ModelError (both ValueErrors): a combination that would silently train wrongly, such as an adapter
-            on `lm_head` or a custom loss function; the message names the way out.
+        on
+            `lm_head` or a custom loss function; the message names the way out.
         TypeError: `args` is not a `MatrixConfig`.
 
     >>> trainer = MatrixTrainer(model, MatrixConfig("runs/x", mce_weight=1.0), train_dataset=rows)  # doctest: +SKIP
@@ -173,7 +174,7 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
         self._row_ids = inputs.pop("row_id", None)
         mode = "train" if self.model.training else "eval"
 
-        # 1. Plain SFT trains as SFTTrainer does. Held-out rows are measured as in any run, so that runs compare.
+        # 1. Plain SFT trains as SFTTrainer does. Its held-out rows are measured like everybody's, so that runs compare.
         if self.args.mce_weight == 0 and (mode == "train" or self._matrix_head is None):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             self._check_finite(result[0] if return_outputs else result, mode)

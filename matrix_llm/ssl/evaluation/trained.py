@@ -118,7 +118,7 @@ def _train(
     epochs: int,
     steps: int,
 ) -> None:
-    """Minimise cross-entropy; each group's learning rate falls to 0 on a cosine. Long runs report progress on stderr."""
+    """Minimise cross-entropy; each group's learning rate falls to 0 on a cosine. Long runs print progress on stderr."""
     rates = [group["lr"] for group in optimizer.param_groups]
     said = time.monotonic()
     for epoch in range(epochs):
