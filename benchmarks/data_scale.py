@@ -96,7 +96,7 @@ def prepare(folder: Path, count: int, tests: list[Path]) -> tuple[Path, list[Pat
 
 
 def run_phase(phase: str, folder: Path, rows: str, tests: list[str], num_proc: int | None) -> dict[str, Any]:
-    """What one phase does, in this process; the numbers it gives are printed as JSON by main."""
+    """Run one phase in this process; main prints the numbers that it returns as JSON."""
     from matrix_llm.config import load_recipe
     from matrix_llm.run.prepare import prepare_data
 
@@ -152,7 +152,7 @@ def _memory(pid: int) -> tuple[int, int]:
 
 
 def watch(command: list[str], env: dict[str, str], log: Path) -> dict[str, Any]:
-    """Runs a phase; its numbers, with seconds from start to exit and the peak of its processes' memory."""
+    """Run a phase; return its numbers, the seconds from start to exit, and the peak of its processes' memory."""
     started, peak, peak_anonymous, before = time.perf_counter(), 0, 0, os.times()
     with (
         log.open("w") as errors,
@@ -181,7 +181,7 @@ def watch(command: list[str], env: dict[str, str], log: Path) -> dict[str, Any]:
 
 
 def measure(count: int, tests: list[Path], num_proc: int | None = None) -> dict[str, dict[str, Any]]:
-    """All phases, in order, on a file made for the purpose."""
+    """Run all phases in order on a file made for the purpose."""
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -42,6 +42,7 @@ def main() -> None:
     import torch
     from vllm import SamplingParams
 
+    # 1. The model and the requests: problems whose prompt and response fit the model's positions
     source = locate(options.model)
     tokenizer = load_tokenizer(source)
     limit = context_limit(source) or 4096
@@ -58,6 +59,7 @@ def main() -> None:
     engine = VLLMEngine(VLLMOptions(source, "bfloat16" if gpu else "float32", limit, gpu=gpu), tokenizer)
     sampling = SamplingParams(temperature=0, max_tokens=options.max_tokens, stop=list(STOP))
 
+    # 2. The two ways to generate, each returning its seconds and its tokens
     def bare() -> tuple[float, int]:
         start = time.perf_counter()
         outputs = engine.llm.generate(
@@ -76,6 +78,7 @@ def main() -> None:
                     bar.advance(generation.tokens)
             return time.perf_counter() - start, tokens
 
+    # 3. Turns, after a warm-up
     bare()
     seconds: dict[str, list[float]] = {"bare": [], "ours": []}
     tokens: dict[str, int] = {}

@@ -32,7 +32,7 @@ def math_verify(response: str, gold: str, benchmark: str) -> bool:
         given = parse(response, extraction_config=[LatexExtractionConfig(), ExprExtractionConfig()], parsing_timeout=5)
         wanted = parse(f"\\boxed{{{gold}}}" if benchmark == "math" else gold, parsing_timeout=5)
         return bool(verify(wanted, given, timeout_seconds=5))
-    except Exception:  # a crash is no verdict, so it counts as "not right"
+    except Exception:  # a crash is not a verdict, so it counts as "not right"
         return False
 
 

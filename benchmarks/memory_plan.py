@@ -7,7 +7,7 @@ Two sizes; one process, and two with DDP, ZeRO-2, ZeRO-3, FSDP2.
 
 Measured: the anonymous resident memory of rank 0, read every 2 ms, at its peak during the second and third optimizer
 step, less what the process held before the model was built (interpreter, libraries, rows). Estimated:
-matrix_llm.plan.memory for the same recipe. DeepSpeed's buckets are reserved whole but touched only as far as the
+matrix_llm.plan.memory for the same recipe. DeepSpeed's buckets are fully reserved but touched only as far as the
 model reaches, so they are set to the model's size here.
 """
 
@@ -103,7 +103,7 @@ def write_recipe(folder: Path, size: str, engine: str, **changes: Any) -> Path:
 
 
 def _anonymous() -> int:
-    """Bytes of this process that are no page of a file."""
+    """Bytes of this process that are not pages of a file."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return 1024 * int(line.split()[1])
@@ -127,8 +127,8 @@ class Peak(threading.Thread):
 
 
 def child(recipe_path: Path) -> None:
-    """Trains three steps and writes the measured bytes beside the recipe, from the process of rank 0."""
-    import peft  # noqa: F401 - libraries that are loaded late are no part of the training
+    """Train three steps and write the measured bytes next to the recipe, from the process of rank 0."""
+    import peft  # noqa: F401 - libraries that are loaded late are not part of the training
     import torch
     from transformers import TrainerCallback
 

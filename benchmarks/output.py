@@ -1,4 +1,4 @@
-"""What several measurements write: a Markdown table, and a picture that is whole or absent."""
+"""What several measurements write: a Markdown table, and a picture that is complete or absent."""
 
 from collections.abc import Sequence
 from pathlib import Path

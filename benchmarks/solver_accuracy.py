@@ -41,7 +41,7 @@ SOLVERS = {
 def predictions(
     folder: str, rows: str, template: str, positions: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states (N, H), head weight (V, H) and labels (N,) of the trained positions of unseen rows."""
+    """Hidden states (N, H), LM head weight (V, H) and labels (N,) of the trained positions of unseen rows."""
     tokenizer, model = (
         AutoTokenizer.from_pretrained(folder),
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
+    # 1. Predictions, and the exact value and gradient that solvers are compared with
     hidden, weight, labels = predictions(args.model, args.rows, args.template, args.positions)
     logits = hidden.double() @ weight.double().T
     ce = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
@@ -94,6 +95,7 @@ def main() -> None:
     for name, (low, high) in BINS.items():
         print(f"  {name}: {int(((ce >= low) & (ce <= high) & counted).sum())} positions")
 
+    # 2. Mean errors of each solver, by the position's cross-entropy
     table = []
     print(f"\n| solver | {' | '.join(BINS)} |\n|---|{'---|' * len(BINS)}")
     for name, kwargs in SOLVERS.items():

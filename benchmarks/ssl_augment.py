@@ -42,11 +42,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
+    # 1. A photograph to decode
     noise = np.random.default_rng(0).integers(0, 256, (32, 24, 3), dtype=np.uint8)
     photo = Image.fromarray(noise).resize((500, 375), Image.Resampling.BICUBIC)
     file = io.BytesIO()
     photo.save(file, "JPEG", quality=90)
     decode = seconds(lambda: Image.open(io.BytesIO(file.getvalue())).convert("RGB"), 20 * repeats)
+    # 2. Batches for both sizes
     large, digits = (
         AugmentConfig(),
         AugmentConfig(image_size=16, channels=1, flip_prob=0.0, blur_prob=0.0, blur_prob2=0.0, solarize_prob2=0.0),
@@ -58,6 +60,7 @@ def main() -> None:
     small = [(0, i, images.read(i), None) for i in range(256)]
     crop_small, rest_small = TwoViewCollator(digits, 0), Augment(digits)
     ready_small = crop_small(small)
+    # 3. Seconds per image of each step
     rows = {
         "decode a JPEG of 500 x 375": decode,
         "two crops of 224 x 224, RGB": seconds(lambda: crop(batch), repeats) / 32,

@@ -10,8 +10,8 @@ on training images alone: labels are drawn from the first 1,000, and the other 2
 looked at once, with seeds 0, 1 and 2.
 
 Added after the first runs: with its chosen rate, 1, VICReg's loss became infinite on seeds 0 and 1 (seed 2 finished
-and was scored). A rate whose loss does so on any seed is out, for all seeds, and the next best on seed 100 takes its
-place; such runs are kept as rows `diverged/...`.
+and was scored). A rate whose loss does so on any seed is excluded for all seeds, and the next best on seed 100 takes
+its place; such runs are kept as rows `diverged/...`.
 """
 
 import sys
@@ -122,7 +122,7 @@ def one(job: dict) -> dict:
         not (folder / "results.json").is_file()
         or f"base_learning_rate: {job['rate']}\n" not in (folder / "recipe.yaml").read_text()
     ):
-        shutil.rmtree(folder, ignore_errors=True)  # what a run cut off left behind
+        shutil.rmtree(folder, ignore_errors=True)  # the remains of an interrupted run
         words = [
             str(ROOT / "recipes/ssl/digits.yaml"),
             "--output_dir",
@@ -133,7 +133,7 @@ def one(job: dict) -> dict:
         ]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
             status = main(words)
-        if status == 1:  # the loss was no number: this rate is out
+        if status == 1:  # the loss was not finite: this rate is excluded
             return {"key": f"diverged/{job['method']}/{job['rate']}/{job['seed']}", "seconds": 0.0}
         if status != 0:
             raise RuntimeError(f"{job['key']}: {errors.getvalue()[-2000:]}")
@@ -178,7 +178,7 @@ def baselines() -> list[dict]:
 
 
 def demo(run: Path) -> None:
-    """A finished run of recipes/ssl/digits.yaml beside what it must beat."""
+    """Compare a finished run of recipes/ssl/digits.yaml with what it must beat."""
     from matrix_llm.ssl.augment import EvalTransform
     from matrix_llm.ssl.modeling import load_backbone
 
@@ -300,6 +300,7 @@ def page(output: Path) -> None:
             f"error: {output / 'rows.jsonl'} holds no finished study. "
             f"First: python benchmarks/ssl_digits.py run --output {output}"
         )
+    # 1. The rows of each arm
     rates = chosen_rates(output)
     groups: dict[str, list[dict]] = defaultdict(list)
     for key, row in done.items():
@@ -308,6 +309,7 @@ def page(output: Path) -> None:
     ends = {"raw pixels": groups["baseline/pixels"], "random network": groups["baseline/random"]}
     gamma = {f"{g:g}": groups[f"gamma/{g}"] if g != 1.0 else groups["main/matrix_ssl"] for g in sorted((*GAMMAS, 1.0))}
     order = {str(n): groups[f"order/{n}"] if n != 4 else groups["main/matrix_ssl"] for n in sorted((*ORDERS, 4))}
+    # 2. Plots: effective ranks over training, and the two ablations
     figures = ROOT / "docs"
     names = {
         "feature effective rank (128 images)": "feature_effective_rank",
@@ -328,6 +330,7 @@ def page(output: Path) -> None:
         for title, part in (("gamma", gamma), ("Taylor order", order))
     }
     plot_lines(panels, figures / "ssl_ablations.png", x="value")
+    # 3. Matrix information of two views, and t-SNE maps
     from matrix_llm.ssl.augment import EvalTransform
     from matrix_llm.ssl.modeling import load_backbone
 

@@ -3,13 +3,11 @@
     python benchmarks/ssl_loss.py [--dim 2048] [--batches 1024 4096] [--repeats 5] [--threads 2] [--json table.json]
 
 Each pair takes the same rows in turns, ours first in even repeats and last in odd ones; the first call of each is
-warm-up.
-Printed: median and range in milliseconds, the ratio of the medians, and how far value and gradient are apart.
+warm-up. Printed: median and range in milliseconds, the ratio of the medians, and how far value and gradient are apart.
 
-"released" is the arithmetic of the authors' code, written anew here: a B x B centring matrix, dense d x d matrices
-for P and Q, the Taylor series as a chain of products. The target branch has no gradient, as in training. lightly (pip
-install lightly) is compared
-where it is installed: its VICReg, and its Barlow Twins at the same lambda.
+"released" is the arithmetic of the authors' code, rewritten here: a B x B centring matrix, dense d x d matrices for P
+and Q, the Taylor series as a chain of products. The target branch has no gradient, as in training. lightly (pip
+install lightly) is compared if it is installed: its VICReg, and its Barlow Twins at the same lambda.
 """
 
 import sys
@@ -154,6 +152,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
+    # 1. What is compared
     cases: list[tuple[str, Loss, Loss, bool]] = [
         ("Matrix-SSL / released", matrix_ssl_loss, released_matrix_ssl, False),
         ("MEC / released", mec_loss, released_mec, False),

@@ -2,5 +2,5 @@
 
 Commands: gsm8k.py and hendrycks_math.py (measure a model), compare.py (two runs), regrade.py (every convention on
 saved responses), contamination.py (test questions among training rows). As a library: `eval.answers` and
-`eval.statistics`. Rooms, in the order they use each other: `grader`, `report`, `generate`.
+`eval.statistics`. Rooms, each using those before it: `grader`, `report`, `generate`.
 """

@@ -3,9 +3,9 @@
     python eval/compare.py runs/a/gsm8k.json runs/b/gsm8k.json
     python eval/compare.py runs/a/math.json runs/b/math.json --convention minerva --show 5
 
-Paired by problem id: of the problems that one run alone solves, an exact McNemar test asks whether chance would split
-them so. The unpaired p next to it is what two published scores would give. Conventions other than "verified" are
-graded from the generations that stand beside the summaries. No GPU, no model.
+Runs are paired by problem id. Of the problems that only one run solves, an exact McNemar test asks whether chance would
+split them so. The unpaired p next to it is what two published scores would give. Conventions other than "verified" are
+graded from the generations next to the summaries. No GPU, no model.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ class Run:
     """One side of a comparison."""
 
     path: Path
-    """Of the summary, OUT/<name>.json."""
+    """Path of the summary, OUT/<name>.json."""
     summary: Mapping[str, Any]
+    """The content of the summary."""
     rows: Mapping[str, Mapping[str, Any]]
-    """{problem id: sample 0} from the generations beside the summary; empty if they are not there."""
+    """{problem id: sample 0} from the generations next to the summary; empty if there are none."""
 
     @classmethod
     def load(cls, path: Path) -> Run:
@@ -67,9 +68,9 @@ class Run:
         if missing:
             raise EvalError(
                 f"--convention {convention} has to grade the generations, "
-                f"but those beside {self.path} lack {len(missing)} of its "
+                f"but those next to {self.path} lack {len(missing)} of its "
                 f"problems, such as {missing[0]}. Put the run's "
-                f"{_generations_beside(self.path, self.summary).name} beside it, "
+                f"{_generations_beside(self.path, self.summary).name} next to it, "
                 "or leave --convention out."
             )
         rows = ((problem, self.rows[problem]) for problem in stored)
@@ -216,7 +217,7 @@ def _notes(a: Run, b: Run, ids: Sequence[str]) -> list[str]:
 
 
 def _flip(problem: str, right: str, a: Run, b: Run, convention: str) -> dict[str, Any]:
-    """A problem that one run alone solves; its texts are None where the generations are missing."""
+    """A problem that only one run solves; its texts are None where the generations are missing."""
     row_a, row_b = a.rows.get(problem), b.rows.get(problem)
     known = row_a or row_b or {}
     return {

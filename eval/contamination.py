@@ -1,11 +1,11 @@
-r"""Are test questions in the training data? Exact matches up to how they are written, and shared word n-grams.
+r"""Are test questions in the training data? Exact matches up to spelling, and shared word n-grams.
 
     python eval/contamination.py --train train.jsonl --test shared/data/math/test.jsonl
     python eval/contamination.py --train MetaMathQA-395K.json --test test.jsonl --n 13 --share 0.5 --out overlaps.json
 
-Exact: equal in the normal form of `matrix_llm.data.questions`, which undoes differences of writing and none of meaning.
-Similar: the share of a test question's n-grams that one training row holds. Templates share n-grams too, so these are
-to be read.
+Exact: equal in the normal form of `matrix_llm.data.questions`, which undoes differences in spelling but none in
+meaning. Similar: the share of a test question's n-grams that one training row contains. Templates share n-grams too, so
+these matches need to be read by a person.
 
 The test side is indexed and the training side read one row at a time: memory does not grow with the training data.
 """
@@ -36,8 +36,8 @@ SHOWN = 110  # characters of a question in the printed list
 def questions(path: Path, field: str | None = None) -> Iterator[tuple[str, str]]:
     """(name, question) of each row of a file, one at a time.
 
-    The question is what stands under `field`, else under the first of FIELDS that holds any: a text, or messages, of
-    which the first user message counts. The name is the row's id, else FILE:NUMBER counted from 1.
+    The question is the value of `field`, else of the first of FIELDS that has one: text, or messages, of which the
+    first user message counts. The name is the row's id, else FILE:NUMBER counted from 1.
     """
     wanted = (field,) if field else FIELDS
     for number, row in enumerate(read_rows(path, columns=(*wanted, "id")), 1):
@@ -56,13 +56,13 @@ class Overlap:
     """The training rows that one test question was found in."""
 
     rows: int = 0
-    """How many."""
+    """Number of such training rows."""
     names: list[str] = field(default_factory=list)
-    """Of the first LISTED."""
+    """Names of the first LISTED of them."""
     share: float = 0.0
-    """The largest share of the question's n-grams that one of them holds."""
+    """The largest share of the question's n-grams that one of them contains."""
     closest: str = ""
-    """The name of that one."""
+    """The name of the row with that share."""
 
     def add(self, name: str, share: float) -> None:
         self.rows += 1
@@ -81,10 +81,10 @@ def find_overlaps(
         train: (name, text) of each training row, read once.
         test: (name, text) of each test question.
         n: words in an n-gram.
-        share: a test question is similar to a training row that holds at least this share of its distinct n-grams.
+        share: a test question is similar to a training row that contains at least this share of its distinct n-grams.
 
     Returns:
-        "exact" and "similar": one entry a test question, with the names of up to LISTED training rows and how many
+        "exact" and "similar": one entry per test question, with the names of up to LISTED training rows and how many
         there are; an exact one is not repeated under "similar". "train_rows", "test_rows", and "too_short": test
         questions of fewer than n words, which only an exact match can find.
 
@@ -93,9 +93,10 @@ def find_overlaps(
     [{'test': 't', 'train': ['a'], 'train_rows': 1}]
     """
     if n < 1:
-        raise EvalError(f"--n {n} must be 1 or more words. Usual are 8 to 13.")
+        raise EvalError(f"--n {n} must be 1 or more words; 8 to 13 are usual.")
     if not 0 < share <= 1:
         raise EvalError(f"--share {share} must be above 0 and at most 1.")
+    # 1. Index the test side, then read the training side once.
     index = QuestionIndex(test, n)
     exact: dict[int, Overlap] = {}  # by test question
     similar: dict[int, Overlap] = {}
@@ -108,6 +109,7 @@ def find_overlaps(
         for question, part in match.shares.items():
             if part >= share:
                 similar.setdefault(question, Overlap()).add(name, part)
+    # 2. The result, as it is written to --out
     return {
         "exact": [
             {"test": index.names[question], "train": found.names, "train_rows": found.rows}
@@ -169,6 +171,7 @@ def _exact_entry(each: Mapping[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    # 1. The options
     parser = argparse.ArgumentParser(prog="eval/contamination.py", description="Find test questions in training data.")
     parser.add_argument(
         "--train", type=Path, nargs="+", required=True, metavar="FILE", help=".jsonl, .json or .parquet"
@@ -187,6 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--show", type=int, default=20, metavar="N", help="overlaps of each kind to list (default: 20)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all overlaps as JSON")
     options = parser.parse_args(arguments)
+    # 2. The comparison
     wait_passively()
     started = time.perf_counter()
     try:
@@ -196,6 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not result["train_rows"] or not result["test_rows"]:
             empty = options.test if not result["test_rows"] else options.train
             raise EvalError(f"{', '.join(map(str, empty))} holds no rows, so there is nothing to compare.")
+        # 3. The report, on the terminal and in --out
         print(f"{describe(result, dict(test), show=options.show)}\n\n{time.perf_counter() - started:.1f} s")
         if options.out:
             files = {side: [str(path) for path in getattr(options, side)] for side in ("train", "test")}

@@ -1,4 +1,4 @@
-"""Files that people hand to the commands, and the JSON that these write for them.
+"""Reading the files that users give to the commands, and writing the commands' JSON.
 
 Rows are read one at a time: memory does not grow with the file.
 """
@@ -80,7 +80,7 @@ def _read_parquet(path: Path, columns: Collection[str] | None) -> Iterator[Any]:
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:
-    """`value` as JSON for --out, the whole file or none."""
+    """Write `value` as JSON for --out, the complete file or nothing."""
     try:
         write_text(path, json.dumps(value, indent=2) + "\n")
     except OSError as error:

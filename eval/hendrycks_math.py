@@ -4,7 +4,7 @@
     python eval/hendrycks_math.py --model runs/my_model --subset math500
     python eval/hendrycks_math.py --model runs/my_model --data test.jsonl     # from a file
 
-Called so because a file math.py here would take the place of the standard library's.
+Not called math.py because that would shadow the standard library's math module.
 """
 
 import sys

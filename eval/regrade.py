@@ -41,14 +41,15 @@ SHOWN = 110  # characters of a text in the list of disagreements
 def read_generations(path: Path, benchmark: str) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
     """Rows with id, sample, line, problem, response and gold; and the lines that hold none, each with the reason.
 
-    A row without an id is a problem of its own. Rows of one id are its samples, in the order of the file unless they
-    say `sample`.
+    A row without an id is a separate problem. Rows with the same id are its samples, in file order unless they
+    give `sample`.
     """
     if not path.is_file():
         raise EvalError(
             f"{path} {'is a folder' if path.is_dir() else 'does not exist'}. Give a file of JSON lines, "
             "such as runs/a/gsm8k.jsonl."
         )
+    # 1. Read line by line: a bad line is noted, and the others still count.
     rows: list[dict[str, Any]] = []
     bad: list[tuple[int, str]] = []
     seen: Counter[str] = Counter()
@@ -71,6 +72,7 @@ def read_generations(path: Path, benchmark: str) -> tuple[list[dict[str, Any]], 
                     sample = row["sample"] if isinstance(row.get("sample"), int) else seen[name]
                     seen[name] += 1
                     rows.append({"id": name, "sample": sample, "line": number, **given, "response": response})
+    # 2. A file without any generation is an error.
     if not rows:
         reasons = "; ".join(f"line {number}: {reason}" for number, reason in bad[:LISTED_BAD])
         raise EvalError(f"{path} holds no generation to grade ({reasons or 'it is empty'}).")
@@ -180,7 +182,7 @@ def _describe_disagreement(each: Mapping[str, Any]) -> list[str]:
 
 
 def _shorten_start(text: str) -> str:
-    """The end of a text, where the answer stands, in one line."""
+    """The end of a text, where the answer is, in one line."""
     text = visible(" ".join(text[-4 * SHOWN :].split()))
     return text if len(text) <= SHOWN else "…" + text[1 - SHOWN :]
 

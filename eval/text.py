@@ -48,6 +48,6 @@ def shorten(text: str, limit: int) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, as part of one line: its first line without the full stop, or its class."""
+    """An exception's message as part of one line: its first line without the full stop, or its class."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return (lines[0].strip().rstrip(".") if lines else "") or type(error).__name__

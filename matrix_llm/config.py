@@ -1,7 +1,7 @@
 """The settings of a run: three dataclasses, and the function that builds them from a recipe.
 
 A field's name is its key in the recipe and its flag on the command line. Names, types, ranges and combinations that
-would train wrongly without a word are all checked here, before a weight or a row is loaded.
+would silently train wrongly are all checked here, before any weight or row is loaded.
 
 >>> # recipes/tiny.yaml is one flat mapping, with a line `mce_weight: 1.0` and so on
 >>> # load_recipe("recipes/tiny.yaml", ["--learning-rate", "2e-5", "--packing"]).training.learning_rate == 2e-5
@@ -67,9 +67,9 @@ class MatrixConfig(SFTConfig):
     mce_embedding_grad: bool = False
     """Whether the gradient of the MCE term also flows through the token vectors."""
     effective_rank_steps: int = setting(0, at_least=0)
-    """Steps between two measurements of the LM head's effective rank; 0: at the start and at the end only."""
+    """Steps between measurements of the LM head's effective rank; 0: at the start and the end only."""
     logging_nan_inf_filter: bool = False
-    """Whether a NaN or infinite loss is left out of the log; True would log it as 0.0 and hide that the run failed."""
+    """Whether NaN and infinite losses are filtered from the log; True would log them as 0.0 and hide a failed run."""
 
     def __post_init__(self):
         # 1. What can be checked at once
@@ -93,7 +93,7 @@ class MatrixConfig(SFTConfig):
             self._check_sharding()
 
     def _check_embeddings(self) -> None:
-        """Refuse vectors that do not exist, and a gradient that has no parameter to go to."""
+        """Refuse token vectors that do not exist, and a gradient with no parameter to flow to."""
         if self.mce_embeddings in ("lm_head", "input"):
             return
         if not self.mce_embeddings.endswith(".safetensors"):
@@ -124,7 +124,7 @@ class MatrixConfig(SFTConfig):
             raise self._loss_clash("packing_strategy", reason)
 
     def _check_sharding(self) -> None:
-        """Refuse ways of spreading the model over processes in which the MCE term would be lost or wrong."""
+        """Refuse ways of sharding the model under which the MCE term would be lost or wrong."""
         sharding = Sharding.of(self)
         no_vocabulary = "each process would hold a slice of the vocabulary, and the loss needs all of it"
         if sharding.tensor_parallel > 1:
@@ -210,11 +210,11 @@ class ModelArguments:
     model_revision: str = "main"
     """Branch, tag or commit of the model on the Hub."""
     model_config: dict | None = None
-    """A model from scratch: transformers' settings, e.g. {"model_type": "llama", "hidden_size": 64, ...}."""
+    """For a model built from scratch: transformers' settings, e.g. {"model_type": "llama", "hidden_size": 64, ...}."""
     tokenizer_name_or_path: str | None = None
     """A folder or a Hub id; None: the model's own tokenizer."""
     tokenizer_vocab_size: int | None = setting(None, at_least=260, note="256 bytes, 3 special tokens and one merge")
-    """From scratch only: tokens of a byte-level BPE that is trained on the training text."""
+    """From scratch only: vocabulary size of a byte-level BPE that is trained on the training text."""
     dtype: str = setting("float32", choices=["float32", "bfloat16", "float16", "auto"])
     """Precision that the weights are stored in, whatever the checkpoint holds; `bf16: true` computes in bfloat16."""
     attn_implementation: str | None = None
@@ -230,7 +230,7 @@ class ModelArguments:
     lora_target_modules: list[str] | str | None = None
     """Layers that get an adapter: names, a regular expression, or "all-linear"; None: PEFT's choice for the model."""
     lora_modules_to_save: list[str] | None = None
-    """Modules that are trained in full, besides the adapters, e.g. [lm_head]."""
+    """Modules trained in full alongside the adapters, e.g. [lm_head]."""
     load_in_4bit: bool = False
     """QLoRA: whether the frozen weights are stored in 4 bits, by bitsandbytes."""
     gpu: str | None = setting(None, choices=GPUS)
@@ -277,7 +277,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which rows are trained and evaluated on, and how a row becomes tokens. The seeds are MatrixConfig's."""
+    """Which rows to train and evaluate on, and how a row becomes tokens. The seeds are in MatrixConfig."""
 
     dataset: str | None = None
     """Training rows: "builtin", a .json, .jsonl or .parquet file, a folder of them, or a Hub id."""
@@ -286,19 +286,19 @@ class DataArguments:
     dataset_split: str = "train"
     """Split of `dataset`, on the Hub or in a folder."""
     eval_dataset: str | None = None
-    """Held-out rows, given like `dataset`."""
+    """Held-out rows, given in the same way as `dataset`."""
     eval_split: str = "test"
     """Split of `eval_dataset`."""
     max_train_rows: int | None = setting(None, at_least=1)
-    """Training rows read at most; None: all."""
+    """Maximum number of training rows to read; None: all."""
     max_eval_rows: int | None = setting(None, at_least=1)
-    """Held-out rows read at most; None: all."""
+    """Maximum number of held-out rows to read; None: all."""
     builtin_rows: int = setting(20000, at_least=1)
     """Training problems generated for `dataset: builtin`."""
     builtin_eval_rows: int = setting(200, at_least=1)
     """Held-out problems generated for `eval_dataset: builtin`."""
     streaming: bool = False
-    """Whether rows are tokenised while training and nothing is cached; needs max_steps."""
+    """Whether to tokenise rows during training and cache nothing; needs max_steps."""
     streaming_buffer: int = setting(10000, at_least=1)
     """Rows held in memory to shuffle a stream; 1 keeps their order."""
     prompt_template: str = "metamath"
@@ -310,17 +310,17 @@ class DataArguments:
     leakage_check: list[str] | None = None
     """Test sets whose questions are looked for in the training rows: paths, or Hub ids such as "openai/gsm8k:main"."""
     leakage: str = setting("report", choices=["report", "drop", "stop"])
-    """What happens to the training rows in which a test question was found."""
+    """What happens to training rows that contain a test question."""
     leakage_ngram: int = setting(13, at_least=1)
-    """Words in each of the sequences that are compared."""
+    """Length in words of the sequences that are compared."""
     leakage_share: float = setting(0.5, above=0, at_most=1)
-    """Share of a test question's sequences that a row must hold to count; equal questions always count."""
+    """Share of a test question's sequences that a row must contain to count; an equal question always counts."""
     accuracy_rows: int = setting(0, at_least=0)
     """Held-out problems answered by greedy decoding before and after training; 0: none."""
     accuracy_steps: int = setting(0, at_least=0)
-    """Optimizer steps between two such measurements during training, logged as `accuracy`; 0: none between."""
+    """Optimizer steps between accuracy measurements during training, logged as `accuracy`; 0: none during training."""
     accuracy_max_new_tokens: int = setting(256, at_least=1)
-    """Longest answer to such a problem, in tokens."""
+    """Maximum length of an answer to such a problem, in tokens."""
 
     def __post_init__(self):
         check_fields(self)
@@ -354,21 +354,24 @@ class DataArguments:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a run."""
+    """All the settings of a run."""
 
     model: ModelArguments
+    """Model, tokenizer and adapters."""
     data: DataArguments
+    """Training rows, held-out rows and the leakage check."""
     training: MatrixConfig
+    """The loss, the optimizer, checkpoints and logging."""
     path: Path
-    """The recipe's file."""
+    """Path of the recipe file."""
     resolved: dict[str, Any]
-    """The keys that were given, file and overrides merged, without hub_token: the recipe.yaml of the run. Read only."""
+    """The keys that were given, file and overrides merged, without hub_token; saved as recipe.yaml. Read-only."""
 
 
-# Names that do not exist here but are often tried, with what to write instead.
+# Names that people often try but that do not exist here, with what to write instead.
 _HINTS = {
     "warmup_ratio": "transformers 5 removed it: write `warmup_steps: 0.03` for 3 % of the steps",
-    "overwrite_output_dir": "transformers 5 removed it: give another output_dir, or resume_from_checkpoint to go on",
+    "overwrite_output_dir": "transformers 5 removed it: give another output_dir, or resume_from_checkpoint to continue",
     "logging_dir": "transformers 5 removed it: logs go to output_dir",
     "group_by_length": "transformers 5 removed it: write `train_sampling_strategy: group_by_length`",
     "evaluation_strategy": "it is called eval_strategy now",
@@ -463,7 +466,7 @@ def _build_without_hardware(given: dict[str, Any]) -> MatrixConfig:
 
 
 # ----------------------------------------------------------------------------------------------------- combinations
-# `given` is what the recipe says, without defaults: a setting that was given and would do nothing shows only there.
+# `given` holds the recipe's own keys, without defaults: only there can we see a given setting that would do nothing.
 
 
 def _check_combinations(model: ModelArguments, data: DataArguments, given: Mapping[str, Any]) -> None:
@@ -477,7 +480,7 @@ def _check_combinations(model: ModelArguments, data: DataArguments, given: Mappi
 
 
 def _check_paths(model: ModelArguments, data: DataArguments) -> None:
-    """What can only be a path leads somewhere; anything else may be a Hub id."""
+    """Check that each value that can only be a path exists; anything else may be a Hub id."""
     sources = [("dataset", data.dataset), ("eval_dataset", data.eval_dataset)]
     for key, source in [*sources, *(("leakage_check", source) for source in data.leakage_check or [])]:
         if source is not None and looks_local(source) and local_path(source) is None:
@@ -573,6 +576,6 @@ def _check_deepspeed_file(path: Path) -> None:
         raise RecipeError(f"{where} does not hold a JSON object. Start from a file in ds_configs/.")
     if "scheduler" in blocks:
         raise RecipeError(
-            f"{where} holds a `scheduler` block, which would replace lr_scheduler_type without a word. Remove the "
+            f"{where} holds a `scheduler` block, which would silently replace lr_scheduler_type. Remove the "
             "block: the recipe decides."
         )

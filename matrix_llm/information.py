@@ -35,7 +35,7 @@ Result = TypeVar("Result")
 
 
 def outside_autocast(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Run `function` in the precision of its inputs, given by place or by name: autocast would round to bfloat16."""
+    """Run `function` in the precision of its inputs, positional or keyword: autocast would round them to bfloat16."""
 
     @functools.wraps(function)
     def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
@@ -52,7 +52,7 @@ def log_divided_differences(
     """F_ij = (log w_i - log w_j) / (w_i - w_j), with F_ii = 1 / w_i: the kernel of the logarithm's Frechet derivative.
 
     With x = (w_i - w_j) / (w_i + w_j) the quotient is 2 atanh(x) / (x (w_i + w_j)), which loses no digits where the two
-    are close; where they are far apart, the difference of logarithms loses none.
+    are close; where they are far apart, the difference of logarithms is accurate.
 
     Returns:
         (..., n, n), symmetric, positive, same dtype.
@@ -212,7 +212,7 @@ def matrix_cross_entropy(p: Tensor, q: Tensor, *, method: str = "eigh", order: i
 
     Args:
         p, q: (..., n, n) symmetric PSD, float32 or float64, broadcast together.
-        method, order: how log Q is taken, see `matrix_log`.
+        method, order: how log Q is computed, see `matrix_log`.
 
     Returns:
         (...) in nats, in the dtype of the inputs; `inf` where P has mass outside the range of Q ("eigh").

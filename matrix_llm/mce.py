@@ -12,7 +12,7 @@ For one position with target y, predicted distribution q = softmax(logits) and u
 so MCE forgives probability on tokens whose vectors are close to the target's. Orthonormal vectors give MCE = CE, equal
 vectors give 0.
 
-The pinned functions and their documentation are here; the work is done in `matrix_llm.loss`, whose `__init__` says in
+The public functions and their documentation are here; the work is done in `matrix_llm.loss`, whose `__init__` says in
 which order to read it.
 
 Legend: N positions, V vocabulary, H hidden width, D embedding width.
@@ -47,8 +47,8 @@ def _check_labels(labels: Tensor, vocabulary_size: int, positions: int) -> None:
 
 
 class _TokenMCE(torch.autograd.Function):
-    """MCE of every position in chunks. The gradient in the logits is made in the forward pass; that in the embeddings
-    needs the weight of each position, and takes a second pass in the backward pass."""
+    """MCE of every position, in chunks. The gradient in the logits is computed in the forward pass; the gradient in
+    the embeddings needs the weight of each position, so it takes a second pass, in the backward pass."""
 
     @staticmethod
     def forward(
@@ -181,7 +181,7 @@ def linear_matrix_cross_entropy(
     summary: VocabularySummary | None = None,
     trained: TrainedPositions | None = None,
 ) -> MatrixLossOutput:
-    """CE + mce_weight * MCE straight from hidden states; the (N, V) logits are never whole.
+    """CE + mce_weight * MCE straight from hidden states; the full (N, V) logits never exist.
 
     logits = softcap * tanh(logit_scale * (hidden W^T + bias) / softcap), or without the cap if softcap is None.
 
@@ -190,7 +190,7 @@ def linear_matrix_cross_entropy(
             half-precision products accumulate in float32.
         weight: (V, H) of the LM head; cast to hidden's dtype for the products (float32 master weights under autocast).
         labels: (N,) integers in [0, V), or ignore_index; ignored positions are dropped before the first product.
-        bias: (V,) shifts the logits; it is no part of e_i. -inf removes a token.
+        bias: (V,) shifts the logits; it is not part of e_i. -inf removes a token.
         embeddings: (V, D) the vectors e_i, of any norm; None: the LM head's weight, detached. Give `weight` itself to
             let gradients through (beware: MCE is 0 where all vectors are equal, so this rewards collapse).
         mce_weight: finite, at least 0. 0 leaves plain cross-entropy; MCE is still measured.
@@ -202,7 +202,7 @@ def linear_matrix_cross_entropy(
         reduction: "mean" over the positions that count, "sum", or "none".
         summary: `loss.vocabulary.summarise` of the embeddings, to share it between the micro-batches of one optimizer
             step.
-        trained: `TrainedPositions` of the labels, made early so that the host need not wait for a GPU.
+        trained: `TrainedPositions` of the labels, created early so that the host need not wait for the GPU.
 
     Returns:
         `MatrixLossOutput`. If every label is ignored, the loss is a zero still connected to the graph.

@@ -59,11 +59,11 @@ USAGE = "usage: accelerate launch matrix_llm/train.py RECIPE.yaml [--key value .
 GATHER = "stage3_gather_16bit_weights_on_model_save"
 
 
-# --- --dry_run: what would be done -----------------------------------------------------------------------------------
+# --- --dry_run -------------------------------------------------------------------------------------------------------
 
 
 def print_plan(recipe: Recipe) -> None:
-    """Rows and their lengths, the recipe as resolved, the loss, the steps, memory per GPU, one row with its mask."""
+    """Print rows and their lengths, the resolved recipe, the loss, steps, memory per GPU, and one row with its mask."""
     from matrix_llm.model.load import load_config
     from matrix_llm.plan.memory import memory_lines
     from matrix_llm.plan.steps import describe_loss, masked_sample, plan_steps
@@ -78,7 +78,7 @@ def print_plan(recipe: Recipe) -> None:
     if training.packing and training.max_length:
         length = training.max_length  # packs are as long as they may be, however short the rows
 
-    # 2. What they amount to
+    # 2. The plan
     for report in (prepared.report, prepared.held_out_report):
         say("\n".join(report.lines()) if report else "no held-out rows")
     say(f"\n# {recipe.path}, resolved\n{yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True)}")
@@ -95,7 +95,7 @@ def print_plan(recipe: Recipe) -> None:
 
 
 def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
-    """A whole run. One that `stop` ends early leaves a checkpoint, and prints how to resume."""
+    """A complete run. One that `stop` ends early saves a checkpoint and prints how to resume."""
     from matrix_llm.run.preemption import resume_command
     from matrix_llm.run.prepare import prepare_data
 
@@ -131,7 +131,7 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
         return
     results |= {"train_seconds": round(time.perf_counter() - clock, 1), "steps": trainer.state.global_step}
 
-    # 4. What it has learned, and the files of the run
+    # 4. Accuracy after training, and the files of the run
     if prepared.held_out is not None:
         results["evaluation"] = trainer.evaluate()
     results |= measure_accuracy_of(trainer, recipe, prepared, "after")
@@ -150,7 +150,7 @@ def check_launch(recipe: Recipe, prepared: "Prepared") -> None:
     is_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or bool(training.fsdp)
     if prepared.problems and (is_fsdp or is_deepspeed_zero3_enabled()):
         raise RecipeError(
-            f"accuracy_rows={recipe.data.accuracy_rows} decodes with whole weights, which ZeRO-3 and FSDP shard. "
+            f"accuracy_rows={recipe.data.accuracy_rows} decodes with the full weights, which ZeRO-3 and FSDP shard. "
             "Set accuracy_rows: 0 and evaluate the finished checkpoint."
         )
     plugin = training.deepspeed_plugin
@@ -162,7 +162,7 @@ def check_launch(recipe: Recipe, prepared: "Prepared") -> None:
 
 
 def make_trainer(recipe: Recipe, prepared: "Prepared") -> "MatrixTrainer":
-    """Model and trainer, with a line in the log for each thing that was decided on the way."""
+    """Create the model and the trainer, with a log line for each decision made on the way."""
     from matrix_llm.model.adapters import lora_config
     from matrix_llm.model.load import load_config, load_model
     from matrix_llm.plan.steps import describe_loss, plan_steps
@@ -202,7 +202,7 @@ def make_trainer(recipe: Recipe, prepared: "Prepared") -> "MatrixTrainer":
 
 
 def decoding_settings(recipe: Recipe) -> dict[str, Any]:
-    """How the held-out problems are put to the model: arguments of `measure_accuracy`."""
+    """How the held-out problems are posed to the model: arguments of `measure_accuracy`."""
     from matrix_llm.data.prompts import resolve_template
 
     return {
@@ -213,7 +213,7 @@ def decoding_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def measure_accuracy_of(trainer: "MatrixTrainer", recipe: Recipe, prepared: "Prepared", when: str) -> dict[str, Any]:
-    """{"accuracy_before": ...} or {"accuracy_after": ...}; empty without problems. Two responses go to the log."""
+    """{"accuracy_before": ...} or {"accuracy_after": ...}; empty without problems. Two responses are logged."""
     from matrix_llm.run.decode import measure_accuracy
 
     if not prepared.problems:
@@ -230,11 +230,11 @@ def measure_accuracy_of(trainer: "MatrixTrainer", recipe: Recipe, prepared: "Pre
 
 
 def save_run(trainer: "MatrixTrainer", recipe: Recipe, results: dict[str, Any], started: float) -> None:
-    """Weights and tokenizer, then results, plot and card. A collective: every process calls it."""
+    """Save weights and tokenizer, then results, plot and card. A collective: every process must call it."""
     from matrix_llm.publish.card import model_card, versions
     from matrix_llm.run.metrics import plot_losses
 
-    # 1. The weights, complete in a folder of their own before they are moved into place
+    # 1. The weights, complete in a temporary folder before they are moved into place
     output = Path(str(recipe.training.output_dir))
     staging = output / STAGING
     if trainer.is_world_process_zero():
@@ -245,7 +245,7 @@ def save_run(trainer: "MatrixTrainer", recipe: Recipe, results: dict[str, Any], 
     trainer.save_model(str(staging), _internal_call=True)
     trainer.accelerator.wait_for_everyone()
 
-    # 2. Everything about them. PARTIAL goes last: while it is there, the run counts as unfinished.
+    # 2. The files that describe them. PARTIAL is removed last: while it exists, the run counts as unfinished.
     if trainer.is_world_process_zero():
         move_into_place(staging, output)
         results |= {"total_seconds": round(time.perf_counter() - started, 1), "versions": versions()}

@@ -1,11 +1,11 @@
 """`MatrixTrainer`: TRL's `SFTTrainer` with the matrix cross-entropy term. No mathematics here.
 
 What it adds to `SFTTrainer`, in this order:
-- loss: CE + mce_weight * MCE from model/lm_head.py, divided once by the trained tokens of the whole accumulated batch
+- loss: CE + mce_weight * MCE from model/lm_head.py, divided once by the trained tokens of the full accumulated batch
   over all ranks, so that accumulation 1 x 8 equals 8 x 1 and two ranks equal one
 - logs: `ce, mce, entropy, mean_token_accuracy, tokens_per_second, mfu, peak_memory_gib, effective_rank`, token-weighted
-  over the whole logging window (run/window.py)
-- checkpoints: whole or absent (run/saving.py), with the logging window that straddles one
+  over the logging window (run/window.py)
+- checkpoints: complete or absent (run/saving.py), each with the logging window that is open when it is saved
 - guards: a non-finite loss on any process stops all of them before the optimizer steps, naming the step, the rows and
   the last checkpoint; packed rows that see each other are refused (model/packing.py)
 """
@@ -65,7 +65,7 @@ class RowIdCollator(DataCollatorForLanguageModeling):
 
 
 class WatchCallback(TrainerCallback):
-    """Restores the window, checks packing and starts the clock; measures the LM head's effective rank during training.
+    """Restores the window, checks packing, starts the clock, and measures the LM head's effective rank during training.
 
     The rank is measured at the first step, at the last, and every `effective_rank_steps` between; not in plain SFT
     (mce_weight 0) unless effective_rank_steps asks for it.
@@ -130,8 +130,8 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
         given = inspect.signature(SFTTrainer.__init__).bind(self, model, args, *positional, **kwargs).arguments
         if args.mce_weight > 0 and given.get("compute_loss_func") is not None:
             raise RecipeError(
-                f"mce_weight={args.mce_weight} with a compute_loss_func, which replaces the loss, so that there would "
-                "be no MCE. Set mce_weight: 0, or leave out compute_loss_func."
+                f"mce_weight={args.mce_weight} with a compute_loss_func, which replaces the loss, so there would "
+                "be no MCE. Set mce_weight: 0, or remove compute_loss_func."
             )
         super().__init__(model, args, *positional, **kwargs)
         if type(self.data_collator) is DataCollatorForLanguageModeling:  # a subclass is the caller's own, and stays
@@ -162,7 +162,7 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
         return model.get_base_model() if is_peft_model(model) else model
 
     def _set_signature_columns_if_needed(self) -> None:
-        """`row_id` stays in the batch, next to the model's inputs."""
+        """Keep `row_id` in the batch along with the model's inputs."""
         super()._set_signature_columns_if_needed()
         if "row_id" not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, "row_id"]
@@ -173,7 +173,7 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
             return super().train(*args, **kwargs)
         finally:
             if self._matrix_head is not None:
-                self._matrix_head.step = None  # the weights may change now, and the summary with them
+                self._matrix_head.step = None  # the weights may change now, and the cached summary with them
 
     # -- loss ---------------------------------------------------------------------------------------------------------
 
@@ -183,7 +183,7 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
         self._row_ids = inputs.pop("row_id", None)
         mode = "train" if self.model.training else "eval"
 
-        # 1. Plain SFT trains as SFTTrainer does. Its held-out rows are measured like everybody's, so that runs compare,
+        # 1. Plain SFT trains as SFTTrainer does. Its held-out rows are measured as in any run, so that runs compare,
         #    unless it trains another loss, by which its checkpoints are then chosen.
         is_measured = mode == "eval" and self._matrix_head is not None and self._trains_cross_entropy
         if self.args.mce_weight == 0 and not is_measured:
@@ -197,7 +197,7 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
         self._set_step(mode)
         outputs = model(**inputs, use_cache=False, matrix_loss=True)
 
-        # 3. divided once, by the trained tokens of the whole accumulated batch over all ranks
+        # 3. divided once, by the trained tokens of the full accumulated batch over all ranks
         tokens = outputs.label_mask.sum()
         count = tokens if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=tokens.device)
         loss = outputs.loss_sum / count.clamp(min=1)  # a batch without a trained token: 0, not 0 / 0
@@ -236,7 +236,7 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
         assert self._matrix_head is not None
         if self._base_model()._matrix_head is not self._matrix_head:
             raise RuntimeError(
-                "another MatrixTrainer was made for this model since, and its forward now follows that one's mce_ "
+                "another MatrixTrainer was created for this model since, and its forward now follows that one's mce_ "
                 "settings. Use the later trainer, or load the model again."
             )
         self._matrix_head.step = (self._train_calls, self.state.global_step) if mode == "train" else None
@@ -317,7 +317,7 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
             self.processing_class.save_pretrained(staged)
 
     def _keep_window(self, folder: Path) -> None:
-        """Save this process's sums since the last log, so that a resumed run logs what an unbroken one does."""
+        """Save this process's sums since the last log, so that a resumed run logs what an uninterrupted one does."""
         window = {
             "tokens": self._total_train_tokens,
             "last_logged": self._globalstep_last_logged,
@@ -328,7 +328,7 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
         (folder / WINDOW.format(self.args.process_index)).write_text(json.dumps(window), encoding="utf-8")
 
     def restore_window(self) -> None:
-        """Go on with the sums of the checkpoint that this run resumed from, if there is one."""
+        """Restore the sums of the checkpoint that this run resumed from, if there is one."""
         file = Path(self._resumed_from or "", WINDOW.format(self.args.process_index))
         if self._resumed_from is None or not file.is_file():
             return
@@ -351,7 +351,7 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
         if mode == "eval":
             return
 
-        # 1. does any process see one?
+        # 1. does any process see a non-finite loss?
         bad = (~torch.isfinite(loss.detach())).float().reshape(1)
         several = self.accelerator.num_processes > 1
         if several:

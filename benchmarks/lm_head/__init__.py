@@ -1,7 +1,7 @@
 """CE + MCE straight from hidden states, against the cross-entropy alone of every peer: time, memory and accuracy.
 
 Read in this order: inputs (shapes and random inputs), implementations (what is compared), timing, memory and child (a
-process whose memory is measured), accuracy (the reference, and errors against it), training_step (a whole step),
+process whose memory is measured), accuracy (the reference, and errors against it), training_step (a complete step),
 store (the JSON file of rows), tables and plots (made from the JSON alone, so that no figure is copied by hand),
 command.
 """

@@ -1,7 +1,7 @@
 """How far a solver is from the truth, in value and gradient, on the inputs and with the settings that are timed.
 
 The truth is a 32-step float64 Lanczos recurrence over the whole vocabulary, which is itself compared with
-`solver="exact"` on a few positions. On purpose it shares no code with the library.
+`solver="exact"` on a few positions. It deliberately shares no code with the library.
 
 Legend: P sampled positions, C positions of a chunk, K Lanczos steps, V vocabulary size, H hidden width, D = H.
 """
@@ -94,7 +94,7 @@ def describe_predictions(hidden: Tensor, weight: Tensor, labels: Tensor) -> tupl
 
 
 def find_truth(inputs: Inputs, positions: int, exact_positions: int) -> Truth:
-    """Values and gradients of the first `positions` whose CE lies in SAMPLE_CE, among the first 1,024."""
+    """Values and gradients of the first `positions` with a CE in SAMPLE_CE, among the first 1,024."""
     hidden, weight, labels = (t.detach() for t in inputs)
     ce, stats = describe_predictions(hidden[:1024], weight, labels[:1024])
     sample = ((ce > SAMPLE_CE[0]) & (ce <= SAMPLE_CE[1])).nonzero()[:positions, 0]

@@ -3,18 +3,18 @@
     python benchmarks/lm_head.py --shape llemma-cpu qwen-cpu --json lm_head.json        # the targets' table
     python benchmarks/lm_head.py --shape llemma-cpu --sweep N V --json lm_head.json     # cost against N, and against V
     python benchmarks/lm_head.py --shape llemma-cpu --n 512 --sweep steps sketch --json lm_head.json  # error, cost
-    python benchmarks/lm_head.py --step --json lm_head.json                             # a whole training step
+    python benchmarks/lm_head.py --step --json lm_head.json                             # a complete training step
     python benchmarks/lm_head.py --json lm_head.json [gpu.json] --markdown --plot docs  # from the JSON alone
 
 Time: forward and backward (gradients in hidden and weight) of every implementation in turns, after a warm-up. Between
-calls the weight is touched as an optimizer step touches it, so that whatever is cached about it is made again inside
-the timed call; "later micro-batch" is ours with that made before. The floor is hidden W^T, G W and G^T hidden alone.
+calls the weight is touched as an optimizer step touches it, so that anything cached about it is recomputed inside the
+timed call; "later micro-batch" is ours with that cached. The floor is hidden W^T, G W and G^T hidden alone.
 
-Memory: how far the peak rises above what stood before the call, alone ("extra") and with hidden and weight ("with
-inputs"); of the resident set of a process of its own on the CPU, and of the allocator on a GPU.
+Memory: how far the peak rises above the level before the call, alone ("extra") and with hidden and weight ("with
+inputs"); of the resident set of a separate process on the CPU, and of the allocator on a GPU.
 
 Accuracy: on the timed inputs, with the timed settings, against a 32-step float64 recurrence over the whole
-vocabulary. The inputs are random but shaped like a trained model's; `make_inputs` says how.
+vocabulary. The inputs are random but shaped like a trained model's; `make_inputs` describes how.
 """
 
 import argparse
@@ -57,14 +57,15 @@ class Effort:
     """How much is measured, and where the rows go."""
 
     store: Store
+    """Where the rows are stored."""
     repeats: int
     """Timed calls of each implementation; at least 1."""
     positions: int
-    """On which a solver's error is measured."""
+    """Positions on which a solver's error is measured."""
     exact_positions: int
-    """On which the reference itself is compared with solver="exact"."""
+    """Positions on which the reference itself is compared with solver="exact"."""
     seed: int
-    """Of the inputs."""
+    """Seed of the inputs."""
 
 
 def measure_time(shape: Shape, names: Sequence[str] | None, effort: Effort) -> dict[str, Any]:
@@ -140,7 +141,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-n", type=int, default=4096, help="--sweep N: 256, doubling up to this")
     parser.add_argument("--max-v", type=int, default=131072, help="--sweep V: 8192, doubling up to this")
-    parser.add_argument("--step", action="store_true", help="a whole training step of a Llama-shaped model")
+    parser.add_argument("--step", action="store_true", help="a complete training step of a Llama-shaped model")
     for name, value in {"layers": 4, "batch": 4, "length": 256}.items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"--step: {value}")
     parser.add_argument("--repeats", type=int, default=10)

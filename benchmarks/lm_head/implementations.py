@@ -1,4 +1,4 @@
-"""Ours and its peers: everything that makes a loss from hidden states (N, H), weight (V, H) and labels (N,)."""
+"""Ours and its peers: everything that computes a loss from hidden states (N, H), weight (V, H) and labels (N,)."""
 
 import functools
 import importlib.util
@@ -71,7 +71,7 @@ def add_torch(result: Implementations) -> None:
         result.absent["torch linear_cross_entropy"] = f"needs torch >= 2.13, and this is {torch.__version__}"
         return
     options = torch.nn.LinearCrossEntropyOptions
-    result.found[TORCH_REFERENCE] = F.linear_cross_entropy  # options=None: whole logits, as in eager
+    result.found[TORCH_REFERENCE] = F.linear_cross_entropy  # options=None: full logits, as in eager
     chunked = {"auto": options(), **{f"chunk {size}": options(batch_chunk_size=size) for size in (256, 1024)}}
     for name, chosen in chunked.items():
         result.found[f"torch linear_cross_entropy, {name}"] = functools.partial(F.linear_cross_entropy, options=chosen)
@@ -111,7 +111,7 @@ def add_gpu_packages(result: Implementations, device: str) -> None:
 
 
 def why_too_large(name: str, shape: Shape) -> str | None:
-    """Why whole logits do not fit this machine; None if they do. A process that was killed could not report it."""
+    """Why the full logits do not fit this machine; None if they do. A process that was killed could not report it."""
     if shape.device == "cuda" or name not in (EAGER, TORCH_REFERENCE):
         return None
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())

@@ -15,10 +15,15 @@ CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**32}  # of float32 logits at a time, wher
 
 class Shape(NamedTuple):
     n: int
+    """Positions N."""
     h: int
+    """Hidden width H."""
     v: int
+    """Vocabulary size V."""
     dtype: str
+    """Name of the dtype of hidden states and weight."""
     device: str
+    """"cpu" or "cuda"."""
 
     @property
     def chunk(self) -> int:

@@ -1,4 +1,4 @@
-"""Peak memory of a call: on the CPU in a process of its own (child.py), on a GPU by the allocator, which is exact."""
+"""Peak memory of a call: on the CPU in a separate process (child.py), on a GPU by the allocator, which is exact."""
 
 import ctypes
 import functools
@@ -25,9 +25,9 @@ class Peak:
     """Bytes."""
 
     before: int
-    """What stood before the call."""
+    """Bytes in use before the call."""
     extra: int
-    """How far the peak rose above that during the call."""
+    """Bytes that the peak rose above that during the call."""
 
 
 def resident(name: str) -> int:
@@ -53,7 +53,7 @@ def peak_of(call: Callable[[], Any], device: str) -> Peak:
 
 
 def in_child(task: dict[str, Any]) -> dict[str, Any]:
-    """`task` in a process of its own, with one malloc arena and large blocks given back at once."""
+    """Run `task` in a separate process, with one malloc arena and large blocks returned at once."""
     settings = {
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": str(2**20),

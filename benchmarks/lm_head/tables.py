@@ -18,7 +18,9 @@ class Target:
     """At most this many times the best peer's."""
 
     time: float
+    """Largest ratio of times."""
     memory: float
+    """Largest ratio of peak memories."""
 
 
 TARGETS = {

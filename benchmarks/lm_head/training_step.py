@@ -1,4 +1,4 @@
-"""A whole training step (forward, backward, AdamW) of one Llama-shaped model as MatrixTrainer makes it.
+"""A complete training step (forward, backward, AdamW) of one Llama-shaped model, as MatrixTrainer makes it.
 
 With mce_weight "0", which is SFTTrainer's own loss (TRL's fused head), and "1".
 """
@@ -21,12 +21,15 @@ WEIGHTS = ("0", "1")
 @dataclass(frozen=True)
 class Step:
     layers: int
+    """Decoder layers."""
     batch: int
     """Rows."""
     length: int
     """Tokens of a row."""
     hidden: int
+    """Hidden width."""
     vocabulary: int
+    """Vocabulary size."""
     device: str
     """`cpu` or `cuda`."""
 

@@ -3,7 +3,7 @@
 One recipe, several losses, several seeds, everything else equal.
 
 Read preregistration.md first (the questions, and the rules of decision, written before the runs), then design (the
-arms), folder (what a study leaves on the disk), run (trains and measures them) with measure, likelihood and decoding,
+arms), folder (what a study leaves on disk), run (trains and measures them) with measure, likelihood and decoding,
 launch and collect (runs too large for this machine), statistics and analysis (the verdicts), tables, plots and report
 (docs/results.md), and command.
 """

@@ -29,7 +29,9 @@ class McNemar:
     arm_only: int
     """Problems that the arm alone solved."""
     reference_only: int
+    """Problems that the reference alone solved."""
     p: float
+    """Two-sided p value."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,11 @@ class Contrast:
     """An arm minus its reference in accuracy, over the seeds that both have."""
 
     arm: str
+    """Name of the arm."""
     reference: str
+    """Name of the arm it is compared with."""
     seeds: tuple[int, ...]
+    """Seeds that both have, in order."""
     differences: tuple[float, ...]
     """Of accuracy, one per seed."""
     mcnemar: tuple[McNemar, ...]

@@ -108,11 +108,13 @@ def make_parser() -> argparse.ArgumentParser:
     runs.set_defaults(overrides=[])
     epilog = "After -- : overrides of the recipe, for all arms alike."
 
+    # 1. `text`, for the base
     text = commands.add_parser("text", help="make the text that the base is trained on")
     text.add_argument("--output", type=Path, required=True, help="the file to write")
     text.add_argument("--text", type=Path, nargs="*", default=[], help="training sets: GSM8K's and MATH's JSONL")
     text.add_argument("--builtin", type=int, default=16_000, help="rows of the generator (default: 16000)")
 
+    # 2. `run`, on this machine
     run = commands.add_parser("run", parents=[runs], epilog=epilog, help="train and measure what is missing")
     run.add_argument("--output", type=Path, required=True, help="folder of the study")
     run.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
@@ -125,6 +127,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--measure", default="", help="options of benchmarks.study.measure, in one string")
 
+    # 3. `plan` and `collect`, for runs elsewhere
     large = commands.add_parser(
         "plan", parents=[runs], epilog=epilog, help="print or submit the commands of a large recipe"
     )
@@ -153,6 +156,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--benchmarks", default="gsm8k,math", help="those a run must have been scored on (default: gsm8k,math)"
     )
 
+    # 4. `report`
     report = commands.add_parser("report", help="write tables and plots")
     report.add_argument("--output", type=Path, required=True, help="folder of the study")
     report.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md", help="page with the study's markers")

@@ -45,6 +45,7 @@ class Generated:
 @dataclass(frozen=True)
 class Response:
     text: str
+    """The decoded text."""
     answer: str | None
     """The final answer in the text; None without one."""
     confidence: float

@@ -11,7 +11,7 @@ SAMPLES, TEMPERATURE = 8, 0.7  # samples per problem, and their temperature, for
 
 
 class StudyError(MatrixLLMError, ValueError):
-    """A study that cannot start, go on or be reported."""
+    """A study that cannot start, continue or be reported."""
 
 
 @dataclass(frozen=True)

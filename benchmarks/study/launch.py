@@ -44,6 +44,7 @@ class Launch:
 @dataclass(frozen=True)
 class PlannedRun:
     name: str
+    """Name of the run's folder, ARM-sSEED."""
     commands: list[str]
     """Shell commands, in order."""
 
@@ -94,7 +95,7 @@ def submit(planned: Sequence[PlannedRun], output: Path) -> None:
     """Run each run's commands in one shell; runs named in OUT/submitted.jsonl are left out.
 
     Raises:
-        StudyError: a run's commands failed, for another reason than a loss that became non-finite.
+        StudyError: a run's commands failed for a reason other than a non-finite loss.
     """
     submitted = {row["run"] for row in read_jsonl(output / SUBMITTED)}
     for run in planned:
@@ -103,7 +104,7 @@ def submit(planned: Sequence[PlannedRun], output: Path) -> None:
             continue
         done = subprocess.run(["bash", "-euc", "\n".join(run.commands)], cwd=ROOT, text=True, capture_output=True)
         if done.returncode and (output / run.name / NON_FINITE).is_file():
-            say(f"{run.name}: the loss became non-finite; the other runs go on")
+            say(f"{run.name}: the loss became non-finite; the other runs continue")
         elif done.returncode:
             raise StudyError(f"submitting {run.name} failed: {last_line(done.stderr)}")
         append_row(output / SUBMITTED, {"run": run.name, "said": done.stdout.splitlines()[-3:]})

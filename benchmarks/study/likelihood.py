@@ -36,6 +36,7 @@ class Likelihood:
     ece: float
     """Expected calibration error of the likeliest next token."""
     tokens: int
+    """Number of these tokens."""
 
 
 def make_batches(

@@ -9,7 +9,7 @@
 4. effective rank of the LM head and of the last hidden states, here and at each checkpoint-N of the run
 
 With --heldout, 1 and 2 are left to eval/, and 3 and 4 read that set's questions and answers. Prompts are laid out as
-the run's recipe.yaml says. Weights are read as bfloat16 on a GPU, and as float32 on a CPU.
+the run's recipe.yaml asks. Weights are read as bfloat16 on a GPU and as float32 on a CPU.
 """
 
 import argparse
@@ -72,6 +72,7 @@ class Answers:
     """What the answers to the held-out problems showed."""
 
     figures: dict[str, float]
+    """Accuracy, calibration and diversity, by name."""
     verdicts: dict[str, Any]
     """What the paired tests need: which problems were solved, and how often each sampled one was."""
     shown: list[dict[str, str]]

@@ -1,4 +1,4 @@
-"""The processes that a study starts, and what it says meanwhile."""
+"""The processes that a study starts, and its progress lines."""
 
 import os
 import shlex

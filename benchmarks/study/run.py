@@ -76,7 +76,7 @@ def train_and_measure(study: Study, arm: Arm, seed: int) -> Outcome:
                 return Outcome({**row, "status": "diverged"})
             raise _failure(f"training {folder.name}", log)
 
-    # 2. Measure, in a process of its own like training.
+    # 2. Measure, in a separate process as for training.
     measured = folder / MEASURED
     if not measured.is_file() and run_logged(measure_command(folder, measured, study.measuring), log):
         raise _failure(f"measuring {folder.name}", log)
@@ -100,7 +100,7 @@ def measure_base(study: Study) -> None:
 
 def _failure(what: str, log: Path) -> StudyError:
     said = last_line(log.read_text(encoding="utf-8"))
-    return StudyError(f"{what} failed: {said} The whole log is {log}. Then run the same command again.")
+    return StudyError(f"{what} failed: {said} The full log is {log}. Then run the same command again.")
 
 
 class Worker:
@@ -124,7 +124,7 @@ class Worker:
         with self._writing:
             if outcome.verdicts:
                 append_row(self.study.output / PROBLEMS, outcome.verdicts)
-            append_row(self.study.output / RUNS, outcome.row)  # last: this row says that the whole run is on file
+            append_row(self.study.output / RUNS, outcome.row)  # last: this row marks the run as complete
         row = outcome.row
         result = f"{100 * row['accuracy_heldout']:.1f} %" if "accuracy_heldout" in row else row["status"]
         say(f"{arm.name}, seed {seed}: {result}, {time.perf_counter() - started:.0f} s")
@@ -133,7 +133,7 @@ class Worker:
 def run_missing(study: Study, seeds: Sequence[int], arms: Sequence[Arm], workers: int = 1) -> int:
     """Make the runs that have no row yet, and return how many were missing.
 
-    Seed by seed, so that a study that is cut short holds whole pairs.
+    Seed by seed, so that a study that is cut short holds complete pairs.
     """
     register_setup(study.output, study.recipe, study.overrides, study.measuring)
     measure_base(study)

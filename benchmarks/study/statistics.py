@@ -3,7 +3,7 @@
 | question                                                   | function                             |
 |------------------------------------------------------------|--------------------------------------|
 | does the mean difference over seeds differ from 0?         | paired_t, sign_flip                  |
-| how far may seeds and problems, both redrawn, move it?     | hierarchical_bootstrap               |
+| how far can seeds and problems, both redrawn, move it?     | hierarchical_bootstrap               |
 | what true difference would have been found?                | minimum_detectable_effect            |
 | several contrasts at once                                  | holm                                 |
 | do two runs of one seed differ on the same problems?       | eval.statistics.mcnemar_exact        |
@@ -30,14 +30,17 @@ class PairedTest:
     """A mean of paired differences over seeds. All but `mean` and `seeds` are NaN with fewer than two seeds."""
 
     mean: float
+    """Mean difference."""
     sd: float
     """Standard deviation over seeds."""
     low: float
     """Lower end of the t interval of the mean."""
     high: float
+    """Upper end of the t interval."""
     p: float
     """Two-sided p value of the t test."""
     seeds: int
+    """Number of seeds."""
 
 
 def paired_t(differences: Sequence[float], confidence: float = 0.95) -> PairedTest:
@@ -118,7 +121,7 @@ def hierarchical_bootstrap(
     """Percentile interval of the mean difference when seeds and problems are both redrawn with replacement.
 
     The design is crossed (all seeds meet the same problems), so a draw takes S seeds and P problems and uses their
-    whole product. Draws, as counts, are multinomial, and the mean is counts_S^T D counts_P / (S P). Problems with the
+    full product. Draws, as counts, are multinomial, and the mean is counts_S^T D counts_P / (S P). Problems with the
     same S differences are drawn as one kind, of which there are few: 3^S at most.
 
     With few seeds it is too narrow by about sqrt((S - 1) / S), which is why no verdict rests on it alone.

@@ -51,7 +51,7 @@ def p_text(p: float) -> str:
 
 
 def describe(contrast: Contrast, which: str) -> str:
-    """The verdict of one contrast in words, plainly where there is no difference."""
+    """The verdict of one contrast in words, stated plainly where no difference is found."""
     c, place = contrast, LABELS.get(which, which)
     if len(c.seeds) < 2:
         return (
@@ -206,7 +206,7 @@ def arms_table(rows: Sequence[Row], base: Row | None = None) -> str:
     """Mean and standard deviation over seeds of every figure, one column per arm.
 
     Args:
-        base: the figures of the weights that all runs start from, for a column of their own.
+        base: the figures of the weights that all runs start from, for a separate column.
     """
     arms = [arm.name for arm in ARMS if any(row["arm"] == arm.name for row in rows)]
     lines = [["seeds", *([""] if base else []), *(str(sum(row["arm"] == arm for row in rows)) for arm in arms)]]

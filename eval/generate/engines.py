@@ -1,4 +1,4 @@
-"""Which engine generates, and what every engine is.
+"""Which engine generates, and what every engine must do.
 
 1. A request is a prompt's token ids and a sample number. All engines are given the same ids, so tokenisation cannot
 differ.
@@ -18,7 +18,7 @@ from matrix_llm.base.errors import EvalError
 
 
 class Engine(Protocol):
-    """What `eval.generate.run` needs of TransformersEngine, VLLMEngine and DataParallelVLLM."""
+    """What `eval.generate.run` needs from TransformersEngine, VLLMEngine and DataParallelVLLM."""
 
     name: str
 
@@ -28,7 +28,7 @@ class Engine(Protocol):
         """One Generation for each request that is not in `skip`, in any order."""
 
     def close(self) -> None:
-        """Gives back what the engine holds, except a model that is the caller's."""
+        """Release what the engine holds, except a model that belongs to the caller."""
 
 
 def choose_engine(name: str) -> tuple[str, str]:

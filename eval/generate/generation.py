@@ -12,16 +12,16 @@ CONTEXT_TOKENS = 8  # of the prompt, decoded before a response: they decide whet
 
 @dataclass(frozen=True)
 class Request:
-    """One sample to draw."""
+    """A request for one sample."""
 
     id: str
     """Of the problem."""
     sample: int
-    """From 0."""
+    """Number of the sample, from 0."""
     prompt_ids: tuple[int, ...]
-    """At least one."""
+    """Token ids of the prompt, at least one."""
     max_tokens: int
-    """Of the response; 1 or more."""
+    """Maximum length of the response, 1 or more."""
 
     @property
     def key(self) -> Key:
@@ -30,42 +30,44 @@ class Request:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a text is drawn, and where it ends besides the end-of-text token."""
+    """How text is drawn, and where it ends apart from the end-of-text token."""
 
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that hold this much probability; above 0, at most 1."""
+    """Draw from the likeliest tokens that together have this much probability; above 0, at most 1."""
     seed: int = 0
+    """Seed from which each request draws its own."""
     stop: tuple[str, ...] = ()
     """The text ends before the first of these strings."""
     keep_stop: bool = False
     """True: the response ends with the stop string that ended it."""
 
     def seed_of(self, request: Request) -> int:
-        """Independent of the batch and of the order, and the same on every machine."""
+        """The seed of a request: independent of batch and order, and the same on every machine."""
         return int.from_bytes(hashlib.sha256(f"{self.seed}/{request.id}/{request.sample}".encode()).digest()[:7])
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One sample drawn."""
+    """One generated sample."""
 
     id: str
     """Of the problem."""
     sample: int
+    """Number of the sample, from 0."""
     response: str
-    """Without special tokens, up to the first stop string."""
+    """The response without special tokens, up to the first stop string."""
     finish_reason: str
     """"stop": an end-of-text token or a stop string. "length": the limit of tokens."""
     stop_reason: str | None
     """The stop string; None for an end-of-text token or the limit."""
     tokens: int
-    """Generated, the end-of-text token and a stop string's tokens included."""
+    """Number of generated tokens, including the end-of-text token and a stop string's tokens."""
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], *, special_tokens: bool) -> list[tuple[int, ...]]:
-    """Token ids of each prompt, without the closing end-of-text token that some tokenizers add: the model is to go on
+    """Token ids of each prompt, without the closing end-of-text token that some tokenizers add: the model must continue
     from here.
 
     Args:
@@ -89,7 +91,7 @@ def response_text(tokenizer: Any, prompt_ids: Sequence[int], new_ids: Sequence[i
 
 
 def first_stop(text: str, stops: Collection[str]) -> tuple[int, str] | None:
-    """Place and string of the stop that is complete first, as if the text were read letter by letter.
+    """Place and text of the stop string that is complete first, as if the text were read letter by letter.
 
     >>> first_stop("18\\n\\nQuestion: 2", ("Question:", "Question", "USER"))
     (4, 'Question')

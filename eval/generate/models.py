@@ -22,15 +22,17 @@ class Source:
     """A model's files: a folder or a Hub id, and where its weights are if it is a LoRA adapter."""
 
     model: str
+    """The folder or Hub id that was given."""
     revision: str
     """Hub: the commit. Folder: "sampled-sha256:..." over config, sizes and samples of the weights, see
     `fingerprint`.
     """
     base: str
-    """The model itself, or what the adapter adapts."""
+    """Folder or Hub id of the model itself, or of the adapter's base model."""
     base_commit: str | None
+    """Commit of the base on the Hub; None for a folder."""
     adapter: str | None = None
-    """Folder with adapter_config.json."""
+    """Folder with adapter_config.json; None without an adapter."""
 
     @property
     def tokenizer(self) -> tuple[str, str | None]:
@@ -45,7 +47,7 @@ class Source:
 
 
 def locate(model: str, revision: str | None = None) -> Source:
-    """Finds a model without loading its weights: a folder, or a Hub id at `revision`."""
+    """Find a model without loading its weights: a folder, or a Hub id at `revision`."""
     folder = Path(model).expanduser()
     if not folder.is_dir():
         if folder.exists():
@@ -111,7 +113,7 @@ def _locate_on_hub(model: str, revision: str | None) -> Source:
 
 
 def fingerprint(folder: Path) -> str:
-    """Names the weights in a folder without reading all of them: another training run gives another name.
+    """A name for the weights in a folder that another training run would change, without reading all of them.
 
     SHA-256 over config.json or adapter_config.json and, for each weight file, its name, size, header and 64 samples
     of 4 KiB. Also finds a .safetensors that was cut off.
@@ -178,7 +180,7 @@ def load_tokenizer(source: Source) -> Any:
 
 
 def context_limit(source: Source) -> int | None:
-    """Positions the model has, prompt and response together; None if its config does not say."""
+    """Positions the model has for prompt and response together; None if its config does not say."""
     from transformers import AutoConfig
 
     try:
@@ -189,11 +191,11 @@ def context_limit(source: Source) -> int | None:
 
 
 def lora_rank(source: Source) -> int:
-    """Room for the adapter's rank, in a size vLLM has."""
+    """The smallest rank that vLLM supports and that fits the adapter's."""
     config = source.adapter_config
     if config.get("modules_to_save"):
         raise EvalError(
-            f"the adapter {source.adapter} also holds whole modules "
+            f"the adapter {source.adapter} also holds full modules "
             f"(modules_to_save={config['modules_to_save']}), which vLLM cannot add. "
             "Merge it into its base, or use --engine transformers."
         )

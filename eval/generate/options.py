@@ -31,11 +31,11 @@ class Options:
     limit: int | None = None
     """How many problems, 1 or more; None: all."""
     shuffle_seed: int | None = None
-    """Which problems `limit` takes: a random choice by this seed; None: the first."""
+    """Seed of the random choice that `limit` makes; None: the first problems."""
     prompt: str = "auto"
     """"auto" (what the model was trained with), a name of PROMPTS, or a text that holds {instruction} once."""
     max_tokens: int | None = None
-    """Longest response, 1 or more; None: the prompt's published limit."""
+    """Maximum length of a response, 1 or more; None: the prompt's published limit."""
     n: int = 1
     """Samples per problem, 1 or more; more than one needs a temperature."""
     temperature: float = 0.0
@@ -43,13 +43,13 @@ class Options:
     top_p: float = 1.0
     """Sample from the likeliest tokens that hold this much probability; above 0, at most 1."""
     seed: int = 0
-    """Of sampling."""
+    """Seed of sampling."""
     engine: str = "auto"
     """One of ENGINES; "auto" is vLLM if it is installed."""
     dtype: str = "auto"
     """One of DTYPES; "auto" is bfloat16 on a GPU and float32 on a CPU."""
     tensor_parallel: int = 1
-    """GPUs that a model is spread over, 1 or more (vLLM)."""
+    """GPUs that one copy of the model is sharded over, 1 or more (vLLM)."""
     data_parallel: int = 1
     """Copies of the model that share the problems, 1 or more (vLLM)."""
     gpu_memory_utilization: float = 0.9
@@ -59,7 +59,7 @@ class Options:
     output_dir: str | None = None
     """None: MODEL/eval for a folder, runs/eval/ORG--NAME for a Hub id."""
     overwrite: bool = False
-    """Throw away earlier generations of this benchmark in the output directory."""
+    """Whether to discard earlier generations of this benchmark in the output directory."""
 
     def check(self) -> None:
         """Raises EvalError for a value that cannot work."""

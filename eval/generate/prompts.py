@@ -6,7 +6,7 @@
                                                              @bec2172 (MIT)
     minerva_4shot 4 worked problems, "Problem:\\n..."         Lewkowycz et al. 2022, as in the same harness (MIT)
     chat          the tokenizer's chat template
-    plain, alpaca what models trained here have seen: matrix_llm.data.prompts' "plain" and "metamath"
+    plain, alpaca the prompts of models trained here: "plain" and "metamath" of matrix_llm.data.prompts
 
 The two few-shot texts keep the quirks of their source (\\\\$23, two spaces before one "The answer is 5.", a stray
 brace): a score depends on them.
@@ -119,15 +119,19 @@ class Prompt:
     """One way to ask. A model is asked `build(problem)`, and its answer ends at the first of `stop`."""
 
     name: str
+    """A key of PROMPTS, or "custom"."""
     template: str
     """Holds {instruction} once; for a chat prompt this is the user's message."""
     stop: tuple[str, ...] = ()
+    """Strings that end the answer."""
     max_tokens: tuple[int, int] = (512, 2048)
-    """For GSM8K and for MATH, unless --max_tokens says otherwise."""
+    """Maximum response length for GSM8K and for MATH, unless --max_tokens is given."""
     benchmarks: tuple[str, ...] = ("gsm8k", "math")
+    """The benchmarks that it can ask."""
     keep_stop: bool = False
-    """True: the stop stays in the response, because the grading rule of this prompt looks for it."""
+    """Whether the stop string stays in the response, because this prompt's grading rule looks for it."""
     chat: bool = False
+    """Whether the text is put through the tokenizer's chat template."""
 
     def build(self, problem: str, tokenizer: Any = None) -> str:
         """The exact text the model continues. Replaces instead of formatting, so that the braces of LaTeX survive.
@@ -143,7 +147,7 @@ class Prompt:
         )
 
     def sha256(self, tokenizer: Any = None) -> str:
-        """Of all text around a problem."""
+        """A hash of all text around a problem."""
         return hashlib.sha256(self.build(PLACEHOLDER, tokenizer).encode()).hexdigest()
 
 
@@ -175,7 +179,7 @@ PROMPTS: dict[str, Prompt] = {
             keep_stop=True,  # "Final Answer: The final answer is(.*?). I hope"
         ),
         Prompt("chat", PLACEHOLDER + BOXED, max_tokens=(1024, 4096), chat=True),
-        # A model trained here ends by itself; the stops only cut a model that goes on to ask itself the next question.
+        # A model trained here stops by itself; the stop strings only cut a model that goes on to invent a question.
         Prompt("plain", PROMPT_TEMPLATES["plain"], ("\nQuestion:",)),
         Prompt("alpaca", ALPACA, ("\n### Instruction:",)),
     )
@@ -196,7 +200,7 @@ def choose_prompt(
         name: a key of PROMPTS, "auto", or a text that holds {instruction} once.
         builtin: the problems come from matrix_llm.data.wordproblems, which a model trained here saw without the suffix
             "Let's think step by step."
-        recipe: the recipe.yaml beside the checkpoint.
+        recipe: the recipe.yaml next to the checkpoint.
         chat_template: the tokenizer has one.
     """
     prompt, why = (
@@ -256,4 +260,4 @@ def _automatic(
         return PROMPTS["chat"], "the tokenizer has a chat template"
     return PROMPTS[
         FEW_SHOT[benchmark]
-    ], "no recipe.yaml beside the model and no chat template: worked examples, as for a base model"
+    ], "no recipe.yaml next to the model and no chat template: worked examples, as for a base model"

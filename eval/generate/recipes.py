@@ -1,6 +1,4 @@
-"""The recipe.yaml that a training run left with a model: it says how the model was asked, so that it is asked the
-same way.
-"""
+"""The recipe.yaml that a training run saved with a model: it names the prompt that the model was trained with."""
 
 from pathlib import Path
 from typing import Any

@@ -41,7 +41,7 @@ UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EPER
 
 
 def main(benchmark: str, description: str, arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 something the user can mend (one line on stderr), 130 interrupted."""
+    """Exit code: 0 done, 1 an error that the user can correct (one line on stderr), 130 interrupted."""
     wait_passively()
     options = parse_options(benchmark, description, arguments)
     try:
@@ -69,24 +69,29 @@ class Plan:
     """What a run will do, decided and checked before any weights are loaded."""
 
     benchmark: str
+    """"gsm8k" or "math"."""
     options: Options
+    """The options of the command line."""
     files: RunFiles
+    """Where the rows, scores and report are stored."""
     everything: list[Problem]
-    """All problems of the data set: they decide the order of the rows."""
+    """All problems of the data set; they decide the order of the rows."""
     problems: list[Problem]
-    """Those to measure."""
+    """The problems to measure."""
     texts: list[str]
     """The exact prompt of each problem."""
     prompt: Prompt
+    """How each problem is asked."""
     tokenizer: Any
+    """The model's tokenizer."""
     source: Source | None
-    """None for a model in memory."""
+    """The model's files; None for a model in memory."""
     settings: dict[str, Any]
     """What the texts depend on. Rows made with other settings are never mixed with these."""
 
     @property
     def wanted(self) -> dict[Key, Problem]:
-        """The samples to have, in the order of the rows."""
+        """The samples that the run needs, in the order of the rows."""
         return {(problem.id, sample): problem for problem in self.problems for sample in range(self.options.n)}
 
     @property
@@ -96,21 +101,21 @@ class Plan:
 
 
 def evaluate(benchmark: str, options: Options, *, engine: TransformersEngine | None = None) -> dict[str, Any]:
-    """Generates what is missing, grades everything, writes the files; returns the summary that OUT/NAME.json holds.
+    """Generate what is missing, grade everything, and write the files; return the summary that OUT/NAME.json holds.
 
     Args:
         engine: a model already in memory, for instance during training. Then `options.model` is only a name,
-            `options.output_dir` and `options.prompt` must be given, and earlier generations are thrown away, since
+            `options.output_dir` and `options.prompt` must be given, and earlier generations are discarded, since
             they came from other weights.
 
     Raises:
-        EvalError: something that the person who started the run can put right.
+        EvalError: something that the user can correct.
     """
     started = time.perf_counter()
     plan = _make_plan(benchmark, options, engine)
     speed = None
     with plan.files.lock():
-        # 1. what is on file
+        # 1. what is on disk
         if _starts_over(options, engine):
             plan.files.clear()
         done = _read_reusable_rows(plan)
@@ -200,7 +205,7 @@ def output_folder(options: Options) -> Path:
 def _choose_engine_and_dtype(
     options: Options, stored: Mapping[str, Any] | None, engine: TransformersEngine | None
 ) -> tuple[str, str]:
-    """What "auto" means here. A run that is resumed keeps what it was started with."""
+    """Resolve "auto". A resumed run keeps what it was started with."""
     if engine is not None:
         return engine.name, str(engine.model.dtype).removeprefix("torch.")
     stored = stored or {}
@@ -236,7 +241,7 @@ def _build_prompts(prompt: Prompt, problems: Sequence[str], tokenizer: Any) -> l
 
 
 def _check_settings(stored: Mapping[str, Any] | None, settings: Mapping[str, Any], files: RunFiles) -> None:
-    """Refuses to mix generations of two settings in one file. A model's path is not a setting: its fingerprint is."""
+    """Refuse to mix generations of two settings in one file. A model's fingerprint is a setting; its path is not."""
     if stored is None:
         return
     changed = [
@@ -259,7 +264,7 @@ def _sha256(text: str) -> str:
 
 
 def _read_reusable_rows(plan: Plan) -> dict[Key, dict[str, Any]]:
-    """Rows on file that this run would generate again, or that an earlier run made for problems this one leaves out."""
+    """Rows on disk that this run would generate again, or that an earlier run made for problems this one leaves out."""
     plan.files.cut_torn_line()
     known, digests = {problem.id for problem in plan.everything}, plan.digests
     done, others = {}, 0
@@ -281,7 +286,7 @@ def _position_limit(plan: Plan, engine: TransformersEngine | None) -> int | None
 
 
 def _make_requests(plan: Plan, limit: int | None) -> list[Request]:
-    """One request a sample. Where prompt and max_tokens do not fit the model's positions, the response is the shorter
+    """One request per sample. Where prompt and max_tokens exceed the model's positions, the response is the shorter
     one.
     """
     prompts = tokenize(plan.tokenizer, plan.texts, special_tokens=not plan.prompt.chat)
@@ -326,7 +331,7 @@ def _load_engine(plan: Plan, requests: Sequence[Request]) -> Engine:
 def _generate_missing(
     plan: Plan, engine: Engine, requests: Sequence[Request], done: dict[Key, dict[str, Any]]
 ) -> float:
-    """Adds what is missing to `done` and to the partial file, sample by sample; returns tokens per second, without
+    """Add what is missing to `done` and to the partial file, sample by sample; return tokens per second, excluding
     loading.
     """
     wanted, digests, options = plan.wanted, plan.digests, plan.options
@@ -377,7 +382,7 @@ class ProgressBar:
         self._bar.close()
 
     def advance(self, tokens: int) -> None:
-        """One more sample, of so many tokens."""
+        """Count one more sample of `tokens` tokens."""
         self._tokens += tokens
         self._bar.set_postfix_str(f"{self.tokens_per_second():,.0f} tokens/s", refresh=False)
         self._bar.update()
@@ -390,7 +395,7 @@ class ProgressBar:
 
 
 def _write_report(plan: Plan, rows: list[dict[str, Any]], seconds: float, speed: float | None) -> dict[str, Any]:
-    """Grades the rows, writes the summary and the page, prints the scores."""
+    """Grade the rows, write the summary and the page, print the scores."""
     from eval.report.page import write_report
     from eval.report.scores import summarise
     from eval.report.table import score_table
@@ -416,7 +421,7 @@ def _write_report(plan: Plan, rows: list[dict[str, Any]], seconds: float, speed:
 
 
 def _versions(options: Options) -> dict[str, Any]:
-    """What else a score depends on, in small ways: recorded with it, but no reason to refuse to resume."""
+    """Other things that a score depends on slightly: recorded with it, but no reason to refuse to resume."""
     versions: dict[str, Any] = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -1,5 +1,6 @@
-"""The files of one benchmark in an output directory: appended as texts come, whole or absent at the end, one run at a
-time.
+"""The files of one benchmark in an output directory: appended as texts arrive, complete or absent at the end.
+
+Only one run at a time can write them.
 """
 
 import contextlib
@@ -21,10 +22,10 @@ ROW_FIELDS = (
 
 
 class RunFiles:
-    """Where a run keeps what, and what is already there.
+    """Where a run stores its files, and what is already there.
 
-    NAME.partial.jsonl    rows of a run that has not ended; it also carries the lock
-    NAME.jsonl            rows, sorted, once all are there
+    NAME.partial.jsonl    rows of an unfinished run; it is also the lock file
+    NAME.jsonl            rows, sorted, once all of them exist
     NAME.settings.json    what the texts depend on
     NAME.json, NAME.html  the scores, and the same as a page
     """
@@ -40,7 +41,7 @@ class RunFiles:
     # --- settings
 
     def read_settings(self) -> dict[str, Any] | None:
-        """The settings of the rows on file; None if there are neither."""
+        """The settings of the rows on disk; None if there are neither."""
         if self.settings.is_file():
             try:
                 return json.loads(self.settings.read_text(encoding="utf-8"))
@@ -72,7 +73,7 @@ class RunFiles:
                     yield row
 
     def cut_torn_line(self) -> None:
-        """Removes a last line that a kill or a full disk cut off, so that the next row does not continue it."""
+        """Remove a last line that a kill or a full disk cut off, so that the next row does not continue it."""
         if not self.partial.is_file():
             return
         content = self.partial.read_bytes()
@@ -92,7 +93,7 @@ class RunFiles:
             appender.sync()
 
     def write_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """The sorted rows of the whole run, in place of the partial file."""
+        """Write the sorted rows of the complete run, in place of the partial file."""
         write_text(self.generations, (json.dumps(row) + "\n" for row in rows))
         self.partial.unlink(missing_ok=True)
 
@@ -100,7 +101,7 @@ class RunFiles:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Refuses a second run into the same files while one is under way."""
+        """Refuse a second run into the same files while one is in progress."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             import fcntl
@@ -121,7 +122,7 @@ class RunFiles:
                     self.partial.unlink()
 
     def clear(self) -> None:
-        """Throws away what earlier runs left. Only inside `lock`."""
+        """Discard what earlier runs left. Only inside `lock`."""
         for path in (self.generations, self.settings, self.summary, self.report):
             path.unlink(missing_ok=True)
         if self.partial.is_file():

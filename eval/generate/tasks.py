@@ -1,6 +1,6 @@
 """The problems of GSM8K and MATH with their gold answers: from the Hub, from a file, or generated.
 
-GSM8K   {"question": ..., "answer": "... #### 18"}                 gold "18", commas and signs as they stand
+GSM8K   {"question": ..., "answer": "... #### 18"}                 gold "18", commas and signs as in the source
 MATH    {"problem": ..., "solution": "... \\\\boxed{\\\\frac12} ..."}   gold "\\\\frac12", the last box
 """
 
@@ -37,8 +37,9 @@ class Problem:
     gold: str
     """The right answer: a number for GSM8K, LaTeX for MATH."""
     subject: str | None = None
+    """Subject of a MATH problem; None elsewhere."""
     level: int | None = None
-    """MATH: 1 to 5."""
+    """Level of a MATH problem, 1 to 5; None elsewhere."""
 
 
 def problem_set_name(benchmark: str, *, data: str | None, subset: str | None) -> str:
@@ -72,7 +73,7 @@ def load_problems(
         data: a file, "builtin", or None for the test set on the Hub.
         subset: "math500" or None.
         ids: a file with a JSON list of the ids to take from `data`.
-        limit: how many "builtin" has to generate at least. It limits nothing; `choose` does.
+        limit: how many problems "builtin" must generate at least. The limit itself is applied by `choose`.
     """
     # 1. rows
     if data == BUILTIN:
@@ -106,7 +107,7 @@ def load_problems(
             f"--subset math500: {data} holds {len(problems)} problems, and which 500 are meant is not in it. "
             "Give their ids with --ids FILE (a JSON list), or no --data to take HuggingFaceH4/MATH-500 from the Hub."
         )
-    # 3. generations are filed by id
+    # 3. generations are stored by id
     seen: set[str] = set()
     for problem in problems:
         if problem.id in seen:

@@ -1,4 +1,4 @@
-"""Text by transformers' `generate`: batches of like length, padded on the left with an attention mask.
+"""Generation by transformers' `generate`: batches of similar length, padded on the left with an attention mask.
 
 Runs anywhere; vLLM is faster. Sampling draws from a generator seeded by (seed, problem, sample), so that a sample
 does not depend on what it is batched with.
@@ -50,12 +50,12 @@ class TransformersEngine:
         return cls(model, load_tokenizer(source), batch_size=batch_size)
 
     def close(self) -> None:
-        """Nothing: the model may be the caller's."""
+        """Do nothing: the model may belong to the caller."""
 
     def generate(
         self, requests: Sequence[Request], decoding: Decoding, *, skip: Collection[Key] = ()
     ) -> Iterator[Generation]:
-        """Yields batch by batch, longest prompts first, so that running out of memory shows at once.
+        """Yield batch by batch, longest prompts first, so that running out of memory shows at once.
 
         Requests in `skip` keep their place in a batch, and a batch is left out if all of it is skipped. A run that is
         resumed after a crash thus forms the same batches, and gives the same text even where rounding depends on the
@@ -155,9 +155,9 @@ class _StopStrings:
 
 
 class _Sampler:
-    """A logits processor that draws each row's token with a generator of its own, then leaves only that token.
+    """A logits processor that draws each row's token with that row's own generator, then allows only that token.
 
-    Inverse transform: the first token where the cumulative probability passes u, for one uniform u a row and step.
+    Inverse transform: the first token where the cumulative probability passes u, for one uniform u per row and step.
     """
 
     def __init__(self, batch: Sequence[Request], decoding: Decoding):

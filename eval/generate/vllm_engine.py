@@ -1,4 +1,4 @@
-"""Text by vLLM, in this process or in several. The only file that imports vLLM."""
+"""Generation by vLLM, in this process or in several. The only file that imports vLLM."""
 
 import multiprocessing
 import os
@@ -18,22 +18,24 @@ from matrix_llm.base.errors import EvalError
 
 @dataclass(frozen=True)
 class VLLMOptions:
-    """What one vLLM process is started with."""
+    """The settings of one vLLM process."""
 
     source: Source
+    """The model's files."""
     dtype: str
     """bfloat16, float16 or float32."""
     max_model_len: int
     """Tokens of the longest prompt and its response together."""
     tensor_parallel: int = 1
-    """GPUs that one copy of the model is spread over."""
+    """GPUs that one copy of the model is sharded over."""
     gpu_memory_utilization: float = 0.9
     """Share of a GPU's memory to take; above 0, at most 1."""
     gpu: bool = True
+    """Whether it runs on GPUs; False for vLLM's CPU build."""
 
 
 class VLLMEngine:
-    """vLLM in this process: all requests at once, so that its continuous batching is never short of work."""
+    """vLLM in this process: all requests are submitted at once, so that its continuous batching is never idle."""
 
     name = "vllm"
 
@@ -66,7 +68,7 @@ class VLLMEngine:
                 gpu_memory_utilization=options.gpu_memory_utilization,
                 enable_prefix_caching=True,
                 enforce_eager=not options.gpu,
-                seed=0,  # sampling takes each request's own
+                seed=0,  # sampling uses each request's own seed
                 **lora,
             )
         except EvalError:
@@ -82,7 +84,7 @@ class VLLMEngine:
     def generate(
         self, requests: Sequence[Request], decoding: Decoding, *, skip: Collection[Key] = ()
     ) -> Iterator[Generation]:
-        """Yields in the order of finishing."""
+        """Yield generations in the order in which they finish."""
         from vllm import SamplingParams
 
         todo = [request for request in requests if request.key not in skip]
@@ -114,7 +116,7 @@ class VLLMEngine:
                     )
 
     def close(self) -> None:
-        """Ends vLLM's own processes and frees their memory. Without this call a spawned process never ends."""
+        """End vLLM's own processes and free their memory. Without this call a spawned process never ends."""
         self.llm.llm_engine.engine_core.shutdown()
         self.watcher.kill()
         self.watcher.communicate()
@@ -130,7 +132,7 @@ for pid in sys.argv[1:]:
 
 
 def _start_watcher(pids: Sequence[int | None]) -> subprocess.Popen:
-    """A process that kills vLLM's engine when this one is gone: after a SIGKILL the engine would keep the GPU for ever.
+    """A process that kills vLLM's engine when this one is gone: after a SIGKILL the engine would keep the GPU forever.
 
     It waits for the end of its standard input, which the system closes however this process ends. The engine's own
     workers end with the engine.
@@ -140,7 +142,7 @@ def _start_watcher(pids: Sequence[int | None]) -> subprocess.Popen:
 
 
 class DataParallelVLLM:
-    """Several vLLM processes, each with GPUs of its own and every n-th problem. No Ray: a spawned process and one
+    """Several vLLM processes, each with its own GPUs and every n-th problem. No Ray: a spawned process and one
     queue.
     """
 
@@ -153,14 +155,16 @@ class DataParallelVLLM:
     def generate(
         self, requests: Sequence[Request], decoding: Decoding, *, skip: Collection[Key] = ()
     ) -> Iterator[Generation]:
+        # 1. Deal out the requests.
         todo = [request for request in requests if request.key not in skip]
         ids: dict[str, int] = {}
         for request in todo:
             ids.setdefault(request.id, len(ids))
-        # all samples of a problem go to one process, where they share the prompt's cache
+        # All samples of a problem go to one process, where they share the prompt's cache.
         shares = [
             [request for request in todo if ids[request.id] % self.processes == rank] for rank in range(self.processes)
         ]
+        # 2. Start a process for each share.
         context = multiprocessing.get_context("spawn")
         results = context.Queue()
         workers = [
@@ -172,6 +176,7 @@ class DataParallelVLLM:
         ]
         for worker in workers:
             worker.start()
+        # 3. Yield results as they arrive, and watch for processes that died silently.
         running = len(workers)
         try:
             while running:
@@ -198,13 +203,13 @@ class DataParallelVLLM:
                 worker.join(timeout=60)
 
     def close(self) -> None:
-        """Its processes end with `generate`."""
+        """Do nothing: the processes end with `generate`."""
 
 
 def _run_worker(
     options: VLLMOptions, environment: dict[str, str], requests: list[Request], decoding: Decoding, results: Any
 ) -> None:
-    """One process of DataParallelVLLM: puts Generations, then None; a text if it fails."""
+    """One process of DataParallelVLLM: puts Generations, then None; or an error message if it fails."""
     os.environ.update(environment)  # before torch or vLLM look for GPUs
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
@@ -222,7 +227,7 @@ def _run_worker(
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed reads no results, and its user wants the GPU back."""
+    """End this process when its parent is killed: nobody reads the results any more, and the GPU should be freed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -29,10 +29,10 @@ WINDOW = 40_000  # characters of a response, from the end
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the grader says of one response."""
+    """The grader's result for one response."""
 
     correct: bool | None
-    """None: a limit was reached before a decision. Such a response is ungraded: counted as wrong, and shown."""
+    """None: a limit was reached before a decision. Such a response is ungraded: it counts as wrong, and is shown."""
     extracted: str | None
     """The answer found in the response; None if there is none."""
 
@@ -66,7 +66,7 @@ def extract_answer(response: str, *, convention: str, benchmark: str = "gsm8k") 
 
 
 def answers_equal(pred: str, gold: str) -> bool:
-    r"""Mathematical equality of two answers, the "verified" rule. What cannot be decided within the limits counts as
+    r"""Mathematical equality of two answers, by the "verified" rule. What cannot be decided within the limits counts as
     unequal.
 
     >>> answers_equal(r"\frac{1}{2}", "0.5"), answers_equal(r"\{2, 1\}", "1, 2"), answers_equal("(1, 2)", "(2, 1)")

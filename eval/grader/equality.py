@@ -33,7 +33,7 @@ def same(left: Structure, right: Structure) -> bool:
     Raises:
         UndecidedError: that depends on a piece that cannot be evaluated.
     """
-    # 1. equations: with each other as equations, with anything else by what they say about the quantity asked for
+    # 1. equations: with each other as equations, with anything else by the value they give the unknown
     if isinstance(left, Equation) and isinstance(right, Equation):
         return _same_equation(left, right)
     if isinstance(left, Equation) and (names_a_quantity(left.left) or _is_calculation(left)):
@@ -70,7 +70,7 @@ def _all_same(left: tuple[Structure, ...], right: tuple[Structure, ...]) -> bool
 
 
 def _same_members(left: tuple[Structure, ...], right: tuple[Structure, ...]) -> bool:
-    """Whether each item of one side has its own equal on the other."""
+    """Whether the items of both sides can be matched one to one as equals."""
     if len(left) != len(right) or len(left) > MEMBERS:
         return False
     rest = list(right)

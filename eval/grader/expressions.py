@@ -42,6 +42,7 @@ class Number(Expression):
     """A whole number or a decimal, exactly."""
 
     value: Fraction
+    """The exact value."""
     places: int = 0
     """Decimal places as written if they are 6 or more, else 0: only so long a decimal may stand for what it rounds."""
 
@@ -53,7 +54,9 @@ class Numeral(Expression):
     """
 
     digits: str
+    """The digits as written."""
     base: Expression
+    """The subscript."""
 
     def children(self) -> tuple[Expression, ...]:
         return (self.base,)
@@ -64,6 +67,7 @@ class Constant(Expression):
     r"""`\pi`, `e` or `i`."""
 
     name: str
+    """"pi", "e" or "i"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,7 @@ class Variable(Expression):
     """A letter with its subscript, such as `x` or `a1`."""
 
     name: str
+    """The letter with its subscript."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +83,11 @@ class Binary(Expression):
     r"""`left operator right`, where the operator is one of + - * / ^ and \pm. A leading minus is 0 - x."""
 
     operator: str
+    """The operator."""
     left: Expression
+    """The left operand."""
     right: Expression
+    """The right operand."""
 
     def children(self) -> tuple[Expression, ...]:
         return (self.left, self.right)
@@ -88,6 +96,7 @@ class Binary(Expression):
 @dataclass(frozen=True, slots=True)
 class Factorial(Expression):
     argument: Expression
+    """The expression before the exclamation mark."""
 
     def children(self) -> tuple[Expression, ...]:
         return (self.argument,)
@@ -96,7 +105,9 @@ class Factorial(Expression):
 @dataclass(frozen=True, slots=True)
 class Binomial(Expression):
     top: Expression
+    """n of n choose k."""
     bottom: Expression
+    """k of n choose k."""
 
     def children(self) -> tuple[Expression, ...]:
         return (self.top, self.bottom)
@@ -107,7 +118,9 @@ class Function(Expression):
     """A function of one argument: sin, arctan, ln, abs, floor, ..."""
 
     name: str
+    """Name of the function."""
     argument: Expression
+    """Its argument."""
 
     def children(self) -> tuple[Expression, ...]:
         return (self.argument,)

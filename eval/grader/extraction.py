@@ -3,8 +3,8 @@ r"""The answer that a reader would take from a response: the extraction of the c
     extract_gsm8k("... The answer is 3 + 4 = 7.")    -> "7"
     extract_math(r"... so \boxed{\frac{1}{2}}.")     -> r"\frac{1}{2}"
 
-The last explicit statement counts: \boxed{...}, "#### ...", "The answer is ..." and their kin. Only without any of
-them does the last number or formula count, and not even that behind an empty box or in a repetition loop: then no
+The last explicit statement counts: \boxed{...}, "#### ...", "The answer is ..." and similar. Only without any of
+them does the last number or formula count, and not even that after an empty box or in a repetition loop: then no
 answer was given.
 
 Model text may be hostile, so each search is over a window of bounded length.
@@ -29,7 +29,7 @@ MARKER = re.compile(
 MARKERS = 20  # of a response, from the end
 REST = 1500  # characters read after a marker
 
-# A base model goes on with a problem of its own: what follows is not an answer to ours.
+# A base model goes on to invent another problem: what follows is not an answer to ours.
 NEXT_PROBLEM = re.compile(
     r"\n[ \t]*(?:Q:|Question ?\d*:|Problem ?\d*:|Exercise ?\d*:|### ?(?:Instruction|Question|Problem)"
     r"|Human:|User:|USER:|<\|im_start\|>|<\|user\|>"
@@ -49,7 +49,7 @@ MATHS = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.
 
 
 def first_problem(response: str) -> str:
-    """The response up to where the model starts a problem of its own, unless nothing would be left."""
+    """The response up to where the model invents another problem, unless nothing would be left."""
     response = TAGS.sub(" ", response)
     for found in NEXT_PROBLEM.finditer(response):
         before = response[: found.start()]
@@ -85,7 +85,7 @@ def _statements(text: str, after: int) -> list[tuple[int, str]]:
 
 
 def _formulas(text: str) -> list[str]:
-    """What stands between math delimiters of any kind."""
+    """The texts between math delimiters of any kind."""
     return [next(filter(None, groups)) for groups in MATHS.findall(text) if any(groups)]
 
 
@@ -171,7 +171,7 @@ def extract_math(response: str) -> str | None:
     place = last_box(text)
     for _, rest in _statements(text, after=place if boxed is not None else 0):
         answer = _stated_answer(rest)
-        # behind a box only what is itself an answer: not "the answer is correct", not a further explanation
+        # after a box, accept only what is itself an answer: not "the answer is correct", nor further explanation
         if answer and (boxed is None or (re.search(r"[\d\\]", answer) and not WORD.search(answer))):
             return answer
     if boxed is not None:
@@ -227,7 +227,7 @@ def _with_next_formulas(answer: str, after: str) -> str:
 
 
 def adjoining_boxes(response: str) -> str | None:
-    r"""The last boxes of a response as one list, if nothing but "and" stands between them: `\boxed{1} and
+    r"""The last boxes of a response as one list, if only "and" separates them: `\boxed{1} and
     \boxed{2}`.
     """
     text = first_problem(response)

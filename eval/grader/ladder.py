@@ -1,4 +1,4 @@
-r"""Are two answers equal? A ladder from cheap to dear, the equality of the convention "verified".
+r"""Are two answers equal? A ladder from cheap to expensive checks, which is the equality of "verified".
 
 1. the same string            4. structures and values (`eval.grader.equality`)
 2. equal rationals            5. a number with what it counts: "18 eggs per day" for 18

@@ -80,7 +80,7 @@ def clean(text: str) -> str:
     text = "".join(_without_control(character) for character in text)
     text = SPACED_COMMA.sub(r"\1,", text).replace(",,", ",")
 
-    # 2. layout: line breaks, spacing, math delimiters. \x00 stands for a line break until the end of the step
+    # 2. layout: line breaks, spacing, math delimiters. \x00 marks a line break until the end of the step
     text = LINE_BREAK.sub(" \x00 ", text)
     if r"\begin" not in text:
         text = re.sub(r" \x00 (?=[a-zA-Z{}])", r"\\", text)  # not a line break but an escaped backslash: \\frac
@@ -96,7 +96,7 @@ def clean(text: str) -> str:
     text = re.sub(r"(?<=\d)\s*\\?%", " \\\\%", text)
     text = re.sub(r"\s+", " ", text.replace(";", ",")).strip()
 
-    # 4. words: texts, list words, units behind a value
+    # 4. words: texts, list words, units after a value
     text = _clean_texts(text)
 
     # 5. numbers: repeating decimals, mixed numbers, thousands
@@ -130,7 +130,7 @@ def _repeating_decimal(found: re.Match[str]) -> str:
 
 
 def _clean_texts(text: str) -> str:
-    r"""`\text{...}`: "and" and "or" separate list items, a text behind a value is its unit, a text alone is the
+    r"""`\text{...}`: "and" and "or" separate list items, a text after a value is its unit, a text alone is the
     answer.
     """
     for _ in range(3):  # texts inside texts
@@ -150,7 +150,7 @@ def _replace_text(found: re.Match[str]) -> str:
     if NOT_A_UNIT.search(inside):
         return f" {inside} "
     before = found.string[: found.start()].rstrip()
-    if re.search(r"[0-9})]$|\\pi$", before) and not before.endswith(("\\frac{", "^{", "_{")):  # behind a value
+    if re.search(r"[0-9})]$|\\pi$", before) and not before.endswith(("\\frac{", "^{", "_{")):  # after a value
         looks_like_a_unit = re.match(r"^[\s,.]*[A-Za-z. /'-]+\d?$", inside) and inside[:1] != "("
         is_time_of_day = re.match(r"^\s*[ap]\.?\s*m\.?\s*$", inside, re.I)
         if looks_like_a_unit and not is_time_of_day:
@@ -162,7 +162,7 @@ def _replace_text(found: re.Match[str]) -> str:
 
 
 def _unwrap(text: str) -> str:
-    r"""Without boxes, fonts, arrows and braces around the whole: \boxed{{5}} is 5."""
+    r"""Remove boxes, fonts, arrows and braces around the entire answer: \boxed{{5}} is 5."""
     for _ in range(3):
         unwrapped = WRAPPERS.sub(r"\1", text)
         if unwrapped.startswith("{") and unwrapped.endswith("}") and _first_group_ends(unwrapped) == len(unwrapped) - 1:

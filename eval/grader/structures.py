@@ -49,11 +49,13 @@ class Formula(Structure):
     """A single expression, compared by value."""
 
     expression: Expression
+    """The tree of the expression."""
 
 
 @dataclass(frozen=True, slots=True)
 class Infinity(Structure):
     sign: str
+    """"+" or "-"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +63,11 @@ class Bracket(Structure):
     """A point, a tuple or an interval: its items in order between two brackets, round or square."""
 
     opening: str
+    """"(" or "["."""
     closing: str
+    """")" or "]"."""
     items: tuple[Structure, ...]
+    """From left to right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,7 @@ class Ratio(Structure):
     """3 : 1, or 1 : 2 : 3."""
 
     parts: tuple[Structure, ...]
+    """From left to right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,7 @@ class Members(Structure):
     """A set, or a list without brackets: the order does not count."""
 
     items: tuple[Structure, ...]
+    """In the order written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +91,13 @@ class Union(Structure):
     """Sets joined by the union sign."""
 
     parts: tuple[Structure, ...]
+    """In the order written."""
 
 
 @dataclass(frozen=True, slots=True)
 class Matrix(Structure):
     rows: tuple[tuple[Structure, ...], ...]
+    """The cells, row by row."""
     is_determinant: bool
     """Between vertical bars."""
 
@@ -96,7 +105,9 @@ class Matrix(Structure):
 @dataclass(frozen=True, slots=True)
 class Equation(Structure):
     left: Structure
+    """The left side."""
     right: Structure
+    """The right side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +115,9 @@ class Relation(Structure):
     """Sides with the relations between them, where these do not describe an interval."""
 
     relations: tuple[str, ...]
+    """The signs between the sides, one fewer than there are sides."""
     sides: tuple[Structure, ...]
+    """From left to right."""
 
 
 def names_a_quantity(side: Structure) -> bool:
@@ -184,7 +197,7 @@ def read_structure(text: str) -> Structure:
     if len(sides) in (2, 3) and not TIME_OF_DAY.search(text) and "(" not in text:
         return Ratio(tuple(map(read_structure, sides)))
 
-    # 6. infinity, or an expression; a \pm stands for both signs
+    # 6. infinity, or an expression; a \pm means both signs
     if text.lstrip("+-").strip() in INFINITIES:
         return Infinity("-" if text.startswith("-") else "+")
     expression = parse(text)
@@ -194,7 +207,7 @@ def read_structure(text: str) -> Structure:
 
 
 def split_outside_brackets(text: str, separator: str) -> list[str]:
-    """The pieces between separators that stand in no bracket. Half-open intervals mix the kinds, so all brackets
+    """The pieces between separators that are outside brackets. Half-open intervals mix the kinds, so all brackets
     count alike.
 
     >>> split_outside_brackets("[1,2),3", ",")

@@ -31,7 +31,7 @@ def equal(given: str, gold: str, *, seconds: float = SECONDS) -> bool | None:
 
 
 class _Worker:
-    """One process that answers pairs in turn, started when it is first asked and again after it had to be killed."""
+    """One process that answers pairs one by one, started when first asked and restarted after it had to be killed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -58,7 +58,7 @@ class _Worker:
             self.stop()
             pipe = subprocess.PIPE
             self._process = subprocess.Popen(COMMAND, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
-            if _read_line(self._process, START_SECONDS) is None:  # its first line says that it is ready
+            if _read_line(self._process, START_SECONDS) is None:  # its first line means that it is ready
                 self.stop()
         return self._process
 

@@ -12,7 +12,7 @@ MEMORY = 2 * 2**30
 
 
 def limit_memory() -> None:
-    with contextlib.suppress(ImportError, ValueError, OSError):  # there are no such limits on Windows
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limits
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -34,7 +34,7 @@ def main() -> None:
                 verdict = bool(verify(wanted, answer, timeout_seconds=None, raise_on_error=True))
         except MemoryError:
             verdict = None
-        except Exception:  # sympy raises anything at all on untrusted text, and then has not found them equal
+        except Exception:  # sympy can raise anything on untrusted text, and then it has not found them equal
             verdict = False
         print(json.dumps(verdict), flush=True)
 

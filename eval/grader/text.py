@@ -49,7 +49,7 @@ def last_boxed(text: str, *, skip_empty: bool = False) -> str | None:
 
 
 def _group(text: str) -> str | None:
-    """What stands in the first pair of braces; None if they do not balance."""
+    """The content of the first pair of braces; None if they do not balance."""
     opening = text.index("{")
     depth = 0
     for place in range(opening, len(text)):

@@ -29,7 +29,7 @@ from eval.grader.expressions import (
 )
 
 DIGITS = 40
-AGREEING_DIGITS = 25  # of the 40: what rounding leaves of two expressions of one value
+AGREEING_DIGITS = 25  # of the 40: as many as survive rounding in two expressions of one value
 BITS = 40_000  # of an exact rational, numerator and denominator together
 EXPONENT = 2000  # the largest power, exact or not
 
@@ -88,7 +88,7 @@ def _exact_power(base: Fraction | None, exponent: Fraction | None) -> Fraction |
 
 @lru_cache(maxsize=1)
 def _precise() -> Any:
-    """mpmath at DIGITS digits, in a context of its own: the global precision is the caller's."""
+    """mpmath at DIGITS digits, in a private context: the global precision belongs to the caller."""
     import mpmath
 
     context = mpmath.mp.clone()

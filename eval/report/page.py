@@ -95,12 +95,17 @@ class WrongAnswer:
     """Sample 0 of a problem that it did not solve, as the page shows it."""
 
     id: str
+    """Id of the problem."""
     answer: str | None
     """None: no answer was found in the response."""
     gold: str
+    """The right answer."""
     notes: str
+    """Level, and why an answer may be missing; "" without any."""
     problem: str
+    """The question."""
     response: str
+    """The response, cut in the middle if it is very long."""
 
 
 def _describe_wrong(row: Row, summary: Mapping[str, Any]) -> WrongAnswer:
@@ -126,7 +131,7 @@ def _cut(text: str) -> str:
 
 
 def _cut_in_the_middle(text: str) -> str:
-    """The start and the end of a very long response: the answer stands at the end."""
+    """The start and the end of a very long response: the answer is at the end."""
     half = SHOWN_CHARACTERS // 2
     left_out = len(text) - 2 * half
     return text if left_out <= 0 else f"{text[:half]}\n[... {left_out} characters left out ...]\n{text[-half:]}"
@@ -134,15 +139,17 @@ def _cut_in_the_middle(text: str) -> str:
 
 # --- the chart --------------------------------------------------------------------------------------------------------
 
-LEFT, WIDTH = 190, 420  # where 0 % stands, and how far away 100 %, in pixels
-TOP, STEP = 8, 28  # where the first bar begins, and how far down the next
+LEFT, WIDTH = 190, 420  # position of 0 %, and distance from there to 100 %, in pixels
+TOP, STEP = 8, 28  # where the first bar begins, and the distance to the next
 LABEL = 26  # characters of a bar's name
 
 
 @dataclass(frozen=True)
 class Tick:
     x: float
+    """Place in pixels."""
     label: str
+    """The percentage that it marks."""
 
 
 @dataclass(frozen=True)
@@ -150,21 +157,33 @@ class Bar:
     """One horizontal bar, in pixels: its middle line, its width, the ends of its interval."""
 
     label: str
+    """Name of the group of problems."""
     y: float
+    """Its middle line."""
     width: float
+    """Its length, for the accuracy."""
     low: float
+    """Lower end of the interval."""
     high: float
+    """Upper end of the interval."""
     count: str
+    """The accuracy in words."""
 
 
 @dataclass(frozen=True)
 class Chart:
     bars: list[Bar]
+    """From top to bottom."""
     bottom: int
+    """Lower edge in pixels."""
     ticks: tuple[Tick, ...] = tuple(Tick(LEFT + WIDTH * share / 100, f"{share} %") for share in range(0, 101, 25))
+    """Marks every 25 %."""
     top: int = TOP
+    """Upper edge in pixels."""
     left: int = LEFT
+    """Place of 0 % in pixels."""
     right: int = LEFT + WIDTH
+    """Place of 100 % in pixels."""
 
 
 def _draw(groups: Mapping[str, Mapping[str, Any]]) -> Chart:

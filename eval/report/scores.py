@@ -2,7 +2,7 @@
 
 grade_rows  -> one verdict for each (row, convention); the only place that grades a run
 score       -> counts, accuracy and interval of a set of problems
-summarise   -> all of a run, as it stands in OUT/<name>.json
+summarise   -> the summary of a run, as in OUT/<name>.json
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def summarise(
 
     Args:
         rows: the run's generations, every problem with the same number n of samples.
-        extra: added as it stands (name, limit, generations, ...).
+        extra: added unchanged (name, limit, generations, ...).
 
     With n > 1 there are also pass@k for the powers of two up to n and for n, and the majority vote over all n.
 
@@ -110,7 +110,7 @@ def summarise(
                 "Start it again to complete it."
             )
 
-    # 2. verdicts; groups and single verdicts are of our own convention
+    # 2. verdicts; groups and single verdicts use our own convention
     graded = grade_rows(rows, benchmark=benchmark)
     verified = {problem: [graded[VERIFIED][place] for place in found] for problem, found in places.items()}
     first = {problem: rows[found[0]] for problem, found in places.items()}

@@ -42,7 +42,7 @@ def score_lines(scores: Mapping[str, Mapping[str, Any]], title: str = "conventio
 
 
 def score_cells(scores: Mapping[str, Any]) -> tuple[str, ...]:
-    """What stands under HEAD."""
+    """The cells under HEAD."""
     return (
         percent(scores["accuracy"]),
         f"{100 * scores['low']:.1f} to {100 * scores['high']:.1f}",

@@ -1,4 +1,4 @@
-"""What every other room stands on; nothing here knows of models, rows or losses.
+"""Tools that every other room uses; nothing here knows about models, rows or losses.
 
 Read errors and files first, then values and reader (how a recipe becomes checked settings). The others are single
 tools: gpus, statistics, decoding, modes, threads. All but modes load without torch.

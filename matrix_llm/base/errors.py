@@ -1,6 +1,6 @@
 """One family for every error that a user can correct, and the removal of secrets from printed text.
 
-The message is one line: the setting or the place, the value found, the reason, the way out. Commands print that line
+The message is one line: the setting or place, the value found, the reason, and how to fix it. Commands print that line
 and exit with status 2, or 1 once training has begun. Any other exception is a bug in this package and keeps its
 traceback.
 """

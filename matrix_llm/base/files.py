@@ -27,7 +27,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes private files: keep the mode of the file that is replaced, or give a new file the usual one
+        # mkstemp makes private files: keep the mode of the file being replaced, or give a new file the usual one
         mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
         temporary.chmod(mode)
         os.replace(temporary, path)
@@ -42,10 +42,10 @@ def _umask() -> int:
 
 
 def write_text(path: str | os.PathLike[str], text: str | Iterable[str]) -> None:
-    """Write the whole file or nothing, in UTF-8 with "\\n" line ends.
+    """Write the complete file or nothing, in UTF-8 with "\\n" line endings.
 
-    The text is flushed to the disk before the file takes its name: after a power cut the old file is there, or all of
-    the new one. A lone surrogate, which a model may generate and UTF-8 cannot encode, is written as its escape.
+    The text is flushed to disk before the file takes its name: after a power cut, either the old file is there or all
+    of the new one. A lone surrogate, which a model may generate and UTF-8 cannot encode, is written as its escape.
     """
     with (
         atomic_path(path) as temporary,

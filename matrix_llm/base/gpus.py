@@ -17,7 +17,7 @@ GPUS: dict[str, float] = {
     "b200-180gb": 178.3,
 }
 
-RESERVED = 0.08  # left free: the CUDA context, the communication library, and the allocator's fragments
+RESERVED = 0.08  # left free for the CUDA context, the communication library, and fragmentation in the allocator
 
 
 def usable(name: str) -> float:

@@ -23,11 +23,11 @@ COMMAND_LINE = "on the command line"
 
 
 class Settings:
-    """The settings that a recipe may hold: the fields of some dataclasses, whose names do not overlap.
+    """The settings that a recipe may hold: the fields of several dataclasses, whose names do not overlap.
 
     Args:
         parts: a name for each dataclass, such as {"model": ModelArguments}.
-        hints: for names that do not exist but are often tried, what to write instead.
+        hints: what to write instead of names that people often try but that do not exist.
     """
 
     def __init__(self, parts: Mapping[str, type], hints: Mapping[str, str] | None = None) -> None:
@@ -105,8 +105,8 @@ class Settings:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses two kinds of keys: one given twice, of which YAML readers take the last without a word,
-    and a list or a mapping, which Python cannot look up."""
+    """SafeLoader that refuses two kinds of keys: one given twice, of which YAML readers silently take the last,
+    and a list or a mapping, which cannot be a Python dictionary key."""
 
     def construct_mapping(self, node, deep=False):
         first_line: dict[Any, int] = {}
@@ -134,7 +134,7 @@ def _line(node: yaml.Node) -> int:
 
 def _parse_yaml(path: Path) -> list[tuple[int, Any, Any]]:
     """Line, key and value of each entry of the mapping in a YAML file."""
-    # 1. The root node, which knows its lines, and the value it stands for
+    # 1. The root node, which knows its line numbers, and the value it represents
     text = _read_text(path)
     try:
         loader = _StrictLoader(text)
@@ -178,7 +178,7 @@ def _read_text(path: Path) -> str:
 
 
 def find_from_repository(path: str, recipe: Path) -> str:
-    """A relative path as seen from the current folder or, if there is nothing there, from the recipe's repository."""
+    """Resolve a relative path from the current folder or, if it does not exist there, from the recipe's repository."""
     if not Path(path).expanduser().exists():
         for folder in recipe.absolute().parents:
             if (folder / "pyproject.toml").exists() or (folder / ".git").exists():

@@ -3,7 +3,7 @@ first call.
 
 | question                                   | function                                      |
 |--------------------------------------------|-----------------------------------------------|
-| how far may chance move this accuracy?     | wilson_interval                               |
+| how far can chance move this accuracy?     | wilson_interval                               |
 | do two runs on the same problems differ?   | mcnemar_exact, bootstrap_difference           |
 | what difference could this test have seen? | minimum_detectable_difference                 |
 | do two published scores differ?            | two_proportion (unpaired: needs far more)     |
@@ -38,9 +38,9 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
-    """Two-sided p value of McNemar's test: of the n problems that one run alone solves, does either run have too many?
+    """Two-sided p value of McNemar's test: of the n problems that only one run solves, does either run have too many?
 
-    p = min(1, 2 P[Binomial(n, 1/2) <= min(only_a, only_b)]). No such problem gives 1.
+    p = min(1, 2 P[Binomial(n, 1/2) <= min(only_a, only_b)]). With no such problem, p = 1.
 
     Raises:
         ValueError: a count that is not an integer of 0 or more.
@@ -59,10 +59,10 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
 
 
 def two_proportion(correct_a: int, total_a: int, correct_b: int, total_b: int) -> float:
-    """Two-sided p value of the pooled z test between two scores on unpaired problems: all that two published numbers
-    allow.
+    """Two-sided p value of the pooled z test between two scores on unpaired problems.
 
-    The same as Pearson's chi-square test of the table, without continuity correction.
+    This is all that two published numbers allow. It is the same as Pearson's chi-square test of the table, without
+    continuity correction.
 
     >>> round(two_proportion(913, 1319, 954, 1319), 2)  # 69.2 and 72.3 on GSM8K
     0.08
@@ -80,10 +80,10 @@ def two_proportion(correct_a: int, total_a: int, correct_b: int, total_b: int) -
 def bootstrap_difference(
     a: Sequence[float], b: Sequence[float], repeats: int = 10_000, seed: int = 0, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile interval of mean(b) - mean(a) when problems are redrawn with replacement, both runs on the same draw.
+    """Percentile interval of mean(b) - mean(a) when problems are resampled, with the same draw for both runs.
 
     Args:
-        a, b: one score a problem (0 or 1, or a mean over samples), in the same order.
+        a, b: one score per problem (0 or 1, or a mean over samples), in the same order.
 
     Redrawing n pairs is a multinomial draw over the distinct differences, so 10,000 repeats take milliseconds where
     scipy.stats.bootstrap would hold all draws.

@@ -1,6 +1,6 @@
 """Which values a setting may take: its type, its range and its choices.
 
-A dataclass states the allowed values where it declares the field, and says below it what the field means:
+A dataclass states the allowed values where it declares the field, and explains the field underneath:
 
     mce_weight: float = setting(1.0, at_least=0)
     \"\"\"Weight of the MCE term; 0 trains on cross-entropy alone.\"\"\"
@@ -28,20 +28,24 @@ from matrix_llm.base.errors import RecipeError
 
 @dataclass(frozen=True)
 class Range:
-    """The finite numbers between some bounds.
+    """A range of finite numbers.
 
     >>> 1.0 in Range(at_least=0, below=1), str(Range(at_least=0, below=1))
     (False, 'at least 0 and below 1')
     """
 
     above: float | None = None
+    """Lower bound, excluded; None: no such bound."""
     at_least: float | None = None
+    """Lower bound, included; None: no such bound."""
     below: float | None = None
+    """Upper bound, excluded; None: no such bound."""
     at_most: float | None = None
+    """Upper bound, included; None: no such bound."""
     or_else: float | None = None
-    """One number outside the bounds that is allowed too."""
+    """One number outside the bounds that is also allowed."""
     note: str = ""
-    """Said after the bounds in an error: where they come from, or what `or_else` means."""
+    """Added after the bounds in an error message: where they come from, or what `or_else` means."""
 
     def __contains__(self, number: float) -> bool:
         if number == self.or_else:
@@ -70,7 +74,7 @@ _POSITIVE, _NOT_NEGATIVE, _COUNT = Range(above=0), Range(at_least=0), Range(at_l
 _FRACTION = Range(at_least=0, below=1)
 
 # transformers.TrainingArguments and trl.SFTConfig declare these without a range, and would accept any number.
-# The table is here, and not in config.py, because image recipes are checked against it too.
+# The table is here rather than in config.py because image recipes are checked against it too.
 INHERITED_RANGES = {
     # steps and batches
     "num_train_epochs": _POSITIVE,
@@ -151,7 +155,7 @@ def type_name(kind: Any) -> str:
 
 
 def _parse_word(word: str, cls: Any, text_allowed: bool) -> Any:
-    """A word of the command line as a value of `cls`, in YAML; it stays a text if that is allowed and more likely."""
+    """Parse a command-line word as YAML into `cls`; keep it as text where text is allowed and more likely."""
     if cls in (list, tuple) and not word.startswith("["):
         if text_allowed and not re.fullmatch(r"[\w.-]+(, *[\w.-]+)+", word):
             return word
@@ -166,7 +170,7 @@ def _convert(value: Any, kind: Any, from_text: bool, text_allowed: bool) -> Any:
     cls = _class_of(kind)
     if from_text and cls in (bool, dict, list, tuple, type(None)):
         value = _parse_word(value, cls, text_allowed)
-    # YAML 1.1 reads 2e-5 as a text, so a text that spells a number is taken as one where a number is wanted.
+    # YAML 1.1 reads 2e-5 as text, so text that spells a number is accepted where a number is wanted.
     if cls is int and isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value):
         return int(value)
     if cls is float and (isinstance(value, str) or type(value) in (int, float)):
@@ -185,10 +189,10 @@ def _convert(value: Any, kind: Any, from_text: bool, text_allowed: bool) -> Any:
 
 
 def check_value(key: str, value: Any, field: dataclasses.Field, annotation: Any, *, from_text: bool = False) -> Any:
-    """The value in the type that `annotation` asks for, within the range and the choices of the field.
+    """Convert a value to the type that `annotation` asks for, and check it against the field's range and choices.
 
     Args:
-        from_text: the value is a word of the command line, not yet parsed.
+        from_text: the value is a command-line word that has not been parsed yet.
 
     Raises:
         RecipeError: another type, out of range, or not among the choices.
@@ -229,7 +233,7 @@ def check_value(key: str, value: Any, field: dataclasses.Field, annotation: Any,
 def check_fields(settings: Any) -> None:
     """Convert and check the fields of a dataclass that were declared with `setting`, in place.
 
-    Settings of a recipe have been checked before; this is for those given in Python.
+    Settings from a recipe have already been checked; this is for those given in Python.
     """
     annotations = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):

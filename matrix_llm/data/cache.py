@@ -1,4 +1,4 @@
-"""Keep on disk what has been read or tokenised once, under a key made of everything it depends on.
+"""Cache on disk what has been read or tokenised once, under a key made from everything it depends on.
 
     <HF_DATASETS_CACHE>/matrix_llm/rows-<key>/rows.arrow         the checked rows of one source
                                    tokenizer-<key>/              a tokenizer trained on them
@@ -6,9 +6,9 @@
                                    leakage-<key>/report.json     what leakage_check found
 
 The key covers the bytes of the rows' files, the tokenizer, the settings, the versions of the libraries, and the code of
-this package that decides what rows and tokens are: change any of them, and the key changes. A folder is built under a
-temporary name and renamed when it is complete, so a run that is killed leaves nothing that a later one would take for
-data, and two runs that build the same folder do not disturb each other. Folders are safe to delete between runs.
+this package that decides how rows become tokens: change any of them, and the key changes. A folder is built under a
+temporary name and renamed when it is complete, so a killed run leaves nothing that a later one could mistake for
+data, and two runs that build the same folder do not disturb each other. Folders can be deleted safely between runs.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ import datasets
 from matrix_llm.base.errors import DataError
 
 LIBRARIES = ("datasets", "tokenizers", "transformers", "trl")  # their versions are read without importing them
-CODE = ("data/*.py", "model/load.py")  # this room, and what trains and loads tokenizers
+CODE = ("data/*.py", "model/load.py")  # this room, and the code that trains and loads tokenizers
 BUILDING = ".building-"
-ABANDONED = 24 * 3600  # seconds after which an unfinished folder is taken to be that of a killed run
-# Names and paths, and what the last call set: none of these decides what the tokens of a row are
+ABANDONED = 24 * 3600  # seconds after which an unfinished folder is assumed to belong to a killed run
+# Names, paths and leftovers of the last call: none of these affects the tokens of a row
 IRRELEVANT = {
     "tokenizer_config.json": ("name_or_path", "tokenizer_file"),
     "tokenizer.json": ("padding", "truncation"),
@@ -40,7 +40,7 @@ IRRELEVANT = {
 
 
 def cache_root() -> Path | None:
-    """The folder of everything that is cached, or None where it cannot be written. HF_DATASETS_CACHE moves it."""
+    """The cache folder, or None if it cannot be written. HF_DATASETS_CACHE moves it."""
     root = Path(datasets.config.HF_DATASETS_CACHE) / "matrix_llm"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def cache_root() -> Path | None:
 
 @cache
 def code_digest(package: Path = Path(__file__).parents[1]) -> str:
-    """A digest of the libraries' versions and of the files of `package` that decide what rows and tokens are."""
+    """A digest of the libraries' versions and of the files of `package` that decide how rows become tokens."""
     digest = hashlib.sha256(repr([version(name) for name in LIBRARIES]).encode())
     for path in sorted(path for pattern in CODE for path in package.glob(pattern)):
         digest.update(path.name.encode() + path.read_bytes())
@@ -72,7 +72,7 @@ def key_of(*parts: Any) -> str:
 
 
 def tokenizer_key(tokenizer: Any) -> str:
-    """A digest of everything that save_pretrained writes of vocabulary, rules, special tokens and templates."""
+    """A digest of what save_pretrained writes: vocabulary, rules, special tokens and templates."""
     digest = hashlib.sha256(type(tokenizer).__name__.encode())
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -108,7 +108,7 @@ def cached_folder(root: Path, name: str, build: Callable[[Path], None]) -> Path:
         try:
             os.rename(building, final)
         except OSError:
-            if not final.is_dir():  # if it is, another process was first, and its folder is as good
+            if not final.is_dir():  # if it is, another process was first, and its folder is just as good
                 raise
     except OSError as error:
         raise DataError(

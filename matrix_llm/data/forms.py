@@ -1,4 +1,4 @@
-"""Make a checked `Row` of the object that a file holds. Only this module knows the forms in which data sets write rows.
+"""Turn an object from a file into a checked `Row`. Only this module knows the forms in which data sets write rows.
 
     {"query": "1 + 1?", "response": "2", "type": "x"}      ->  Row(layout="template", question="1 + 1?", answer="2")
     {"question": "1 + 1?", "answer": "#### 2"}             ->  Row(layout="template", question="1 + 1?",
@@ -7,7 +7,7 @@
     {"text": "Two is even."}                               ->  Row(layout="text", answer="Two is even.")
     {"messages": [{"role": "user", "content": "Hi"}, ..]}  ->  Row(layout="chat", messages=[...])
 
-To add a form, write a function that makes a `Row` of such an object, and give it one entry in FORMS.
+To add a form, write a function that turns such an object into a `Row`, and add it to FORMS.
 """
 
 import re
@@ -27,13 +27,13 @@ class Row:
     question: str = ""
     """What the model is asked; empty for "text" and "chat"."""
     answer: str = ""
-    """What the model is trained to write; for "text", all of the row; empty for "chat"."""
+    """What the model is trained to write; for "text", the entire row; empty for "chat"."""
     messages: list[dict[str, str]] | None = None
-    """For "chat": {"role", "content"} of each turn, the assistant's being what is trained."""
+    """For "chat": {"role", "content"} of each turn; only the assistant's turns are trained."""
 
     @property
     def asked(self) -> str:
-        """The part to compare with test questions: the question, what the user says, or a text as a whole."""
+        """The part to compare with test questions: the question, the user's messages, or the full text."""
         if self.messages is not None:
             return "\n".join(message["content"] for message in self.messages if message["role"] == "user")
         return self.question or self.answer
@@ -55,18 +55,18 @@ class Form:
     fields: tuple[str, ...]
     """Every row must have these; others are ignored."""
     parse: Callable[[dict[str, Any], str], Row]
-    """Makes the row of an object that has the fields; the text says where the object stands, for error messages."""
+    """Makes a row from an object that has the fields; its second argument is the object's place, for error messages."""
 
 
 def parse_row(found: Any, where: str, form: str | None = None) -> Row:
-    """The row that the object `found` stands for.
+    """The row that the object `found` represents.
 
     Args:
         where: the object's place, which opens every error message: "data/train.jsonl line 3".
-        form: a key of FORMS, whose fields the object must have; None takes the first form that it fits.
+        form: a key of FORMS, whose fields the object must have; None takes the first form that fits.
 
     Raises:
-        DataError: the object does not have the form, or a field is not usable.
+        DataError: the object does not have this form, or a field cannot be used.
 
     >>> parse_row({"query": "1 + 1?", "response": "2", "type": "GSM_Rephrased"}, "a.jsonl line 1")
     Row(layout='template', question='1 + 1?', answer='2', messages=None)
@@ -133,7 +133,7 @@ def _conversation(found: dict[str, Any], where: str) -> Row:
     return Row("chat", messages=checked)
 
 
-FORMS: dict[str, Form] = {  # in order of precedence: a row that fits several has the first
+FORMS: dict[str, Form] = {  # in order of precedence: a row that fits several takes the first
     "messages": Form(("messages",), _conversation),
     "prompt/completion": Form(("prompt", "completion"), _prompt_completion),
     "query/response": Form(("query", "response"), _query_response),  # MetaMathQA
@@ -142,7 +142,7 @@ FORMS: dict[str, Form] = {  # in order of precedence: a row that fits several ha
 }
 
 
-# --- what the forms share ---------------------------------------------------------------------------------------------
+# --- shared by the forms ----------------------------------------------------------------------------------------------
 
 
 def gsm8k_response(answer: str) -> str:

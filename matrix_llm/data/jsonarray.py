@@ -11,7 +11,7 @@ class ArrayError(ValueError):
     def __init__(self, message: str, count: int, line: int) -> None:
         super().__init__(message)
         self.count = count
-        """The value at fault, counted from 1."""
+        """Number of the faulty value, counted from 1."""
         self.line = line
         """Its line in the file."""
 
@@ -30,7 +30,7 @@ def iterate_array(file: TextIO, chunk: int) -> Iterator[Any]:
     while buffer.isspace() and (more := file.read(chunk)):
         buffer += more
     place = buffer.index("[") + 1  # where in the buffer the next value is looked for
-    count, lines, at_end = 1, 1, False  # lines: those already taken off the buffer
+    count, lines, at_end = 1, 1, False  # lines: those already removed from the buffer
     while True:
         while place < len(buffer) and buffer[place] in " \t\r\n,":
             place += 1
@@ -47,7 +47,7 @@ def iterate_array(file: TextIO, chunk: int) -> Iterator[Any]:
             yield value
             place, count = end, count + 1
         else:
-            # Read at least as much as is left, so that a value much longer than a chunk is not decoded once per chunk
+            # Read at least as much as the buffer holds: otherwise a very long value would be decoded once per chunk
             more = file.read(max(chunk, len(buffer) - place))
             lines += buffer.count("\n", 0, place)
             buffer, place, at_end = buffer[place:] + more, 0, not more

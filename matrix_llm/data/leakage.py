@@ -1,7 +1,7 @@
-"""Which training rows hold test questions: equal up to how they are written, or sharing many of a question's word
+"""Which training rows contain test questions: equal up to spelling, or sharing many of a question's word
 n-grams.
 
-Templates share n-grams too, so rows found by n-grams are to be read. The comparison itself is
+Templates share n-grams too, so rows found by n-grams need to be read by a person. The comparison itself is in
 `matrix_llm.data.questions`.
 """
 
@@ -19,15 +19,16 @@ LISTED = 20  # training rows described in a report
 
 @dataclass
 class LeakageReport:
-    """Which training rows hold test questions."""
+    """Which training rows contain test questions."""
 
     sources: list[str]
-    """The test sets, as they were named."""
+    """The test sets, as the recipe names them."""
     n: int
     """Words in an n-gram."""
     share: float
-    """A row at or above this share of a question's n-grams is leaked; above 0, at most 1."""
+    """A row with at least this share of a question's n-grams counts as leaked; above 0, at most 1."""
     test_questions: int
+    """Number of test questions."""
     too_short: int
     """Test questions of fewer than n words: only an equal row can be found."""
     rows: int = 0
@@ -39,9 +40,9 @@ class LeakageReport:
     leaked: list[int] = field(default_factory=list)
     """Row ids, as in the error messages of training, of rows that are equal or at or above `share`."""
     questions: int = 0
-    """Test questions that some leaked row holds."""
+    """Test questions that at least one leaked row contains."""
     examples: list[dict[str, Any]] = field(default_factory=list)
-    """Of the first LISTED leaked rows: the row, the test question it shares most with, and how much."""
+    """For the first LISTED leaked rows: the row, the test question it shares most with, and how much."""
 
     def lines(self) -> list[str]:
         return [
@@ -60,7 +61,7 @@ class LeakageReport:
 
 
 def find_leaks(rows: Iterable[str], index: QuestionIndex, sources: list[str], share: float = SHARE) -> LeakageReport:
-    """Training rows whose question is a test question, or holds at least `share` of one's distinct n-grams.
+    """Training rows whose question is a test question, or contains at least `share` of one's distinct n-grams.
 
     >>> report = find_leaks(["1 + 2?", "what is $1+1$?"], QuestionIndex([("t", "What is 1 + 1?")]), ["t.jsonl"])
     >>> report.leaked, report.exact, report.examples

@@ -1,4 +1,4 @@
-"""Prompt templates, as constants. Standard library only, so that evaluation scripts can import them at no cost."""
+"""Prompt templates, as constants. Standard library only, so that evaluation scripts can import them cheaply."""
 
 import difflib
 
@@ -6,7 +6,7 @@ from matrix_llm.base.errors import RecipeError
 
 PLACEHOLDER = "{instruction}"
 
-# "metamath" is byte for byte the prompt that the MetaMath authors train with: Alpaca's, without the input field and
+# "metamath" is, byte for byte, the prompt that the MetaMath authors train with: Alpaca's, without the input field and
 # without a space after the last colon.
 PROMPT_TEMPLATES: dict[str, str] = {
     "metamath": (
@@ -24,7 +24,7 @@ def resolve_template(template: str) -> str:
     """The text of a template.
 
     Args:
-        template: a key of PROMPT_TEMPLATES, or a text of its own that contains {instruction} once.
+        template: a key of PROMPT_TEMPLATES, or a custom template that contains {instruction} once.
 
     Raises:
         RecipeError: it is neither.
@@ -51,7 +51,7 @@ def resolve_template(template: str) -> str:
 
 
 def format_prompt(template: str, instruction: str) -> str:
-    """`template` with `instruction` in its place. The text is replaced, not formatted, so the braces of LaTeX survive.
+    """`template` with `instruction` filled in. The text is replaced, not formatted, so LaTeX braces survive.
 
     >>> format_prompt("plain", "Is \\\\frac{1}{2} > 0?")
     'Question: Is \\\\frac{1}{2} > 0?\\nAnswer:'

@@ -1,13 +1,12 @@
-r"""Questions, compared: a normal form that undoes differences of writing, and an index of test questions by it and by
+r"""Comparing questions: a normal form that undoes differences in spelling, and an index of test questions by it and by
 n-grams.
 
     index = QuestionIndex([("gsm8k/1", "Ana buys 3 pens ...")])     # the test side, held in memory
-    index.match("Ana buys  3 pens ...")                             # one training row after another: none of them is
-    kept
+    index.match("Ana buys  3 pens ...")                             # training rows, one at a time; none is stored
 
-The normal form undoes differences of writing (Unicode forms, white space, case, LaTeX spacing, braces, math
-delimiters) and none of meaning: signs, digits, points and letters stay. Stripping all punctuation would call 22.5 and
-225 the same.
+The normal form undoes differences in spelling (Unicode forms, white space, case, LaTeX spacing, braces, math
+delimiters) but none in meaning: signs, digits, points and letters stay. Stripping all punctuation would make 22.5 and
+225 equal.
 
 `matrix_llm.data.leakage` and `eval/contamination.py` report what is found. Standard library only.
 """
@@ -18,7 +17,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# The first of these that a row holds is its question
+# A row's question is the first of these fields that it has
 FIELDS = ("problem", "question", "query", "instruction", "prompt", "messages", "text")
 NGRAM = 13  # words, as GPT-3's check used
 
@@ -45,12 +44,12 @@ TOKEN = r"([0-9a-zA-Z]|\\[a-zA-Z]+(?![a-zA-Z]))"
 FRAC_TWO = re.compile(rf"\\frac\s*(?:{TOKEN}|\{{([^{{}}]*)\}})\s*(?:{TOKEN}|\{{([^{{}}]*)\}})")
 ARGUMENT = re.compile(rf"(\\sqrt|[\^_])\s*{TOKEN}")
 GROUP = re.compile(r"(?<![a-zA-Z\]}^_\\])\{(\\?[a-zA-Z]+|\d+|[^\w\s{}\\])\}")
-# White space has a meaning between two letters, between two digits, and between a command and a letter
+# White space matters between two letters, between two digits, and between a command and a letter
 SPACE = re.compile(r"(?<=[^\W\d_])\s+(?=[^\W\d_])|(?<=[\d.])\s+(?=\d)|(\s+)")
 
 
 def normalise(text: str) -> str:
-    r"""The form in which two writings of one question are equal, and two questions are not.
+    r"""A form in which two spellings of one question are equal, and two different questions are not.
 
     >>> normalise(r"Let $x^{2} + \dfrac 12 = \left( 3 \right)\,$.") == normalise(r"let $$x^2+\frac{1}{2}=(3)$$.")
     True
@@ -89,7 +88,7 @@ WORD = re.compile(r"[-+=<>]?(?:\d+(?:[.,]\d+)*|[^\W\d_]+)")
 
 
 def words(normal: str) -> list[str]:
-    """Numbers and runs of letters of a normal form, each with the sign before it; other marks do not count for n-grams.
+    """The numbers and words of a normal form, each with the sign before it; other marks do not count for n-grams.
 
     >>> words(normalise("He has $2.5 = x_1 - 3$ Apples."))
     ['he', 'has', '2.5', '=x', '1', '-3', 'apples']
@@ -159,13 +158,13 @@ class Match:
     """{question: share of its distinct n-grams that the text holds}, above 0."""
 
     def at_least(self, share: float) -> dict[int, float]:
-        """{question: its share}, or 1 if it is equal, of those that are equal or reach `share`."""
+        """{question: its share, or 1 if equal} for those that are equal or reach `share`."""
         found = {question: part for question, part in self.shares.items() if part >= share}
         return found | dict.fromkeys(self.equal, 1.0)
 
 
 def question_of(row: Mapping[str, Any], fields: Collection[str] = FIELDS) -> str | None:
-    """The text under the first of `fields` that holds any; of messages, the first user message.
+    """The text of the first of `fields` that has any; for messages, the first user message.
 
     >>> question_of({"question": " ", "problem": "1 + 1?"})
     '1 + 1?'

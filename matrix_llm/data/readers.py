@@ -3,8 +3,8 @@
     Source("data/train.jsonl", max_rows=1000).read()   ->  ("data/train.jsonl line 1", {"query": ..., "type": ...}), ...
     Source("data/train.jsonl", max_rows=1000).rows()   ->  Row(question=...), ...
 
-Rows are read one at a time, so memory does not grow with the file. The readers of `datasets` are not used for local
-files, because their errors do not name the line.
+Rows are read one at a time, so memory does not grow with the file. `datasets`' own readers are not used for local
+files because their errors do not name the line.
 """
 
 import hashlib
@@ -27,10 +27,10 @@ from matrix_llm.data.forms import Row, detect_form, parse_row
 from matrix_llm.data.jsonarray import ArrayError, iterate_array
 
 ARRAY_CHUNK = 1 << 20  # characters of a JSON array that are decoded at a time
-PARQUET_BATCH = 10_000  # rows of a Parquet file that are held as Python objects at a time
+PARQUET_BATCH = 10_000  # rows of a Parquet file held as Python objects at a time
 SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
 
-Found = tuple[str, Any]  # where an object stands, for error messages, and the object
+Found = tuple[str, Any]  # an object's place, for error messages, and the object
 
 
 # --- one function for each type of file -------------------------------------------------------------------------------
@@ -92,11 +92,11 @@ READERS: dict[str, Callable[[Path], Iterator[Found]]] = {
 SUFFIXES = tuple(READERS)
 
 
-# --- where the rows of a name are -------------------------------------------------------------------------------------
+# --- from a source's name to its rows ---------------------------------------------------------------------------------
 
 
 def looks_local(name: str) -> bool:
-    """True for what can only be meant as a path: data/x.jsonl, ./folder, /folder, ~/folder. "org/name" is a Hub id."""
+    """True for what can only be a path: data/x.jsonl, ./folder, /folder, ~/folder. "org/name" is a Hub id."""
     return name.endswith(SUFFIXES) or name.startswith(("./", "../", "/", "~"))
 
 
@@ -120,7 +120,7 @@ def _files_in(folder: Path, split: str) -> list[Path]:
     split_of = {path: re.split(r"[-_.]", path.stem)[0] for path in files}
     chosen = [path for path in files if split_of[path] == split]
     others = sorted(set(split_of.values()) & set(SPLITS))
-    if not chosen and others:  # files of other splits must not be taken for this one
+    if not chosen and others:  # files of other splits must not be mistaken for this one
         raise DataError(
             f"{folder.absolute()} has files for {', '.join(others)}, but none for the split {split!r}. "
             "Name one of these splits, or give a file."
@@ -131,7 +131,7 @@ def _files_in(folder: Path, split: str) -> list[Path]:
 def _open_hub(name: str, config: str | None, split: str, streaming: bool = False) -> Any:
     try:
         return datasets.load_dataset(name, config, split=split, streaming=streaming)
-    # Offline, gated, no such data set, split or configuration: `datasets` raises one of these
+    # Offline, gated, or no such data set, split or configuration: `datasets` raises one of these
     except (OSError, ValueError, DatasetsError) as error:
         named = f"{name!r}" + (f" (configuration {config!r})" if config else "")
         raise DataError(
@@ -143,20 +143,20 @@ def _open_hub(name: str, config: str | None, split: str, streaming: bool = False
 
 @dataclass(frozen=True)
 class Source:
-    """Which rows to read. Nothing is read before read(), rows() or identity()."""
+    """Which rows to read. Nothing is read until read(), rows() or identity() is called."""
 
     name: str
     """"builtin", a file, a folder, or a Hub id."""
     config: str | None = None
     """The configuration of a Hub data set, such as "main" of openai/gsm8k."""
     split: str = "train"
-    """Chooses among a folder's files, a Hub data set's splits, and the generator's two sets of problems."""
+    """Selects a folder's files, a Hub data set's split, or one of the generator's two sets of problems."""
     max_rows: int | None = None
-    """Only this many rows from the start, at least 1; None reads all."""
+    """Read only this many rows from the start, at least 1; None reads all."""
     builtin_rows: int = 20_000
     """How many problems "builtin" generates, at least 1."""
     seed: int = 42
-    """Of "builtin"; the first n problems of a seed do not depend on how many are generated."""
+    """Seed of "builtin"; the first n problems of a seed do not depend on how many are generated."""
 
     def __str__(self) -> str:
         return f"{self.name} (split {self.split})" if local_path(self.name) is None else self.name
@@ -200,10 +200,10 @@ class Source:
             yield f"builtin row {number}", {name: getattr(problem, name) for name in wordproblems.COLUMNS}
 
     def rows(self, *, streaming: bool = False) -> Iterator[Row]:
-        """The rows, checked. The first one decides the form, and every other must have the same.
+        """The rows, checked. The first row decides the form, and all others must have the same.
 
         Raises:
-            DataError: a row is not usable (the message gives its file and line), or there are no rows at all.
+            DataError: a row cannot be used (the message gives its file and line), or there are no rows.
         """
         form = None
         for where, found in self.read(streaming=streaming):

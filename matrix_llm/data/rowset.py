@@ -1,4 +1,4 @@
-"""The rows of one source: read once, kept as Arrow in the cache where there is one, and tokenised from there."""
+"""The rows of one source: read once, stored as Arrow in the cache if there is one, and tokenised from there."""
 
 import itertools
 from collections.abc import Iterator
@@ -23,15 +23,15 @@ SCHEMA = pa.schema(
     }
 )
 WRITE_CHUNK = 10_000  # rows held as Python objects while the table is written
-READ_CHUNK = 1000  # rows fetched at a time: memory-mapped rows cost more to fetch one by one
+READ_CHUNK = 1000  # rows fetched at a time: fetching memory-mapped rows one by one costs more
 
 
 class RowSet:
-    """Iterable of the rows of a source, any number of times.
+    """The rows of a source, which can be iterated over any number of times.
 
     Args:
         root: the cache folder, or None to keep the rows in memory.
-        streaming: read the source again for each iteration, and keep nothing.
+        streaming: read the source again for each iteration, and store nothing.
     """
 
     def __init__(self, source: Source, root: Path | None, *, streaming: bool = False) -> None:
@@ -68,7 +68,7 @@ class RowSet:
 
     @cached_property
     def layout(self) -> str:
-        """The layout of the first row, which is that of all."""
+        """The layout of the first row, which all rows share."""
         return next(iter(self)).layout
 
     def texts(self, prompt_template: str, separator: str) -> Iterator[str]:
@@ -78,7 +78,7 @@ class RowSet:
     def tokens(
         self, encoder: Encoder, name: str, *, count: int | None = None, num_proc: int | None = None
     ) -> datasets.Dataset:
-        """The tokens of the first `count` rows, or of all; made on the first call for these settings, then found."""
+        """The tokens of the first `count` rows, or of all; computed once for these settings, then cached."""
         table = self.table
         if count is not None and count < len(table):
             table = table.select(range(count))

@@ -1,9 +1,9 @@
 """Which tokenised rows can be trained on, and a report of what became of the others.
 
-- too long: longer than max_length; dropped, cut or refused, as `too_long` says
-- without a trained token: the prompt alone fills max_length, or the assistant says nothing; dropped, since such a row
+- too long: longer than max_length; dropped, cut or refused, depending on `too_long`
+- without a trained token: the prompt alone fills max_length, or the assistant is silent; dropped, since such a row
   has no loss
-- leaked: its question is a test question (leakage.py), and the recipe says `leakage: drop`
+- leaked: its question is a test question (leakage.py), and the recipe has `leakage: drop`
 """
 
 from collections.abc import Collection
@@ -18,7 +18,7 @@ from matrix_llm.data.tokens import MEASURES, Encoder
 
 @dataclass
 class DataReport:
-    """What became of the rows; printed before training, so that nothing is dropped or cut in silence."""
+    """What became of the rows; printed before training, so that nothing is dropped or cut silently."""
 
     name: str
     """ "train" or "held out"."""
@@ -31,11 +31,11 @@ class DataReport:
     truncated: int
     """Rows cut to max_length and kept, with too_long: truncate."""
     dropped_all_masked: int
-    """Rows dropped because no label of theirs is trained."""
+    """Rows dropped because none of their labels is trained."""
     tokens: int
-    """Tokens of the rows kept, after the cut."""
+    """Tokens in the rows kept, after the cut."""
     trained_tokens: int
-    """Labels that are predicted, of the rows kept."""
+    """Labels in the rows kept that are predicted."""
     longest: int
     """Tokens of the longest row read, before any cut."""
     mean_length: float
@@ -43,9 +43,11 @@ class DataReport:
     mean_read: float = 0.0
     """Tokens per row read, before any cut."""
     p50: int = 0
-    """Half of the rows read are no longer than this, before any cut; p90 and p99 likewise."""
+    """Median length of the rows read, before any cut."""
     p90: int = 0
+    """90 % of the rows read are no longer than this, before any cut."""
     p99: int = 0
+    """99 % of the rows read are no longer than this, before any cut."""
     dropped_leaked: int = 0
     """Rows dropped because their question is a test question."""
     sampled: bool = False
@@ -82,11 +84,11 @@ class Verdicts:
     is_dropped: np.ndarray
     """Over, and too_long is "drop"."""
     is_masked: np.ndarray
-    """Not dropped for its length, but without a trained token."""
+    """Not dropped for its length, but without any trained token."""
 
 
 def judge(lengths: np.ndarray, trained: np.ndarray, encoder: Encoder) -> Verdicts:
-    """Decides by the MEASURES of each row.
+    """Decide from the MEASURES of each row.
 
     Args:
         lengths, trained: (rows,), integers.
@@ -104,7 +106,7 @@ def drop_unusable(
 
     Args:
         tokens: as `tokenise` returns them.
-        name: opens each line of the report and each error message.
+        name: starts each line of the report and each error message.
         leaked: row ids to drop in any case.
 
     Raises:
@@ -113,7 +115,7 @@ def drop_unusable(
     lengths, trained = tokens.data.column("length").to_numpy(), tokens.data.column("trained").to_numpy()
     max_length, too_long = encoder.max_length, encoder.too_long
 
-    # 1. Which rows go, each counted for one reason only: leaked, else too long, else masked
+    # 1. Which rows to drop, each counted for one reason only: leaked, else too long, else masked
     verdicts = judge(lengths, trained, encoder)
     if verdicts.is_over.any() and too_long == "error":
         first = int(verdicts.is_over.argmax())
@@ -156,6 +158,6 @@ def drop_unusable(
         dropped_leaked=len(leaked),
     )
 
-    # 3. The rows; selecting all of them would only add a table of indices
+    # 3. The rows that stay; selecting all of them would only add a table of indices
     tokens = tokens.remove_columns([*MEASURES])
     return (tokens if len(kept) == len(lengths) else tokens.select(kept)), report

@@ -1,9 +1,9 @@
-"""Tokenise rows while training on them: nothing is kept on disk, and training starts after one buffer of rows.
+"""Tokenise rows during training: nothing is stored on disk, and training starts after one buffer of rows.
 
     pass 1: rows 0 .. n-1, read in order, shuffled through a buffer -> tokens -> those that can be trained on
     pass 2: the same rows, shuffled in another order; and so on without end, so a run that streams needs max_steps
 
-The order depends on the seed alone. Every rank reads the whole stream and takes its own batches from it (accelerate's
+The order depends on the seed alone. Every rank reads the full stream and takes its own batches from it (accelerate's
 IterableDatasetShard), so all ranks have the same number of batches. A resumed run reads the stream again and skips the
 batches it has already trained on.
 """
@@ -23,17 +23,17 @@ from matrix_llm.data.readers import Source
 from matrix_llm.data.selection import DataReport, drop_unusable, judge
 from matrix_llm.data.tokens import FEATURES, Encoder
 
-SAMPLE = 1000  # first rows, measured before training starts
+SAMPLE = 1000  # rows at the start that are measured before training
 BATCH = 100  # rows tokenised at a time
 
 Item = TypeVar("Item")
 
 
 def shuffle_through_buffer(items: Iterable[Item], size: int, rng: random.Random) -> Iterator[Item]:
-    """Yields the items in a random order, holding `size` of them: each new one replaces a randomly chosen one.
+    """Yield the items in a random order, holding `size` of them: each new item replaces a randomly chosen one.
 
-    The shuffle of datasets.IterableDataset is not used, because it loses what its buffer held when it is resumed. Here
-    a resumed run repeats every draw, and continues exactly as the unbroken one would.
+    datasets.IterableDataset's shuffle is not used because it loses the contents of its buffer when it is resumed. Here
+    a resumed run repeats every draw, and continues exactly as an uninterrupted one would.
 
     >>> list(shuffle_through_buffer(range(5), 1, random.Random(0)))
     [0, 1, 2, 3, 4]
@@ -55,18 +55,18 @@ def shuffle_through_buffer(items: Iterable[Item], size: int, rng: random.Random)
 
 @dataclass
 class TokenStream:
-    """An endless iterable of {"input_ids", "labels", "row_id"}: one pass over the source after another."""
+    """An endless iterable of {"input_ids", "labels", "row_id"}: passes over the source, one after another."""
 
     source: Source
     """The rows; `row_id` is their index in reading order."""
     encoder: Encoder
     """Turns them into tokens."""
     seed: int
-    """Decides the order, together with the number of the pass."""
+    """Together with the number of the pass, decides the order."""
     buffer: int
-    """Rows held for shuffling, at least 1; 1 keeps the order of the file."""
+    """Size of the shuffle buffer in rows, at least 1; 1 keeps the order of the file."""
     leaked: frozenset[int] = frozenset()
-    """Ids of rows to leave out."""
+    """Ids of rows to skip."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for number in itertools.count(1):
@@ -88,7 +88,7 @@ class TokenStream:
                     f"row {row_ids[first] + 1} of {self.source} is {encoded['length'][first]} tokens long, "
                     f"over max_length={self.encoder.max_length}. Raise max_length, or set too_long to drop or truncate."
                 )
-            # 2. Hand them out
+            # 2. Yield them
             for place in np.flatnonzero(~(verdicts.is_dropped | verdicts.is_masked)):
                 yield {name: encoded[name][place] for name in FEATURES}
             read += len(chunk)
@@ -107,7 +107,7 @@ class TokenStream:
             )
 
     def sample(self, name: str) -> tuple[datasets.Dataset, DataReport]:
-        """The first rows, tokenised, and their measures: what a plan can know of a stream.
+        """The first rows, tokenised, and a report on them: all that a plan can know about a stream.
 
         Raises:
             DataError: none of them can be trained on.
@@ -125,6 +125,6 @@ class TokenStream:
 
 
 def _as_arrays(stream: TokenStream) -> Iterator[dict[str, Any]]:
-    """The rows as int32 arrays: `datasets` would check a list of Python integers one by one."""
+    """The rows as int32 arrays: `datasets` would check the integers of a Python list one by one."""
     for row in stream:
         yield {name: np.asarray(value, np.int32) if isinstance(value, list) else value for name, value in row.items()}

@@ -1,4 +1,4 @@
-"""From checked rows to token ids and labels. Nothing is dropped here: see selection.py for that.
+"""From checked rows to token ids and labels. Nothing is dropped here; that is done in selection.py.
 
     Row(question="1 + 1?", answer="The answer is: 2"), prompt_template "plain"
         -> input_ids  [<s>, "Question", ":", " 1", ..., "Answer", ":",  " The", " answer", " is", ":", " ", "2", </s>]
@@ -31,7 +31,7 @@ from matrix_llm.base.values import check_choice
 from matrix_llm.data.forms import Row, rows_from_columns
 from matrix_llm.data.prompts import format_prompt, resolve_template
 
-IGNORED = -100  # a label that no loss counts
+IGNORED = -100  # the label of positions that no loss counts
 IDS = datasets.List(datasets.Value("int32"))  # half of int64: MetaMathQA's 395,000 rows are 100 million ids, twice
 FEATURES = {"input_ids": IDS, "labels": IDS, "row_id": datasets.Value("int32")}
 MEASURES = {"length": datasets.Value("int32"), "trained": datasets.Value("int32")}
@@ -44,7 +44,7 @@ def row_texts(row: Row, prompt_template: str = "metamath", separator: str = " ")
     """(prompt, continuation): the two texts of a row that are tokenised; the prompt is what inference starts from.
 
     Args:
-        separator: put between a template's prompt and the answer, unless there is white space already.
+        separator: goes between a template's prompt and the answer, unless there is white space already.
 
     >>> row_texts(Row(question="1 + 1?", answer="2"), "plain")
     ('Question: 1 + 1?\\nAnswer:', ' 2')
@@ -67,12 +67,12 @@ def row_texts(row: Row, prompt_template: str = "metamath", separator: str = " ")
 
 
 class Continuation:
-    """Tokenises a text that follows another, so that decoding the two together gives back exactly their concatenation.
+    """Tokenises text that follows other text, so that decoding the two together gives exactly their concatenation.
 
-    Encoding " 2" alone is right for byte-level BPE. Llama-style tokenizers put a space of their own in front of a text
-    ("▁▁2", two spaces): there " 2" is encoded as "2", and "2" is encoded behind an anchor that is then removed from the
-    ids, a line break, or a control character where the line break merges with what follows. Which way works is found by
-    trying, once per tokenizer.
+    Encoding " 2" alone is right for byte-level BPE. Llama-style tokenizers put an extra space in front of a text
+    ("▁▁2", two spaces). For them, " 2" is encoded as "2", and "2" is encoded after an anchor whose ids are then
+    removed: a line break, or a control character where the line break merges with what follows. Which way works is
+    found by trying, once per tokenizer.
     """
 
     ANCHORS = ("\n", "\x01")
@@ -95,7 +95,7 @@ class Continuation:
             decoded = self.tokenizer.decode(before + way([text])[0], clean_up_tokenization_spaces=False)
             if decoded.endswith("A:" + text):
                 return way
-        return self._encode  # a word-level tokenizer, which loses spaces in any case
+        return self._encode  # a word-level tokenizer, which loses spaces anyway
 
     def _encode(self, texts: list[str]) -> list[TokenIds]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
@@ -131,7 +131,7 @@ class LayoutEncoder(Protocol):
 
 
 class PairEncoder:
-    """A prompt, which is not trained, and an answer, which is, with one end-of-text token behind it."""
+    """A prompt, which is not trained, and an answer, which is, followed by one end-of-text token."""
 
     def __init__(self, tokenizer: Any, prompt_template: str, separator: str) -> None:
         self.tokenizer, self.prompt_template, self.separator = tokenizer, prompt_template, separator
@@ -142,7 +142,7 @@ class PairEncoder:
     def encode(self, rows: Sequence[Row], row_ids: Sequence[int]) -> list[Labelled]:
         texts = [row_texts(row, self.prompt_template, self.separator) for row in rows]
         prompts = self.tokenizer([prompt for prompt, _ in texts])["input_ids"]
-        if self.appends_eos:  # in the middle of a row it would say that the text ends before the answer
+        if self.appends_eos:  # in the middle of a row it would mean that the text ends before the answer
             prompts = [_without_end(ids, self.tokenizer.eos_token_id) for ids in prompts]
         answers = self.continuation([answer for _, answer in texts])
         answers = [_with_end(ids, self.tokenizer.eos_token_id) for ids in answers]
@@ -152,7 +152,7 @@ class PairEncoder:
 
 
 class TextEncoder:
-    """A whole text, trained from its first token to the end-of-text token."""
+    """A text, trained from its first token to the end-of-text token."""
 
     settings = ("text",)
 
@@ -166,7 +166,7 @@ class TextEncoder:
 
 
 class ChatEncoder:
-    """A conversation, of which what the chat template marks with {% generation %} is trained: the assistant's turns."""
+    """A conversation. What the chat template marks with {% generation %}, the assistant's turns, is trained."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -195,7 +195,7 @@ class ChatEncoder:
 
 
 def _training_chat_template(tokenizer: Any) -> str | None:
-    """A chat template that marks the assistant's tokens: TRL's patched one, or None where the tokenizer's own does."""
+    """TRL's patched chat template that marks the assistant's tokens, or None if the tokenizer's own marks them."""
     if not tokenizer.chat_template:
         raise DataError(
             "the rows have `messages`, but the tokenizer has no chat template to lay them out. "
@@ -230,8 +230,8 @@ class Encoder:
     """Turns the rows of one source, which all have the same layout, into ids and labels of at most max_length.
 
     Args:
-        layout: of the rows, as in Row.layout.
-        max_length: in tokens; None is no limit.
+        layout: the layout of the rows, as in Row.layout.
+        max_length: in tokens; None means no limit.
         too_long: what happens to longer rows: "truncate" cuts their end; "drop" and "error" empty them here, and
             selection.py then drops or refuses them.
 
@@ -270,7 +270,7 @@ class Encoder:
         return (*self.layout.settings, self.max_length, self.too_long)
 
     def encode(self, rows: Sequence[Row], row_ids: Sequence[int]) -> dict[str, list]:
-        """The columns of FEATURES, and of MEASURES: `length` in tokens before any cut, `trained` labels after it."""
+        """The columns of FEATURES and MEASURES: `length` in tokens before any cut, `trained` labels after it."""
         out: dict[str, list] = {"input_ids": [], "labels": [], "row_id": list(row_ids), "length": [], "trained": []}
         for ids, labels in self.layout.encode(rows, row_ids):
             length = len(ids)
@@ -284,7 +284,7 @@ class Encoder:
         return out
 
     def encode_columns(self, columns: dict[str, list], row_ids: list[int]) -> dict[str, list]:
-        """`encode` for Dataset.map, which gives a batch of rows as columns named after the fields of `Row`."""
+        """`encode` for Dataset.map, which passes a batch of rows as columns named after the fields of `Row`."""
         return self.encode(rows_from_columns(columns), row_ids)
 
 
@@ -299,7 +299,7 @@ def tokenise(
     """The tokens of every row, including those that will be dropped.
 
     Args:
-        table: the columns are the fields of Row, in their order.
+        table: has the fields of Row as columns, in the same order.
         name: for the progress bar.
         num_proc: processes to tokenise with.
         file: the Arrow file to write and memory-map (with num_proc, one per process, named after it); None: in memory.
@@ -312,7 +312,7 @@ def tokenise(
         features=datasets.Features(FEATURES | MEASURES),
         num_proc=num_proc,
         cache_file_name=str(file) if file else None,
-        load_from_cache_file=False,  # cache.py decides what is still valid, by a key of its own
-        new_fingerprint="0" * 16,  # otherwise `datasets` hashes the tokenizer, slowly, for a name that nothing reads
+        load_from_cache_file=False,  # cache.py decides what is still valid, by its own key
+        new_fingerprint="0" * 16,  # otherwise `datasets` slowly hashes the tokenizer for a name that nothing reads
         desc=f"Tokenising {name}",
     )

@@ -1,6 +1,6 @@
 """Seeded grade-school word problems with step-by-step solutions, in the form of MetaMathQA.
 
-They let a run start with no download: data, tokenizer and a small model can all be made from this file alone.
+They let a run start without any download: data, tokenizer and a small model can all be made from this file alone.
 Each problem comes in one of MetaMathQA's four styles; here `change` with n=3 pens, p=4 dollars, m=20 dollars:
 
     GSM_AnsAug     Ana buys 3 pens at 4 dollars each and pays with 20 dollars. How many dollars are left?
@@ -13,7 +13,7 @@ Each problem comes in one of MetaMathQA's four styles; here `change` with n=3 pe
     The pens cost 3 * 4 = 12 dollars. The change is 20 - 12 = 8 dollars. The answer is: 8      (the first two)
     The pens cost 3 * 4 = 12 dollars. So x = 8 + 12 = 20. The answer is: 20                    (the last two)
 
-Train and test cannot meet: their people have different names, every query names somebody, and a stable hash of
+Train and test cannot overlap: their people have different names, every query names somebody, and a stable hash of
 (family, operands) gives each combination of numbers to one split only. Standard library only.
 
     python -m matrix_llm.data.wordproblems --count 20000 --seed 0 --split train --out train.jsonl
@@ -72,16 +72,24 @@ TEST_SHARE = 8  # one combination of numbers in this many belongs to the test sp
 
 @dataclass(frozen=True)
 class Problem:
-    """One row of MetaMathQA, and how it was made: `operands` in the order of the family's `ranges`, `unknown` is x."""
+    """One row in MetaMathQA's form, and how it was made."""
 
     query: str
+    """The question as it is asked."""
     response: str
+    """The solution step by step, ending in MetaMath's "The answer is: "."""
     type: str
+    """One of STYLES."""
     original_question: str
+    """The question before it was rephrased or turned backwards."""
     answer: str
+    """The final answer, a whole number."""
     family: str
+    """Name of the family that the story belongs to."""
     operands: tuple[int, ...]
+    """The numbers of the story, in the order of the family's `ranges`."""
     unknown: str | None
+    """The operand that is replaced by x; None for a forward question."""
 
 
 Step = tuple[str, str, str, str]  # (result, left, operator, right); the names are operands or earlier results
@@ -92,21 +100,23 @@ class Family:
     """A story whose numbers vary. Texts are format strings over the operands, {result}, {a}, {b} (people), {things}."""
 
     name: str
+    """Its name, which also enters the hash that decides the split."""
     ranges: dict[str, tuple[int, int]]
     """Inclusive bounds of each operand."""
     story: str
+    """The sentences that give the numbers."""
     question: str
     """`story` + `question` is the original question."""
     statement: str
-    """The question answered, for GSM_SV."""
+    """The question turned into a statement, for GSM_SV."""
     rephrased: tuple[str, ...]
-    """Whole questions that say the same in other words."""
+    """Complete questions that say the same in other words."""
     steps: tuple[Step, ...]
     """From the operands to `result`."""
     inverse: dict[str, tuple[Step, ...]]
-    """For each operand that may become x: from the others and `result` back to it."""
+    """For each operand that may become x: the steps from the others and `result` back to it."""
     wording: dict[str, tuple[str, ...]]
-    """Sentences for each intermediate result; {} is its equation. They hold forwards and backwards."""
+    """Sentences for each intermediate result; {} is its equation. They read correctly forwards and backwards."""
 
 
 FAMILIES = (
@@ -302,7 +312,7 @@ def _apply(left: int, operator: str, right: int) -> int | None:
 
 
 def _draw(family: Family, split: str, rng: random.Random) -> dict[str, int]:
-    """Operands that belong to `split`, with every result they lead to. Draws until all results are fit to print."""
+    """Operands that belong to `split`, with all their results. Draws until every result is within bounds."""
     while True:
         values: dict[str, int] = {name: rng.randint(*bounds) for name, bounds in family.ranges.items()}
         if split_of(family.name, tuple(values.values())) != split:
@@ -329,6 +339,7 @@ def _solution(family: Family, values: dict[str, int], unknown: str | None, thing
 
 
 def _problem(split: str, rng: random.Random) -> Problem:
+    # 1. The family, its numbers and its people
     family, style = rng.choice(FAMILIES), rng.choice(STYLES)
     values = _draw(family, split, rng)
     first, second = rng.sample(NAMES[split], 2)
@@ -336,6 +347,7 @@ def _problem(split: str, rng: random.Random) -> Problem:
     words |= {"a": first, "b": second, "things": rng.choice(THINGS)}
     original = f"{family.story} {family.question}".format(**words)
 
+    # 2. The query in the drawn style
     unknown = None
     if style == "GSM_AnsAug":
         query = original

@@ -1,6 +1,6 @@
 """The token loss, CE + mce_weight * MCE, fused with the LM head. Torch alone (kernels.py needs Triton, on a GPU).
 
-`matrix_llm.mce` is the public face. Read settings (what is asked for), krylov (MCE by Lanczos), vocabulary and
+`matrix_llm.mce` is the public interface. Read settings (what is asked for), krylov (MCE by Lanczos), vocabulary and
 head_tail (the cheaper form that keeps a few tokens exactly), solvers (one chunk of positions), fused (LM head, loss and
 gradients chunk by chunk), linear (the autograd function around it). kernels does head_tail's work on a GPU.
 """

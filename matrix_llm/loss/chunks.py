@@ -1,4 +1,4 @@
-"""How many positions are worked on at once, so that the (N, V) logits are never whole."""
+"""How many positions are processed at once, so that the full (N, V) logits never exist."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ CHUNK_BYTES = 256 * 2**20  # working memory of one chunk of positions
 
 
 def positions_per_chunk(positions: int, bytes_per_position: int, least_budget: int = 0) -> int:
-    """The size of chunks of nearly even size, as few as fit CHUNK_BYTES, or `least_budget` bytes where that is more.
+    """The length of nearly even chunks, as few as fit into CHUNK_BYTES, or into `least_budget` bytes if that is more.
 
     >>> positions_per_chunk(7, CHUNK_BYTES // 3)  # three would fit: 3 + 3 + 1
     3

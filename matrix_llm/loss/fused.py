@@ -1,4 +1,4 @@
-"""The LM head, the loss and their gradients in one pass over chunks of positions; the (N, V) logits are never whole.
+"""The LM head, the loss and their gradients in one pass over chunks of positions; the full (N, V) logits never exist.
 
     1. logits = hidden W^T (+ bias), scaled and soft-capped as the model does
     2. softmax -> q, CE, entropy, top-1
@@ -33,40 +33,40 @@ ADDS_HALF_TO_FLOAT32 = torch.__version__ >= "2.10"
 class HeadOptions(NamedTuple):
     """Everything about the pass that is not a tensor."""
 
-    solver: Solver
-    mce_weight: float
-    logit_scale: float
-    softcap: float | None
+    solver: Solver  # how log Q is evaluated
+    mce_weight: float  # finite, at least 0
+    logit_scale: float  # factor on the logits
+    softcap: float | None  # bound on the logits, above 0; None: no bound
     chunk: int  # positions at a time
     dtype: torch.dtype  # of the statistics: float32, or float64 for float64 hidden states
 
 
 class HeadGradients(NamedTuple):
-    """None where no gradient was asked for."""
+    """Gradients of the pass's inputs; None where no gradient was asked for."""
 
-    hidden: Tensor | None  # (N, H)
-    weight: Tensor | None  # (V, H)
-    bias: Tensor | None  # (V,)
-    vectors: Tensor | None  # (V, D)
+    hidden: Tensor | None  # (N, H) of the hidden states
+    weight: Tensor | None  # (V, H) of the LM head's weight
+    bias: Tensor | None  # (V,) of its bias
+    vectors: Tensor | None  # (V, D) of the token vectors
 
 
 class HeadPass(NamedTuple):
     """The result of `head_pass`."""
 
-    cross_entropy: Tensor  # (N,)
-    matrix_cross_entropy: Tensor  # (N,)
-    entropy: Tensor  # (N,)
-    is_top1: Tensor  # (N,) bool
-    grads: HeadGradients
+    cross_entropy: Tensor  # (N,) nats
+    matrix_cross_entropy: Tensor  # (N,) nats
+    entropy: Tensor  # (N,) nats, of the predicted distribution
+    is_top1: Tensor  # (N,) bool: the label is the likeliest token
+    grads: HeadGradients  # of sum_n position_weight_n * loss_n
 
 
 class ChunkResult(NamedTuple):
     """The result for one chunk of positions."""
 
-    cross_entropy: Tensor  # (C,)
-    matrix_cross_entropy: Tensor  # (C,)
-    entropy: Tensor  # (C,)
-    is_top1: Tensor  # (C,) bool
+    cross_entropy: Tensor  # (C,) nats
+    matrix_cross_entropy: Tensor  # (C,) nats
+    entropy: Tensor  # (C,) nats
+    is_top1: Tensor  # (C,) bool: the label is the likeliest token
     grad: Tensor | None  # (C, V) the gradient of the logits before cap and scale, in q's buffer
 
 
@@ -98,7 +98,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def _features_in(embeddings: Embeddings, dtype: torch.dtype) -> Tensor:
-    """The summary's features in `dtype`; half precision gets zero columns up to a multiple of 8, for tensor cores."""
+    """The summary's features in `dtype`; in half precision zero-padded to a multiple of 8 columns, for tensor cores."""
     assert embeddings.summary is not None
     features = embeddings.summary.features
     if features.dtype == dtype:
@@ -134,12 +134,12 @@ def _chunk_by_torch(
         largest = z.amax(-1)
     of_label = z.gather(1, labels[:, None]).squeeze(1)
     torch.softmax(z, dim=-1, out=q)
-    # log sum exp z = largest - log(largest probability): no second pass over the logits
+    # log sum exp z = largest - log(largest probability), which saves a second pass over the logits
     q_largest = q.amax(-1) if likeliest is None else q.gather(1, likeliest[:, :1]).squeeze(1)
     log_z = largest - q_largest.log()
     if biased:
         z.clamp_(min=torch.finfo(z.dtype).min)  # a bias of -inf removes a token: 0 * -inf would be NaN
-    entropy = log_z - (z.mul_(q) if cap is None else z * q).sum(-1)  # from here on only the cap needs z
+    entropy = log_z - (z.mul_(q) if cap is None else z * q).sum(-1)  # from here on, only the cap needs z
 
     # 3. MCE
     terms = solve_chunk(
@@ -176,7 +176,7 @@ def _chunk_by_kernels(
     want_logits: bool,
     kernels: Any,  # the module matrix_llm.loss.kernels
 ) -> ChunkResult:
-    """The kept tokens' q and gradient come from the float32 logits; all others are rounded once, where written."""
+    """The kept tokens' q and gradient come from the float32 logits; all others are rounded once, when written."""
     solver, cap, summary = options.solver, options.softcap, embeddings.summary
     assert solver.top_k is not None
     assert summary is not None

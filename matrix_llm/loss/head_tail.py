@@ -3,11 +3,11 @@
     Q = sum_{j in S} q_j e_j e_j^T  +  U B U^T  +  c (I - U U^T)
 
 S      the kept tokens: the likeliest ones and the target, each with its own vector
-U      p directions of R^D in which the vocabulary's vectors vary most (from the weight alone, once per optimizer step)
+U      p directions of R^D in which the token vectors vary most (from the weight alone, once per optimizer step)
 B      sum_{j not in S} q_j (U^T e_j) (U^T e_j)^T: this position's own tail, exact within U
 c      (sum_{j not in S} q_j |e_j|^2 - tr B) / (D - p): the rest of the tail's mass, spread over the other D - p
 
-(The method is called "head and tail". "Head" alone means the LM head in this package: this head's tokens are "kept".)
+(The method is called "head and tail". In this package "head" alone means the LM head; the tokens in S are "kept".)
 
 B and the tail's mass are one product of the probabilities with (V, p (p + 1) / 2 + 1) products of coordinates, so the
 price on top of cross-entropy's own three products is p (p + 1) / (6 H) of them. Q is PSD with the true trace, dominates
@@ -37,7 +37,7 @@ from matrix_llm.loss.vocabulary import BLOCK_ELEMENTS, VocabularySummary
 class HeadTail(NamedTuple):
     """MCE of some positions and its derivatives."""
 
-    value: Tensor  # (C,) MCE
+    value: Tensor  # (C,) MCE in nats
     at_kept: Tensor  # (C, S) d MCE / d q_j at the kept tokens
     tail: Tensor  # (C,) sum of q_j d MCE / d q_j over all other tokens
     at_vectors: Tensor | None  # (C, S, D) d MCE / d e_j of the kept tokens, where asked for
@@ -47,7 +47,7 @@ def with_target(
     kept: Tensor,  # (C, S) ids by falling probability; changed in place
     labels: Tensor,  # (C,)
 ) -> Tensor:
-    """`kept` with the target in the last place where it is missing: its own direction decides the value."""
+    """`kept`, with the target put in the last place if it is missing: the target's direction decides the value."""
     missing = ~(kept == labels[:, None]).any(-1)
     kept[:, -1] = torch.where(missing, labels, kept[:, -1])
     return kept
@@ -100,7 +100,7 @@ def _solve_block(
     steps: int,
     want_vectors: bool,
 ) -> HeadTail:
-    """`solve_by_torch` for few enough positions that their (C, S, D) vectors stay in cache."""
+    """`solve_by_torch` for a block small enough that its (C, S, D) vectors stay in cache."""
     positions, size = kept.shape
     dtype, (width, p) = q.dtype, summary.directions.shape
     n = size + p
@@ -132,7 +132,7 @@ def _solve_block(
     a = (kept == labels.unsqueeze(-1)).double()
     a = torch.cat([a, a.new_zeros(positions, p)], dim=1)
     u = torch.bmm(gram, a.unsqueeze(-1)).squeeze(-1)
-    alive = ~((a * u).sum(-1) < 0.5)  # |e_y|^2 is 1, 0 for a zero vector, or NaN, which must stay NaN
+    alive = ~((a * u).sum(-1) < 0.5)  # |e_y|^2 is 1, or 0 for a zero vector, or NaN, which must stay NaN
     alphas: list[Tensor] = []
     betas: list[Tensor] = []
     for k in range(steps):

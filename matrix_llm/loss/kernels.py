@@ -1,4 +1,4 @@
-"""The loss's element-wise work and its small problems as Triton kernels, for a GPU (fused.py and solvers.py say when).
+"""Triton kernels for the loss's element-wise work and small problems; fused.py and solvers.py decide when to use them.
 
     logit_statistics  one read of the logits: log-sum-exp, entropy, the largest logit, the label's, and maxima of groups
     probabilities     one read of the logits, one write of q in the products' dtype
@@ -6,7 +6,7 @@
     solve_head_tail   one read of the kept vectors: their Gram matrices; then one warp or a few per position for
                       Lanczos, the tridiagonal eigenproblem and its logarithm, all in registers
 
-They compute what fused.py, head_tail.py, krylov.py and information.py compute, and the tests hold them to it. Nothing
+They compute what fused.py, head_tail.py, krylov.py and information.py compute, and the tests compare them. Nothing
 here waits for the device: no value is read on the host, and the eigenproblem takes a fixed number of sweeps
 (torch.linalg.eigh asks the device whether it converged). Statistics are float32 and the small problem float64, whatever
 the inputs.
@@ -29,8 +29,8 @@ from matrix_llm.loss.head_tail import HeadTail
 from matrix_llm.loss.krylov import EIGENVALUE_FLOOR
 from matrix_llm.loss.vocabulary import GROUPS, VocabularySummary
 
-MOST_KEPT, MOST_STEPS = 64, 16  # beyond them the tiles no longer fit the registers
-LEVELS = 4  # of GROUPS logits each: what one program holds at a time, with as many on their way
+MOST_KEPT, MOST_STEPS = 64, 16  # beyond these the tiles no longer fit into registers
+LEVELS = 4  # of GROUPS logits each: what one program holds at a time, while as many more are being loaded
 BLOCK = 4096  # logits of one element-wise program
 
 # ------------------------------------------------------------------------------------------------------ wide logits
@@ -50,12 +50,12 @@ def statistics_kernel(
     GROUPS: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
-    """Online softmax: each slot of the tile has its own sums, and all are rescaled whenever a larger logit turns up."""
+    """Online softmax: each slot of the tile has its own sums, and all are rescaled whenever a larger logit appears."""
     position = tl.program_id(0).to(tl.int64)
     z += position * stride
     group = tl.arange(0, GROUPS)[None, :]
     level = tl.arange(0, LEVELS)[:, None]
-    depth = vocabulary // GROUPS  # of whole levels: the groups leave the rest out
+    depth = vocabulary // GROUPS  # of full levels: the groups exclude the remainder
     best = tl.full((LEVELS, GROUPS), float("-inf"), tl.float32)
     total = tl.zeros((LEVELS, GROUPS), tl.float32)  # sum of e^(x - top)
     moment = tl.zeros((LEVELS, GROUPS), tl.float32)  # sum of (x - top) e^(x - top)
@@ -126,8 +126,8 @@ def gram_kernel(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gram matrices of unit vectors. Each vector is brought near norm 1 by a power of two, which rounds nothing in any
-    dtype, and by the rest of 1 / |vector| after the product, so that no square overflows or vanishes."""
+    """Gram matrices of unit vectors. Each vector is scaled to about norm 1 by a power of two, which is exact in every
+    dtype, and by the rest of 1 / |vector| after the product, so that no square overflows or underflows."""
     position = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, TILE)
     is_kept = slot < S
@@ -269,7 +269,7 @@ def solve_kernel(
     betas = tl.zeros((KP,), tl.float64)
     a = tl.where(is_kept & (token == tl.load(labels + position)), 1.0, 0.0).to(tl.float64)
     u = _apply(g, a)
-    alive = tl.where(tl.sum(a * u, 0) < 0.5, 0, 1)  # NaN lives on and must stay NaN
+    alive = tl.where(tl.sum(a * u, 0) < 0.5, 0, 1)  # NaN stays alive, and must stay NaN
     for k in range(K):
         here = k_index == k
         shared = _apply(b, u) + even * (a - tl.where(is_direction, u, 0.0))
@@ -311,17 +311,17 @@ def solve_kernel(
 
 
 class LogitStatistics(NamedTuple):
-    """Of each position's logits, in float32. NaN where they hold NaN or +inf, or nothing but -inf."""
+    """Statistics of each position's logits, in float32. NaN where they contain NaN or +inf, or only -inf."""
 
-    largest: Tensor  # (C,)
+    largest: Tensor  # (C,) the largest logit
     log_z: Tensor  # (C,) log sum exp
     entropy: Tensor  # (C,) nats
     of_label: Tensor  # (C,) the label's logit
-    group_max: Tensor  # (C, GROUPS) for vocabulary.find_likeliest
+    group_max: Tensor  # (C, GROUPS) maxima of groups, for vocabulary.find_likeliest
 
 
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """The tensor's device made current: Triton launches on the current one, which may be another."""
+    """Make the tensor's device current: Triton launches on the current device, which may be another one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
@@ -377,7 +377,7 @@ def logit_gradient(
 
 
 def can_solve(size: int, steps: int, dtype: torch.dtype) -> bool:
-    """Whether `solve_head_tail` takes so many kept tokens and steps; the torch path takes any."""
+    """Whether `solve_head_tail` can handle this many kept tokens and steps; the torch path handles any."""
     return dtype == torch.float32 and size <= MOST_KEPT and steps <= MOST_STEPS
 
 
@@ -387,7 +387,7 @@ def gram_tiles(size: int, width: int) -> dict[str, int]:
 
 
 def solve_tiles(size: int, p: int, steps: int) -> dict[str, Any]:
-    """Sizes of `solve_kernel`'s tiles, and at least one Jacobi sweep more than any spectrum was seen to need."""
+    """Sizes of `solve_kernel`'s tiles, and at least one more Jacobi sweep than any spectrum was seen to need."""
     n, kp = _power_of_two(size + p, 16), _power_of_two(steps, 2)
     return {
         "S": size, "P": p, "K": steps, "N": n, "KP": kp, "SWEEPS": 2 * kp.bit_length() - 1,

@@ -1,4 +1,4 @@
-"""-e_y^T log(Q) e_y and its gradient by Lanczos, without ever forming the (D, D) matrix Q.
+"""-e_y^T log(Q) e_y and its gradient by Lanczos, without forming the (D, D) matrix Q.
 
 Q = sum_j q_j e_j e_j^T is used through products only. K steps of Lanczos from v_1 = e_y give an orthonormal basis
 V_K = [v_1 .. v_K] and the tridiagonal T = V_K^T Q V_K. Then (Golub & Meurant, Gauss quadrature)
@@ -100,7 +100,7 @@ def tridiagonal_log(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The logarithm of T at e_1, in float64.
 
-    A position with NaN gets a NaN value, and finite derivatives: the trainer's guard can then name its step and row.
+    A position with NaN gets a NaN value and finite derivatives, so that the trainer's guard can name its step and row.
 
     Returns:
         -e_1^T log(T) e_1 (C,), M = Dlog_T[e_1 e_1^T] (C, K, K), and log(T) e_1 (C, K).

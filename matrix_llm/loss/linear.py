@@ -4,8 +4,8 @@
 
     1. checks the shapes and works out the solver
     2. drops the positions without a label, before the first product
-    3. prepares the token vectors and the size of a chunk
-    4. runs the pass, and spreads the results over all N positions again
+    3. prepares the token vectors and chooses the chunk length
+    4. runs the pass, and spreads the results back over all N positions
 
 Legend: N positions, n those with a label, V vocabulary, H hidden width, D embedding width.
 """
@@ -66,7 +66,7 @@ class _LinearLoss(torch.autograd.Function):
         loss = ce + options.mce_weight * mce
         ctx.options, ctx.summary, ctx.summed = options, summary, summed
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.grads = grads  # not through save_for_backward: hooks that offload saved tensors would only move it about
+        ctx.grads = grads  # not save_for_backward: hooks that offload saved tensors would only move it back and forth
         if not summed:
             ctx.save_for_backward(hidden, weight, bias, vectors, labels)
         ctx.mark_non_differentiable(ce, mce, entropy, is_top1)
@@ -80,7 +80,7 @@ class _LinearLoss(torch.autograd.Function):
                 raise RuntimeError("backward ran twice over one loss. Pass retain_graph=True to the first backward().")
             if _graph_is_retained():
                 grads = HeadGradients(*(None if g is None else g * grad_loss for g in ctx.grads))
-            else:  # scaled in place and handed over, so that the LM head's gradient exists once
+            else:  # scaled in place and handed over, so that only one copy of the LM head's gradient exists
                 grads = HeadGradients(*(None if g is None else g.mul_(grad_loss) for g in ctx.grads))
                 ctx.grads = None
         else:
@@ -121,15 +121,15 @@ def _check(
     positions, vocabulary_size = hidden.shape[0], weight.shape[0]
     if embeddings.ndim != 2 or embeddings.shape[0] != vocabulary_size:
         raise ValueError(
-            f"embeddings {tuple(embeddings.shape)} must be ({vocabulary_size}, D): weight has {vocabulary_size} rows, "
-            "and each is a token."
+            f"embeddings {tuple(embeddings.shape)} must be ({vocabulary_size}, D): weight has {vocabulary_size} "
+            "vectors, and each is a token."
         )
     if labels.shape != (positions,):
         raise ValueError(f"labels has shape {tuple(labels.shape)}, but {positions} positions need ({positions},).")
     if trained is not None and (trained.labels.shape != labels.shape or trained.vocabulary != vocabulary_size):
         raise ValueError(
-            f"trained was made of {tuple(trained.labels.shape)} labels for a vocabulary of {trained.vocabulary}, but "
-            f"labels are {tuple(labels.shape)} and weight has {vocabulary_size} rows. Make it of these labels."
+            f"trained was made from {tuple(trained.labels.shape)} labels for a vocabulary of {trained.vocabulary}, but "
+            f"labels are {tuple(labels.shape)} and weight has {vocabulary_size} vectors. Make it from these labels."
         )
 
 
@@ -137,7 +137,7 @@ def linear_loss(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
     labels: Tensor,  # (N,)
-    settings: LossSettings,  # its `embeddings` and `embedding_grad` are the caller's business: they made `embeddings`
+    settings: LossSettings,  # whose `embeddings` and `embedding_grad` the caller has applied to `embeddings`
     *,
     embeddings: Tensor,  # (V, D)
     bias: Tensor | None = None,  # (V,)
@@ -148,7 +148,7 @@ def linear_loss(
     summary: VocabularySummary | None = None,
     trained: TrainedPositions | None = None,
 ) -> MatrixLossOutput:
-    """`mce.linear_matrix_cross_entropy`, which documents the arguments, with the settings in one object."""
+    """`mce.linear_matrix_cross_entropy` (which documents the arguments) with the settings in one object."""
     # 1. checks, and the solver
     _check(hidden, weight, labels, embeddings, softcap, reduction, trained)
     vocabulary_size, positions = weight.shape[0], hidden.shape[0]
@@ -167,7 +167,7 @@ def linear_loss(
         trained_hidden, trained_labels = hidden.index_select(0, index), trained_labels[index]
 
     with torch.autocast(hidden.device.type, enabled=False):
-        # 3. token vectors, and chunks as large as the weight's gradient, so that passes over the weight stay few
+        # 3. token vectors, and chunks as large as the weight's gradient, so that there are few passes over the weight
         vectors, summary = prepare_embeddings(embeddings, solver, dtype, summary)
         per_position = 2 * dtype.itemsize * vocabulary_size
         per_position += solver.bytes_per_position(vocabulary_size, vectors.shape[1], dtype.itemsize)

@@ -12,7 +12,7 @@ from matrix_llm.base.errors import DataError
 
 
 def check_integers(labels: Tensor) -> None:
-    """Raise TypeError for labels that are no token ids."""
+    """Raise TypeError for labels that are not integers."""
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"labels are {labels.dtype}, but token ids are integers.")
 
@@ -26,7 +26,7 @@ def label_error(label: int, position: int, vocabulary_size: int) -> DataError:
 
 
 class TrainedPositions:
-    """The positions that are trained: those whose label is not `ignore_index`.
+    """The trained positions: those whose label is not `ignore_index`.
 
     On a GPU the counts are copied to the host asynchronously: create this before the backbone's forward, call `index()`
     after it, and the host never waits for the device.
@@ -44,7 +44,7 @@ class TrainedPositions:
         if labels.ndim != 1:
             raise ValueError(f"labels has shape {tuple(labels.shape)}, but must be (N,): one label per position.")
         check_integers(labels)
-        labels = labels.long()  # before any comparison: -100 is 156 in uint8
+        labels = labels.long()  # before any comparison: in uint8, -100 is 156
         labelled = labels != ignore_index
         self.labels, self.vocabulary = labels, vocabulary
         self._wrong = labelled & ((labels < 0) | (labels >= vocabulary))

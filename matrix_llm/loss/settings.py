@@ -1,6 +1,6 @@
-"""What the loss is asked for. Made once, from the recipe or from a caller's keywords, and handed down whole.
+"""What the loss should compute. Made once, from the recipe or from a caller's keywords, and passed down as one object.
 
-    LossSettings  what the user may write; None lets the library choose
+    LossSettings  what the user can set; None lets the library choose
     Solver        the same with every None replaced, for one vocabulary: `LossSettings.solver_for`
 
 Defaults are decided in `solver_for` and nowhere else. No tensors here.
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 SOLVERS = ("exact", "krylov", "taylor")
 
 # Chosen from the tables of docs/solvers.md and docs/performance.md: where CE <= 2 they stay well within 1 % mean error
-# in the value and 5 % in the logits' gradient, at nearly the price of cross-entropy alone.
+# in the value and 5 % in the logits' gradient, at nearly the cost of cross-entropy alone.
 DEFAULT_STEPS = 6
 DEFAULT_TOP_K = 16
-WHOLE_VOCABULARY = 1024  # up to this size every token is kept exactly by default: there is nothing to save
+WHOLE_VOCABULARY = 1024  # up to this size, by default every token is kept exactly: there is nothing to gain
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class Solver:
     """Tokens kept exactly at each position; None: the whole vocabulary."""
 
     def bytes_per_position(self, vocabulary_size: int, width: int, itemsize: int) -> int:
-        """Working memory of one position, on top of its logits."""
+        """Working memory of one position, on top of its logits, in bytes."""
         if self.name == "exact":
             return itemsize * width * (3 * vocabulary_size + 6 * width)
         if self.name == "taylor":
             return itemsize * 4 * self.order * vocabulary_size
         if self.top_k is None:
             return itemsize * 2 * self.steps * vocabulary_size
-        return 0  # head_tail.py works in blocks of its own, whatever the chunk
+        return 0  # head_tail.py has its own block length, whatever the chunk
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,10 @@ class LossSettings:
     """Tokens that "krylov" keeps exactly at each position, at least 1; None: see `solver_for`."""
 
     embeddings: str = "lm_head"
-    """Which token vectors: "lm_head", "input" (the input embeddings), or the path of a .safetensors file."""
+    """Which token vectors to compare: "lm_head", "input" (the input embeddings), or the path of a .safetensors file."""
 
     embedding_grad: bool = False
-    """True lets the gradient of MCE flow into the token vectors as well."""
+    """Whether the gradient of MCE also flows into the token vectors."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.mce_weight) and self.mce_weight >= 0):
@@ -127,12 +127,12 @@ class LossSettings:
         )
 
     def solver_for(self, vocabulary_size: int, *, choose_top_k: bool | None = None) -> Solver:
-        """The solver for a vocabulary of this size, with the defaults filled in. Nowhere else are they decided.
+        """The solver for a vocabulary of this size, with the defaults filled in. They are decided only here.
 
         Args:
             vocabulary_size: V; a `top_k` of V or more means the whole vocabulary.
-            choose_top_k: whether `top_k=None` means 16 tokens for a V above 1,024, rather than the whole vocabulary.
-                Not with a sketch, and not with trained embeddings, since the tail counts as a constant in the gradient.
+            choose_top_k: whether `top_k=None` means 16 tokens for V above 1,024, rather than the whole vocabulary.
+                Never with a sketch or trained embeddings, since the tail counts as a constant in the gradient.
                 None: decided by `embedding_grad`.
         """
         top_k = self.top_k

@@ -1,7 +1,7 @@
-"""MCE of one chunk of positions, and its gradient in q and in the embeddings, by the solver that was asked for.
+"""MCE of one chunk of positions and its gradient in q and in the embeddings, by the chosen solver.
 
     exact     the dense logarithm: the reference, O(D^3) per position
-    krylov    exact to any tolerance at a few products (krylov.py); with top_k through the kept tokens and the tail
+    krylov    exact to any tolerance with a few products (krylov.py); with top_k, by the kept tokens and the tail
               (head_tail.py, or kernels.py on a GPU)
     taylor    the paper's series about I, for ablations: it does not converge here, since Q has eigenvalues near 0
 
@@ -38,7 +38,7 @@ class Embeddings(NamedTuple):
     """The vectors e_j, and their summary where the solver keeps some tokens and summarises the others."""
 
     vectors: Tensor  # (V, D) of norm 1, or zero where the given vector is zero; of any norm with a summary
-    summary: VocabularySummary | None
+    summary: VocabularySummary | None  # None: the solver reads the whole vocabulary
 
 
 def prepare_embeddings(
@@ -56,12 +56,12 @@ def prepare_embeddings(
     if summary is not None:
         if embeddings.requires_grad or solver.sketch_dim is not None:
             raise ValueError(
-                "summary describes fixed, unsketched embeddings. Leave it out if they require grad, or with sketch_dim."
+                "summary describes fixed, unsketched embeddings. Omit it if they require grad, or with sketch_dim."
             )
         if summary.directions.shape[0] != width:
             raise ValueError(
                 f"summary is of vectors of width {summary.directions.shape[0]}, but embeddings are "
-                f"{tuple(embeddings.shape)}. Make it of these embeddings."
+                f"{tuple(embeddings.shape)}. Make it from these embeddings."
             )
         if summary.features.shape[0] != vocabulary_size or summary.features.dtype != dtype:
             raise ValueError(
@@ -82,12 +82,12 @@ def prepare_embeddings(
 class ChunkTerms(NamedTuple):
     """MCE of one chunk, and its gradient in q: `g`, except at the kept tokens, where it is `at_kept`."""
 
-    value: Tensor  # (C,)
-    g: Tensor | None  # (C, V), or (C, 1) where all tokens but the kept ones share one
+    value: Tensor  # (C,) MCE in nats
+    g: Tensor | None  # (C, V) dMCE / dq, or (C, 1) where all tokens but the kept ones share one value
     mean: Tensor | None  # (C, 1) sum_j q_j g_j
-    kept: Tensor | None = None  # (C, S) ids
-    at_kept: Tensor | None = None  # (C, S)
-    q_kept: Tensor | None = None  # (C, S)
+    kept: Tensor | None = None  # (C, S) ids of the kept tokens
+    at_kept: Tensor | None = None  # (C, S) dMCE / dq at the kept tokens
+    q_kept: Tensor | None = None  # (C, S) their probabilities
 
 
 def solve_chunk(
@@ -140,7 +140,7 @@ def head_tail_terms(
     )
     if grad_vectors is not None and position_weight is not None and result.at_vectors is not None:
         grad_vectors.index_add_(0, kept.flatten(), (result.at_vectors * position_weight[:, None, None]).flatten(0, 1))
-    mass = moments[:, -1:]  # of the tail's tokens, those with a zero vector left out
+    mass = moments[:, -1:]  # of the tail's tokens, except those with a zero vector
     g = torch.where(mass > 0, result.tail.unsqueeze(-1) / torch.where(mass > 0, mass, 1.0), 0.0)
     mean = (q_kept * result.at_kept).sum(-1, keepdim=True) + result.tail.unsqueeze(-1)
     return ChunkTerms(result.value, g, mean, kept, result.at_kept, q_kept)
@@ -157,7 +157,7 @@ def solve_head_tail(
     *,
     want_vectors: bool = False,
 ) -> HeadTail:
-    """By the kernels if they are there and can, else by torch (`head_tail.solve_by_torch`: the reference)."""
+    """By the kernels if they are available and applicable, else by `head_tail.solve_by_torch` (the reference)."""
     kernels = None if want_vectors else kernels_for(q_kept)
     if kernels is not None and kernels.can_solve(kept.shape[1], steps, q_kept.dtype):
         return kernels.solve_head_tail(q_kept, kept, labels, moments, vectors, summary, steps)
@@ -199,7 +199,7 @@ def _dense_terms(
     grad_vectors: Tensor | None,  # (V, D)
 ) -> ChunkTerms:
     """The reference: autograd through the definition, with the (D, D) logarithm ("exact") or the series ("taylor")."""
-    # eigh refuses NaN; such a position gets a NaN value instead, and the trainer's guard names its step and row
+    # eigh refuses NaN: give such a position a NaN value instead, so that the trainer's guard can name its step and row
     broken = ~torch.isfinite(q).all(-1)
     q = torch.where(broken[:, None], 1 / q.shape[-1], q)
     with torch.enable_grad():

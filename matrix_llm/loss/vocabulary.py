@@ -1,4 +1,4 @@
-"""What the loss knows about the vocabulary's vectors: their norms, their leading directions, and the likeliest tokens.
+"""The token vectors' norms and leading directions, and a search for the likeliest tokens.
 
     unit_vectors       the e_j, scaled to norm 1
     summarise          what head_tail.py needs of all vectors, once per optimizer step
@@ -18,16 +18,16 @@ from torch import Tensor
 from matrix_llm.information import outside_autocast
 
 DIRECTIONS = 12  # p
-BASIS_VECTORS = 4096  # of the vocabulary, from which the directions are found
+BASIS_VECTORS = 4096  # token vectors from which the directions are found
 BASIS_ITERATIONS = 4
-SEED = 20240723  # one fixed start and one fixed sketch: equal on every rank, at every step and after every resume
+SEED = 20240723  # one fixed start and one fixed sketch: the same on every rank, at every step, and after a resume
 GROUPS = 512  # of tokens, by id modulo GROUPS: their largest logits lead `find_likeliest` to a few candidates
 BLOCK_ELEMENTS = 2**22  # elements of a temporary (block, D) copy: it stays in cache
 
 
 @functools.lru_cache(maxsize=8)
 def fixed_gaussian(width: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(width, columns) N(0, 1), always the same. Kept on the device: a copy from the host would wait for the GPU."""
+    """(width, columns) of N(0, 1), always the same. Cached on the device: copying from the host would wait for it."""
     generator = torch.Generator().manual_seed(SEED)
     with torch.inference_mode(
         False
@@ -53,7 +53,7 @@ def unit_vectors(
         (V, D), or (V, r) with a sketch.
     """
     e = embeddings.to(dtype)
-    largest = e.detach().abs().amax(-1, keepdim=True)  # divided by first, so that no square overflows or vanishes
+    largest = e.detach().abs().amax(-1, keepdim=True)  # divide by it first, so that no square overflows or underflows
     e = e / torch.where(largest > 0, largest, 1.0)
     if sketch_dim is not None:
         e = e @ fixed_gaussian(e.shape[1], sketch_dim, dtype, e.device)
@@ -66,9 +66,9 @@ def inverse_norms(
     vectors: Tensor,  # (V, D) any float dtype, any norm
     dtype: torch.dtype,
 ) -> Tensor:
-    """(V,) 1 / |vector| in `dtype`; 0 where the vector is zero (or denormal), NaN where it holds NaN."""
+    """(V,) 1 / |vector| in `dtype`; 0 where the vector is zero (or denormal), NaN where it contains NaN."""
     norm = torch.linalg.vector_norm(vectors, dim=-1, dtype=dtype)
-    doubtful = ~((norm > 1e-15) & (norm < 1e15))  # squares overflowed or vanished, or the vector is zero
+    doubtful = ~((norm > 1e-15) & (norm < 1e15))  # squares overflowed or underflowed, or the vector is zero
     if vectors.is_cuda or bool(doubtful.any()):  # on a GPU always: asking `any` would make the host wait
         largest = torch.linalg.vector_norm(vectors, ord=torch.inf, dim=-1, dtype=dtype)
         scaled = vectors.to(dtype) / torch.where(largest > 0, largest, 1.0).unsqueeze(-1)
@@ -81,14 +81,12 @@ def inverse_norms(
 
 
 class VocabularySummary(NamedTuple):
-    """What head_tail.py needs of the vocabulary, read from the weight once. Constants: they carry no gradient."""
+    """What head_tail.py needs to know about the vocabulary, computed from the weight once. Carries no gradient."""
 
     inverse_norm: Tensor  # (V,) 1 / |vector|, 0 for a zero vector
     directions: Tensor  # (D, p) U, orthonormal columns
     coordinates: Tensor  # (V, p) U^T e_j
-    features: (
-        Tensor  # (V, p (p + 1) / 2 + 1) products x_a x_b of coordinates with a <= b; then |e_j|^2, which is 1 or 0
-    )
+    features: Tensor  # (V, p (p + 1) / 2 + 1) coordinate products x_a x_b with a <= b; then |e_j|^2, which is 1 or 0
 
 
 @outside_autocast  # which rounds to half precision, and CUDA has no QR of that
@@ -97,13 +95,13 @@ def summarise(
     vectors: Tensor,  # (V, D) any float dtype, any norm
     dtype: torch.dtype,  # float32 or float64, of the result
 ) -> VocabularySummary:
-    """The directions by orthogonal iteration on every (V // 4096)-th unit vector, and the features of all vectors."""
+    """Directions by orthogonal iteration on every (V // 4096)-th unit vector, and the features of all vectors."""
     vocabulary_size, width = vectors.shape
     device = vectors.device
     inverse_norm = inverse_norms(vectors, dtype)
 
     # 1. U: the directions in which the vectors vary most. A stride, since BPE ids are sorted by frequency: the first
-    #    4,096 tokens would not stand for the rest.
+    #    4,096 tokens would not be representative.
     if width <= DIRECTIONS:
         directions = torch.eye(width, dtype=dtype, device=device)
     else:
@@ -125,7 +123,7 @@ def summarise(
             coordinates[start : start + block] = vectors[start : start + block].to(dtype) @ directions
     coordinates *= inverse_norm.unsqueeze(-1)
 
-    # 3. features: one product of the probabilities with them gives the tail's second moment and its mass
+    # 3. features: their product with the probabilities gives the tail's second moment and its mass
     features = torch.empty(vocabulary_size, p * (p + 1) // 2 + 1, dtype=dtype, device=device)
     column = 0
     for i in range(p):

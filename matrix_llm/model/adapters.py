@@ -1,4 +1,4 @@
-"""What peft and bitsandbytes need to know: LoRA adapters, and a base frozen in 4 bits. Both packages are optional."""
+"""Settings for peft and bitsandbytes: LoRA adapters, and a base model frozen in 4 bits. Both packages are optional."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _require(package: str, setting: str) -> None:
 
 
 def lora_config(args: ModelArguments) -> LoraConfig | None:
-    """`peft.LoraConfig` of the lora_* settings, or None without use_peft.
+    """The lora_* settings as a `peft.LoraConfig`, or None without use_peft.
 
     Raises:
         RecipeError: peft is not installed.
@@ -41,7 +41,7 @@ def lora_config(args: ModelArguments) -> LoraConfig | None:
 
 
 def four_bit_options() -> dict[str, Any]:
-    """`from_pretrained`'s options for QLoRA: NF4 with double quantisation, computed in bf16, each process on its own
+    """Options of `from_pretrained` for QLoRA: NF4 with double quantisation, computed in bf16, each process on its own
     GPU.
 
     Raises:

@@ -1,11 +1,11 @@
-"""The matrix loss inside a causal LM's own forward, where its LM head is whole under every kind of sharding.
+"""The matrix loss inside a causal LM's own forward, where its LM head can be gathered under every kind of sharding.
 
 `add_matrix_head(model, settings)` gives the model's forward one more keyword, `matrix_loss=True`:
 
-1. the backbone makes the hidden states; no logits
+1. the backbone computes the hidden states; no logits
 2. the LM head's weight and bias are gathered (ZeRO-3 empties them outside their module; FSDP2 makes them DTensors)
 3. `linear_loss` returns the summed loss, with its gradient already computed
-4. the gathered weight is released; autograd hands its gradient to the engine like any other
+4. the gathered weight is released; autograd passes its gradient to the engine like any other
 
 Outside the forward the weight would be empty under ZeRO-3, and the gradients silently wrong under FSDP2.
 
@@ -43,7 +43,7 @@ from matrix_llm.loss.vocabulary import VocabularySummary, summarise, unit_vector
 
 @dataclass
 class MatrixCausalLMOutput(ModelOutput):
-    """Output of `model(..., labels=labels, matrix_loss=True)`. Per-position fields are detached, zero at label -100.
+    """Output of `model(..., labels=labels, matrix_loss=True)`. Per-position fields are detached, and 0 at label -100.
 
     Args:
         loss_sum (`torch.Tensor`): CE + mce_weight * MCE summed over the positions that count; carries the gradient.
@@ -52,13 +52,13 @@ class MatrixCausalLMOutput(ModelOutput):
         aux_loss (`torch.Tensor`, *optional*): a mixture of experts' load-balancing loss.
     """
 
-    loss_sum: Tensor | None = None
-    cross_entropy: Tensor | None = None
-    matrix_cross_entropy: Tensor | None = None
-    entropy: Tensor | None = None
-    is_top1: Tensor | None = None
-    label_mask: Tensor | None = None
-    aux_loss: Tensor | None = None
+    loss_sum: Tensor | None = None  # ()
+    cross_entropy: Tensor | None = None  # (B, T - 1)
+    matrix_cross_entropy: Tensor | None = None  # (B, T - 1)
+    entropy: Tensor | None = None  # (B, T - 1) of the predicted distribution
+    is_top1: Tensor | None = None  # (B, T - 1) the label is the likeliest token
+    label_mask: Tensor | None = None  # (B, T - 1) the position counts
+    aux_loss: Tensor | None = None  # (); None for a model without experts
 
 
 # ------------------------------------------------------------------------------------------------------- the LM head
@@ -99,7 +99,7 @@ def lm_head_of(model: PreTrainedModel) -> Any:
 
 @contextlib.contextmanager
 def gathered(*parameters: Any) -> Iterator[list[Any]]:
-    """The parameters whole: ZeRO-3 partitions gathered for the block, FSDP2 DTensors as full, differentiable
+    """The full parameters: ZeRO-3 partitions are gathered for the block, FSDP2 DTensors become full, differentiable
     tensors."""
     with maybe_gather_lm_head_ctx(*parameters):
         yield [_unshard(p) if isinstance(p, DTensor) else p for p in parameters]
@@ -108,7 +108,7 @@ def gathered(*parameters: Any) -> Iterator[list[Any]]:
 def _unshard(parameter: DTensor) -> Tensor:
     """The full tensor, with a gradient averaged over the processes.
 
-    Needed where FSDP2 shards the LM head as a unit of its own (PEFT's copy under modules_to_save, or a wrap policy that
+    Needed where FSDP2 shards the LM head as a separate unit (PEFT's copy under modules_to_save, or a wrap policy that
     names its class): nothing else unshards it, and nothing else averages its gradient. `full_tensor()` alone would keep
     each process's own slice.
     """
@@ -131,7 +131,7 @@ def head_effective_rank(model: PreTrainedModel) -> float:
 
 @contextlib.contextmanager
 def _without_flash_attention(model: PreTrainedModel) -> Iterator[None]:
-    """It takes neither float32 nor the CPU, and has no part in what `check_head` proves."""
+    """Switch off flash attention, which supports neither float32 nor the CPU, and which `check_head` does not test."""
     attention = model.config._attn_implementation
     is_flash = "flash" in str(attention)
     if is_flash:
@@ -145,10 +145,10 @@ def _without_flash_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Prove on a few tokens that backbone, LM head, scale and cap give the model's own logits.
+    """Verify on a few tokens that backbone, LM head, scale and cap give the model's own logits.
 
     A model that does more between its backbone and its logits than `logit_transform` knows would silently train on a
-    wrong q. Skipped where the weights are not here (ZeRO-3 partitions, meta tensors).
+    wrong q. Skipped where the weights are not available (ZeRO-3 partitions, meta tensors).
 
     Raises:
         ModelError: there is no LM head, or the logits differ.
@@ -168,9 +168,9 @@ def check_head(model: PreTrainedModel) -> None:
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
 
-    # 2. equal, but for the rounding of the weights' dtype
+    # 2. equal, up to rounding in the weights' dtype
     if not torch.isfinite(expected).all():
-        return  # broken weights are another matter: the trainer's guard names the step and the rows
+        return  # broken weights are a different problem: the trainer's guard names the step and the rows
     error = (logits.to(expected.device) - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
     tolerance = 1e-3 if head.weight.dtype == torch.float32 else 5e-2
     if not error <= tolerance:
@@ -223,10 +223,10 @@ class MatrixHead:
     """
 
     mce_weight: float
-    """The current weight of MCE. The trainer changes it during warmup; it starts as that of the settings."""
+    """The current weight of MCE. It starts at the settings' weight, and the trainer changes it during warmup."""
 
     step: object
-    """Anything that changes whenever the weights do. The vocabulary's summary is kept while it stays; None: never."""
+    """Any value that changes with the weights. The vocabulary's summary is cached until it changes; None: never."""
 
     def __init__(self, model: PreTrainedModel, settings: LossSettings) -> None:
         self.mce_weight = settings.mce_weight
@@ -240,7 +240,7 @@ class MatrixHead:
             vocabulary_size = weight.shape[0] if weight.numel() else self._text_config.vocab_size  # empty under ZeRO-3
             self._from_file = _load_embeddings(settings.embeddings, vocabulary_size)
         self._summary: VocabularySummary | None = None
-        self._summarised: object = None  # what the summary was made of
+        self._summarised: object = None  # what the summary was computed from
 
     @functools.partial(torch.compiler.disable, recursive=False)  # the backbone is compiled, the loss is not
     def forward(
@@ -292,7 +292,7 @@ class MatrixHead:
                 trained=trained,
             )
 
-        # 4. a mixture of experts has a loss of its own
+        # 4. a mixture of experts has its own auxiliary loss
         aux_loss = None
         if inputs.get("output_router_logits"):
             aux_loss = _load_balancing_loss(self._text_config, backbone.router_logits, inputs.get("attention_mask"))
@@ -314,15 +314,15 @@ class MatrixHead:
     ) -> Tensor:
         """The token vectors of MCE, (V, D); detached unless the settings train them."""
         if self._from_file is not None:
-            self._from_file = self._from_file.to(weight.device)  # moved once, and kept there
+            self._from_file = self._from_file.to(weight.device)  # moved once, then stays there
             return self._from_file
         embeddings = weight if input_embeddings is None else input_embeddings
         return embeddings if self._settings.embedding_grad else embeddings.detach()
 
     def _cached_summary(self, embeddings: Tensor, dtype: torch.dtype) -> VocabularySummary | None:
-        """The summary of the embeddings, made at the first micro-batch of a step.
+        """The summary of the embeddings, computed at the first micro-batch of a step.
 
-        None where the solver needs none, or where `linear_loss` must make it itself (a sketch, trained embeddings).
+        None if the solver needs none, or if `linear_loss` must make it itself (a sketch, trained embeddings).
         """
         trains = embeddings.requires_grad
         solver = self._settings.solver_for(embeddings.shape[0], choose_top_k=not trains)
@@ -345,7 +345,7 @@ def _load_balancing_loss(text_config: PretrainedConfig, router_logits, attention
 
 
 def add_matrix_head(model: PreTrainedModel, settings: LossSettings) -> MatrixHead:
-    """Teach `model.forward` the keyword `matrix_loss=True`, which returns a `MatrixCausalLMOutput` and makes no logits.
+    """Teach `model.forward` the keyword `matrix_loss=True`, which returns a `MatrixCausalLMOutput` without logits.
 
     Without the keyword the forward is unchanged. Call this on the base model, before DDP, FSDP or DeepSpeed wraps it. A
     second call replaces the first: the model keeps the last one as `model._matrix_head`.

@@ -1,6 +1,6 @@
-"""The model: weights loaded or built from scratch, in float32 unless told otherwise, with the tokenizer's special ids.
+"""The model: loaded or built from scratch, in float32 unless told otherwise, with the tokenizer's special ids.
 
-transformers 5 takes the dtype of the checkpoint, so that a bf16 checkpoint would silently train with bf16 master
+transformers 5 uses the dtype of the checkpoint, so a bf16 checkpoint would silently train with bf16 master
 weights.
 """
 
@@ -38,7 +38,7 @@ LEGACY_CONFIG_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}
 def load_model(
     args: ModelArguments, tokenizer: PreTrainedTokenizerBase, *, seed: int = 42, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The model in `args.dtype`, from a checkpoint or with random weights under `seed`; its special ids are the
+    """The model in `args.dtype`, from a checkpoint or with random weights drawn from `seed`; its special ids are the
     tokenizer's.
 
     Raises:
@@ -103,7 +103,7 @@ def repair_generation_settings(model: PreTrainedModel) -> None:
 def load_config(
     args: ModelArguments, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False
 ) -> PretrainedConfig:
-    """The configuration alone, of a checkpoint or from scratch: what a plan needs, without a weight."""
+    """The configuration alone, of a checkpoint or from scratch: all that a plan needs, without weights."""
     if args.model_config is not None:
         return build_config(args, tokenizer)
     return load_pretrained_config(args, trust_remote_code)
@@ -112,7 +112,7 @@ def load_config(
 def build_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     """The configuration of a from-scratch model (`model_config`), with the tokenizer's special ids.
 
-    Strict, unlike transformers, which stores a misspelt key and ignores it.
+    Strict, unlike transformers, which stores and ignores a misspelt key.
 
     Raises:
         RecipeError: unknown architecture or key (with the nearest valid one), or a value the architecture refuses.

@@ -1,9 +1,9 @@
-"""Proof that rows packed into one sequence do not see each other.
+"""A check that rows packed into one sequence do not see each other.
 
 Whether they do depends on the model. Most architectures of transformers build a block-diagonal mask from the positions,
 which restart with each row; some ignore positions (OPT, Falcon, BLOOM, MPT); and a recurrent state (Mamba, hybrids)
-runs on from row to row unless a kernel resets it. So it is proved on the model itself, at the start of training and
-through the engine that trains it, at the price of two forward passes of a few tokens.
+runs on from row to row unless a kernel resets it. So it is checked on the model itself, at the start of training and
+through the engine that trains it, at the cost of two forward passes over a few tokens.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.modes import evaluation_mode
 
-TOLERANCE = 2e-3  # of the largest value; a leak moves some of the few tokens by far more
+TOLERANCE = 2e-3  # relative to the largest value; a leak moves some of the few tokens by far more
 HALF_TOLERANCE = 2e-2  # in half precision
 
 
 @torch.no_grad()
 def check_isolation(
-    model: nn.Module,  # with add_matrix_head's forward: another one would break ZeRO-3's next step
+    model: nn.Module,  # with add_matrix_head's forward: any other would break ZeRO-3's next step
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]],  # padding-free: examples in, one flattened sequence out
     prepare: Callable[[dict[str, Any]], dict[str, Any]],  # moves a batch to the model's device
     *,
@@ -53,12 +53,12 @@ def check_isolation(
         "attention_mask": torch.ones(1, len(second), dtype=torch.long),
     }
 
-    # 2. loss and entropy of the second row's tokens, but for its first, which nothing predicts
+    # 2. loss and entropy of the second row's tokens, except its first, which nothing predicts
     with evaluation_mode(model):
         in_pack, expected = _measure(model, prepare(packed)), _measure(model, prepare(alone))
     found = in_pack[:, len(first) : len(first) + len(second) - 1]
 
-    # 3. NaN is another matter: the trainer's guard names the step and the rows
+    # 3. NaN is a different problem: the trainer's guard names the step and the rows
     error = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
     if error > (HALF_TOLERANCE if half else TOLERANCE):
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""Tokenizers, configurations and weights from a folder or from the Hub, with a failure told in one line."""
+"""Tokenizers, configurations and weights from a folder or the Hub, with failures reported in one line."""
 
 from __future__ import annotations
 

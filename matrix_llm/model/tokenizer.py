@@ -1,6 +1,6 @@
-"""The tokenizer: loaded or trained, padding on the right, and with no token that the model has no embedding for.
+"""The tokenizer: loaded or trained, padding on the right, and without any token that lacks an embedding.
 
-Two things go wrong silently elsewhere: a new pad token grows the vocabulary, and a tokenizer may know ids beyond the
+Two things otherwise go wrong silently: a new pad token grows the vocabulary, and a tokenizer may know ids beyond the
 model's embeddings.
 """
 
@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with GPT-2's splitting: it loses no character, and puts <s> in front.
+    """Train a byte-level BPE with GPT-2's splitting: it loses no character, and puts <s> in front.
 
     <s>, </s> and <pad> are ids 0, 1 and 2.
 
@@ -86,7 +86,7 @@ def load_tokenizer(
             f"the tokenizer of {args.tokenizer_name_or_path or args.model_name_or_path!r} has no end-of-text token, so "
             "a model could not learn where to stop. Set eos_token in its tokenizer_config.json."
         )
-    if tokenizer.pad_token_id is None:  # an existing token: a new one would need a new embedding
+    if tokenizer.pad_token_id is None:  # use an existing token: a new one would need a new embedding
         tokenizer.pad_token = tokenizer.unk_token if tokenizer.unk_token_id is not None else tokenizer.eos_token
         logger.warning_once(
             f"the tokenizer has no pad token: {tokenizer.pad_token!r} pads. The vocabulary does not grow, and padding "
@@ -113,7 +113,7 @@ def _load_pretrained_tokenizer(args: ModelArguments, trust_remote_code: bool) ->
     tokenizer = load_pretrained(key, name, AutoTokenizer.from_pretrained, **options)
     if args.model_name_or_path is not None:
         embeddings = load_pretrained_config(args, trust_remote_code).get_text_config().vocab_size
-        # CodeLlama's class adds <FILL_ME> after the vocabulary. It marks infilling calls, and can be left out.
+        # CodeLlama's class adds <FILL_ME> after the vocabulary. It marks infilling calls and is not needed here.
         if _tokens_beyond(tokenizer, embeddings) and getattr(tokenizer, "fill_token", None) is not None:
             tokenizer = load_pretrained(key, name, AutoTokenizer.from_pretrained, fill_token=None, **options)
         check_vocabulary(tokenizer, embeddings)

@@ -76,7 +76,7 @@ class MemoryPlan:
     """The gradient of the LM head, and one chunk of logits."""
 
     buffers: float
-    """Communication: buckets, and weights gathered for a moment."""
+    """Communication: buckets, and temporarily gathered weights."""
 
     @property
     def state(self) -> float:
@@ -88,7 +88,7 @@ class MemoryPlan:
         return self.state + self.activations + self.lm_head + self.buffers
 
     def line(self, gpu: str | None = None) -> str:
-        """The estimate in words, and whether `gpu` has that much; without `gpu`, the smallest one that has."""
+        """The estimate in words, and whether it fits `gpu`; without `gpu`, the smallest GPU that it fits."""
         parts = [f"{name.replace('_', ' ')} {getattr(self, name) / GIB:.2f}" for name in PARTS if getattr(self, name)]
         if gpu is not None:
             verdict = "fits" if self.total <= usable(gpu) else "DOES NOT FIT"
@@ -103,7 +103,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """How many numbers a model holds, tied ones once."""
+    """Numbers of parameters of a model, tied ones counted once."""
 
     total: int
     """All, adapters included."""
@@ -149,7 +149,7 @@ def count_parameters(recipe: Recipe, config: PretrainedConfig) -> ParameterCount
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the estimates of all engines are computed from."""
+    """The inputs of every engine's estimate."""
 
     count: ParameterCounts
     """n, t and the sizes of the model's parts."""
@@ -176,7 +176,7 @@ class Sizes:
     """The recipe's `optim`, e.g. "adamw_torch"."""
 
     activations: float
-    """Bytes that wait for the backward pass."""
+    """Bytes kept for the backward pass."""
 
     lm_head: float
     """Bytes of the LM head's gradient and of one chunk of logits."""
@@ -240,7 +240,7 @@ def _sizes(recipe: Recipe, config: PretrainedConfig, length: int, processes: int
 
 
 def _buckets(deepspeed: Any) -> tuple[int, bool]:
-    """(numbers in DeepSpeed's bucket, whether there are two of them), from the config file if the recipe names one."""
+    """(size of DeepSpeed's bucket, whether there are two), from the config file if the recipe names one."""
     settings: dict[str, Any] = {}
     if isinstance(deepspeed, str):
         settings = json.loads(Path(deepspeed).read_text(encoding="utf-8")).get("zero_optimization", {})
@@ -253,13 +253,13 @@ def _buckets(deepspeed: Any) -> tuple[int, bool]:
 def _activations(
     recipe: Recipe, config: PretrainedConfig, length: int, compute_bytes: int, master_bytes: int
 ) -> tuple[float, float]:
-    """(bytes that wait for the backward pass, bytes of one chunk of logits)."""
+    """(bytes kept for the backward pass, bytes of one chunk of logits)."""
     text = config.get_text_config()
     tokens = recipe.training.per_device_train_batch_size * length
     hidden, vocabulary_size = text.hidden_size, text.vocab_size
     intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
 
-    # 1. one layer in full; autocast keeps 4 hidden numbers of it in the type of the master weights
+    # 1. one layer in full; autocast keeps 4 hidden numbers of it in the dtype of the master weights
     autocast_extra = max(master_bytes - compute_bytes, 0) * 4 * hidden
     layer = tokens * (compute_bytes * (11 * hidden + 4 * intermediate) + autocast_extra)
 
@@ -289,7 +289,7 @@ def _plan_unsharded(sizes: Sizes) -> MemoryPlan:
         optimizer=sizes.moment_bytes(m),
         activations=sizes.activations,
         lm_head=sizes.lm_head,
-        buffers=m * t if sizes.processes > 1 else 0,  # DDP reduces gradients in buckets of its own
+        buffers=m * t if sizes.processes > 1 else 0,  # DDP reduces gradients in its own buckets
     )
 
 
@@ -307,7 +307,7 @@ def _plan_zero(sizes: Sizes, stage: int) -> MemoryPlan:
         optimizer=sizes.moment_bytes(4) / g,
         activations=sizes.activations,
         lm_head=sizes.lm_head,
-        buffers=buffers + 4 * t / g,  # at the step the partition's gradients are flattened into a float32 copy
+        buffers=buffers + 4 * t / g,  # at the step, the partition's gradients are flattened into a float32 copy
     )
 
 
@@ -331,7 +331,7 @@ def _plan_fsdp2(sizes: Sizes) -> MemoryPlan:
 
 
 def memory_lines(recipe: Recipe, config: PretrainedConfig, length: int, processes: int) -> Iterator[str]:
-    """`plan_memory` in words, and which engines fit the recipe's `gpu`, if it names one."""
+    """`plan_memory` in words, and which engines fit the recipe's `gpu` if it names one."""
     gpu, plans = recipe.model.gpu, plan_memory(recipe, config, length, processes)
     yield from (plan.line(gpu) for plan in plans)
     if gpu is None:

@@ -1,6 +1,6 @@
 """The arithmetic of a run before it starts: batches, steps, tokens, the loss in words, a row with its mask.
 
-No weight is loaded. The memory that the run takes is estimated in memory.py.
+No weight is loaded. The run's memory is estimated in memory.py.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class StepPlan:
     """How often the optimizer will step, and on how much."""
 
     rows: int
-    """Rows of an epoch; with packing, packed ones."""
+    """Rows in an epoch; with packing, packed rows."""
 
     micro_batch: int
-    """Rows of one forward pass on one process."""
+    """Rows in one forward pass on one process."""
 
     accumulation: int
-    """Micro-batches of one optimizer step."""
+    """Micro-batches in one optimizer step."""
 
     processes: int
     """Processes that train in parallel."""
@@ -73,11 +73,11 @@ class StepPlan:
     """Optimizer steps."""
 
     tokens_per_step: float
-    """Tokens of one optimizer step on all processes, on average."""
+    """Average number of tokens in one optimizer step over all processes."""
 
     @property
     def effective_batch(self) -> int:
-        """Rows of one optimizer step."""
+        """Rows in one optimizer step."""
         return self.micro_batch * self.accumulation * self.processes
 
     def lines(self) -> list[str]:
@@ -92,7 +92,7 @@ class StepPlan:
 
 
 def plan_steps(recipe: Recipe, report: DataReport, processes: int) -> StepPlan:
-    """The step arithmetic of transformers' Trainer, where a last partial accumulation still makes a step."""
+    """The step arithmetic of transformers' Trainer, where a partial accumulation at the end still makes a step."""
     training = recipe.training
     micro_batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
 

@@ -1,4 +1,4 @@
-"""The model card (README.md) of a run: how it was trained, what was measured, its recipe and the installed versions.
+"""The model card (README.md) of a run: how it was trained, what was measured, its recipe, and the installed versions.
 
 `model_card` is for language models, `image_card` for image backbones; the texts are in templates/. `write_card` renders
 the card of a finished run again, e.g. after an evaluation: `python -m matrix_llm.hub card runs/x`.
@@ -80,7 +80,7 @@ def model_card(
         recipe: the recipe just trained, or the settings stored in a run.
         entries: the run's metrics.jsonl.
         results: the run's results.json: accuracy before and after training, row counts, wall time.
-        evaluations: scores on benchmarks. Complete public ones also enter the front matter's `model-index`.
+        evaluations: benchmark scores. Those on complete public benchmarks also enter the front matter's `model-index`.
         licence: as the Hub spells it, e.g. "llama2" or "apache-2.0".
         base_model: the base model's name on the Hub, where the recipe names a folder.
     """
@@ -125,7 +125,7 @@ def model_card(
 
 
 def _eval_results(evaluations: Sequence[Evaluation]) -> list[EvalResult]:
-    """Complete public benchmarks in the `model-index` form. Part of one, or own problems, would mislead there."""
+    """Complete public benchmarks as `model-index` entries. Parts of one, or private problems, would mislead there."""
     found = []
     for each in evaluations:
         if each.name not in BENCHMARKS or not each.is_whole:
@@ -145,7 +145,7 @@ def _eval_results(evaluations: Sequence[Evaluation]) -> list[EvalResult]:
 
 
 def _measured(entries: list[dict[str, Any]], results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(quantity, value) of each row of the card's first table. What was not measured has no row."""
+    """(quantity, value) for each row of the card's first table. What was not measured has no row."""
     measured = []
     for when in ("before", "after"):
         if (accuracy := results.get(f"accuracy_{when}")) is not None:
@@ -192,7 +192,7 @@ def image_card(
     Args:
         title: name of the run's folder.
         architecture: class of the backbone.
-        needs_import: the module that registers the architecture with transformers, where it is not one of theirs.
+        needs_import: the module that registers the architecture with transformers, if it is not one of theirs.
         dataset: the recipe's data set.
         method: key of the pre-training method, for the tags.
         method_title: its name in its paper.

@@ -1,4 +1,4 @@
-"""What a finished run must hold before it may be pushed, checked without a network.
+"""What a finished run must contain before it can be pushed, checked without a network.
 
 The weights must be complete and loadable, the tokenizer must be there, and no file that would be sent may hold an
 access token.
@@ -26,7 +26,7 @@ from matrix_llm.publish.finished_run import (
 from matrix_llm.publish.names import check_repository_name, is_hub_name
 from matrix_llm.run.metrics import METRICS, PLOT
 
-# What is sent besides the weights, the card and recipe.yaml. Whatever is not named here stays at home: pickles,
+# What is sent besides the weights, the card and recipe.yaml. Anything not named here is never sent: pickles,
 # optimizer states, checkpoints, generated texts.
 SENT = (
     "config.json",
@@ -54,7 +54,7 @@ def check_run(run: Path, token: str | None = None, *, base_model: str | None = N
     """Every check that needs no network.
 
     Args:
-        token: the access token in use, which is looked for in the files besides everything that looks like one.
+        token: the access token in use; the files are searched for it and for anything that looks like a token.
         base_model: name on the Hub of an adapter's base model, where the recipe names a folder.
 
     Returns:
@@ -145,7 +145,7 @@ def _check_model(run: Path, files: list[Path], listed: Iterable[str] = ()) -> li
     for file in files:
         shapes |= tensor_shapes(file)
     expected = _expected_shapes(run)
-    # Names prove nothing by themselves: some architectures are saved under other names than their modules have. The
+    # Names alone prove nothing: some architectures are saved under names that differ from those of their modules. The
     # number of elements does.
     elements = sum(map(math.prod, shapes.values()))
     is_short = elements < sum(map(math.prod, expected.values()))
@@ -166,7 +166,7 @@ def tensor_shapes(file: Path) -> Shapes:
         RecipeError: the file is damaged, has no tensor or has empty ones.
     """
     try:
-        with safe_open(file, framework="numpy") as opened:  # refuses a file that is not as long as its header says
+        with safe_open(file, framework="numpy") as opened:  # refuses a file whose length does not match its header
             shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise RecipeError(
@@ -194,7 +194,7 @@ def _expected_shapes(run: Path) -> Shapes:
     try:
         config = AutoConfig.from_pretrained(run, local_files_only=True, trust_remote_code=False)
         if getattr(config, "quantization_config", None) is not None:
-            return {}  # packed weights have shapes of their own
+            return {}  # packed weights have different shapes
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except Exception:  # only its own code can build it, and that may fail in any way; the headers have been checked

@@ -1,4 +1,4 @@
-"""The Hub's client for one repository: requests that are repeated while that can help, and errors that say what to do.
+"""A Hub client for one repository: requests are retried while that can help, and errors say what to do.
 
 `huggingface_hub` makes the requests. Here each one is tried again on 5xx, 429 and on dropped or silent connections, and
 what still fails becomes a PushError of one line. No message or log line shows a token.
@@ -26,7 +26,7 @@ from matrix_llm.base.errors import PushError, scrub
 TRIES = 5  # of each request, the first included; the client's own retries of single requests come on top
 FIRST_WAIT = 1.0  # seconds before the second try, doubled before each further one
 LONGEST_WAIT = 300.0  # a longer Retry-After is reported instead of slept through
-TIMEOUT = 120.0  # seconds without a byte; by default the client waits for ever
+TIMEOUT = 120.0  # seconds without a byte; by default the client waits forever
 
 # What huggingface_hub raises for a request that failed: ValueError for a name or front matter that the Hub refuses,
 # RuntimeError around a failed upload. Anything else is a fault of ours or the client's, and keeps its traceback.
@@ -49,7 +49,7 @@ class HubClient:
         Args:
             repo: user/name; without an owner where the token's user is still to be asked.
             token: None for HF_TOKEN, or else the token saved by `hf auth login`.
-            way_out: the last sentence of errors that nothing else mends.
+            way_out: the last sentence of errors for which nothing more specific can be advised.
         """
         self.repo, self.token, self.way_out = repo, token, way_out
         self.api = HfApi(token=token)
@@ -60,7 +60,7 @@ class HubClient:
 
     @property
     def secrets(self) -> list[str | None]:
-        """What must not be printed."""
+        """Tokens that must not be printed."""
         return [self.token, get_token()]
 
     def request(
@@ -118,7 +118,7 @@ class HubClient:
         return user
 
     def _explain(self, error: BaseException) -> str:
-        """What a request failed of and the way out, in one line."""
+        """Why a request failed and what to do, in one line."""
         tokens, reason = f"{self.endpoint}/settings/tokens", reason_of(error)
         which = "the token in HF_TOKEN" if os.environ.get("HF_TOKEN") else "the saved token"
         which = "the given token" if self.token else which
@@ -171,7 +171,7 @@ def scrub_logs(secrets: list[str | None]) -> Iterator[None]:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """`error` and what caused it, the innermost last.
+    """`error` and its causes, the innermost last.
 
     Only explicit causes: the context of a failed `create_repo` is the 404 that led to it, and would mislead.
     """
@@ -191,7 +191,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def response_of(error: BaseException) -> Any:
-    """The server's answer, or None where there was none."""
+    """The server's answer, or None if there was none."""
     responses = (getattr(each, "response", None) for each in causes(error))
     return next((response for response in responses if response is not None), None)
 

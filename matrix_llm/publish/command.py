@@ -1,4 +1,4 @@
-"""The model card of a finished run, and the run on the Hub.
+"""Render the model card of a finished run, or push the run to the Hub.
 
 python -m matrix_llm.hub card runs/x                    # render runs/x/README.md again, with the scores in runs/x/eval/
 python -m matrix_llm.hub push runs/x --repo user/name   # private unless --public; again: only what is missing is sent

@@ -1,4 +1,4 @@
-"""Where on the Hub a run goes, and how a recipe says so (`push_to_hub`, `hub_model_id` and the like)."""
+"""Where on the Hub a run goes, from a recipe's `push_to_hub`, `hub_model_id` and similar settings."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from matrix_llm.publish.names import check_repository_name, is_hub_name
 
 @dataclass(frozen=True)
 class Destination:
-    """A repository on the Hub, and how it is to be written."""
+    """A repository on the Hub, and how to write to it."""
 
     repo: str
     """user/name or organisation/name."""
 
     private: bool | None = None
-    """True: must be private. False: made public if it is new. None: made private if it is new, else left as it is."""
+    """True: must be private. False: public if it is new. None: private if it is new, else left as it is."""
 
     revision: str | None = None
-    """The branch, made if it is missing; None is main."""
+    """The branch, created if it is missing; None is main."""
 
     token: str | None = field(default=None, repr=False)
     """The access token; None is HF_TOKEN, or else the token saved by `hf auth login`."""
@@ -56,7 +56,7 @@ class PushableRecipe(Protocol):
 def find_destination(recipe: PushableRecipe, *, ask: bool = True) -> Destination | None:
     """Where `push_to_hub` sends the finished run; None without it. The recipe is not changed.
 
-    The Hub checks token and name now, before hours of training. Only the first process asks it, and only the first one
+    The Hub checks token and name now, before hours of training. Only the first process asks it, and only that process
     gets a destination.
 
     Args:
@@ -99,9 +99,9 @@ def find_destination(recipe: PushableRecipe, *, ask: bool = True) -> Destination
 
 
 def remove_push_settings(recipe: PushableRecipe) -> None:
-    """Take the token out of the recipe, so that no file of the run holds it, and switch the Trainer's own pushing off.
+    """Remove the token from the recipe, so that no file of the run holds it, and switch off the Trainer's own pushing.
 
-    The Trainer would make a public repository, and send pickles and unchecked weights at every save.
+    The Trainer would create a public repository, and send pickles and unchecked weights at every save.
     """
     recipe.resolved.pop("hub_token", None)
     recipe.training.hub_token = None

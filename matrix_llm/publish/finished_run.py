@@ -1,4 +1,4 @@
-"""A finished run as it lies in its folder: its settings, its results, and the scores of its evaluations."""
+"""A finished run, read from its folder: its settings, its results, and the scores of its evaluations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matrix_llm.config import DataArguments, MatrixConfig, ModelArguments, Recip
 RECIPE, RESULTS, CARD = "recipe.yaml", "results.json", "README.md"
 PROCESSOR = "preprocessor_config.json"  # an image backbone has one, where a language model has a tokenizer
 
-# The settings that a card or a push reads, with the values that hold where recipe.yaml does not give them.
+# The settings that a card or a push reads, with their values where recipe.yaml does not give them.
 DEFAULTS: dict[str, Any] = {
     name: getattr(owner, name)
     for owner, names in {
@@ -30,7 +30,7 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How a run was made, as far as its card and its push need to know. Fields are named after the recipe's keys."""
+    """What a run's card and its push need to know about it. Fields are named after the recipe's keys."""
 
     title: str
     """Name of the run's folder, and the heading of its card."""
@@ -39,7 +39,7 @@ class RunSettings:
     """The base model: a folder, a name on the Hub, or None for a model trained from scratch."""
 
     use_peft: bool
-    """Whether the run holds a LoRA adapter instead of a whole model."""
+    """Whether the run holds a LoRA adapter instead of a complete model."""
 
     dataset: str | None
     """The training rows: "builtin", a path, or a name on the Hub."""
@@ -98,13 +98,13 @@ class Evaluation:
     """One result file that eval/gsm8k.py or eval/hendrycks_math.py wrote."""
 
     name: str
-    """The benchmark, e.g. "gsm8k", or the name of a problem file of the user's own."""
+    """The benchmark, e.g. "gsm8k", or the name of the user's own problem file."""
 
     scores: dict[str, Score]
-    """By the convention that extracts and compares answers."""
+    """{convention: score}; a convention extracts and compares answers."""
 
     is_whole: bool
-    """Whether every problem was asked; `--limit` asks only some."""
+    """Whether every problem was asked; `--limit` asks only some of them."""
 
     prompt: str
     """Name of the prompt template; "" where the file does not say."""
@@ -126,7 +126,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_settings(run: Path) -> RunSettings:
-    """The settings stored in a finished run. They are not checked again: its data may lie on another machine by now.
+    """The settings stored in a finished run. They are not checked again: its data may be on another machine by now.
 
     Raises:
         RecipeError: the folder is not a finished run, or its recipe.yaml is not a mapping of settings.
@@ -167,7 +167,7 @@ def read_evaluations(run: Path) -> list[Evaluation]:
     for path in sorted((run / "eval").glob("*.json")):
         content = read_json(path)
         if not isinstance(content, dict) or "scores" not in content:
-            continue  # e.g. the settings that eval/ stores beside each result
+            continue  # e.g. the settings that eval/ stores next to each result
         try:
             found.append(_parse_evaluation(content))
         except (ValueError, KeyError, TypeError, AttributeError):  # a field is missing, or of another type

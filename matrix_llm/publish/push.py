@@ -1,9 +1,9 @@
 """Push a finished run to the Hub.
 
 1. without a network: the name, the weights, no token in any file that would be sent (names.py, checks.py)
-2. the Hub knows the token, and the repository exists or is made, with the visibility that was asked for
+2. the Hub accepts the token, and the repository exists or is created, with the requested visibility
 3. links to the files, next to a fresh card, are uploaded from a temporary folder; the run's own folder is only read
-4. every file has arrived
+4. check that every file has arrived
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def push(
 
 
 def _open_repository(hub: HubClient, to: Destination) -> None:
-    """Make the repository if there is none, and print its visibility, which is never changed.
+    """Create the repository if there is none, and print its visibility, which is never changed.
 
     Raises:
         PushError: it is public, and private was asked for or is what a new repository should have become.
@@ -117,7 +117,7 @@ def _open_repository(hub: HubClient, to: Destination) -> None:
 
 
 def _licence_on_hub(hub: HubClient, base: str | None) -> str | None:
-    """The licence that the base model's card states. Not worth failing for: a card without one is true, too."""
+    """The licence that the base model's card states. Not worth failing for: a card without one is also true."""
     if base is None or not is_hub_name(base):
         return None
     try:
@@ -129,7 +129,7 @@ def _licence_on_hub(hub: HubClient, base: str | None) -> str | None:
 def _stage(
     folder: Path, run: Path, files: list[Path], card: str, settings: RunSettings, base_model: str | None
 ) -> set[str]:
-    """Lay out in `folder` what will be sent, and return the names that it will have in the repository."""
+    """Link or write into `folder` what will be sent, and return the names in the repository."""
     for file in files:
         link = folder / file.relative_to(run)
         link.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""A run, from its recipe to its folder: the command, the data it trains on, its checkpoints and its end.
+"""A run, from its recipe to its folder: the command, its data, its checkpoints, and how it ends.
 
 Read command.py (the one `main`) and run_folder.py first, then prepare.py (the data), checkpoint_files.py and saving.py
 (checkpoints that are complete or absent), preemption.py (signals) and failures.py (full disks, lost processes).

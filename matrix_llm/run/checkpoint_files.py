@@ -128,9 +128,9 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def remove_old_checkpoints(output_dir: Path, limit: int | None, best: str | None) -> None:
-    """Leave the `limit` newest complete checkpoints, counting `best` among them; without a limit, leave all.
+    """Remove all but the `limit` newest complete checkpoints, counting `best` among them; without a limit, remove none.
 
-    Incomplete checkpoints do not count. Those older than the newest complete one are removed, newer ones are left for
+    Incomplete checkpoints do not count. Those older than the newest complete one are removed; newer ones are left for
     inspection. The newest complete checkpoint always stays.
     """
     if not limit or limit < 1:

@@ -31,7 +31,7 @@ from matrix_llm.run.run_folder import NON_FINITE, check_output_dir
 
 
 class RunRecipe(Protocol):
-    """What every recipe has, of language models and of images."""
+    """What recipes for language models and for images have in common."""
 
     @property
     def training(self) -> TrainingArguments: ...
@@ -53,7 +53,7 @@ class Command(Generic[R]):
     find_destination: Callable[..., Any]
     """(recipe, ask=...) -> where on the Hub the finished run goes, or None. It asks the Hub only if `ask`."""
     remove_push_settings: Callable[[R], None]
-    """Takes push_to_hub and the token out of the recipe: Trainer must not push, and no file may hold the token."""
+    """Removes push_to_hub and the token from the recipe: Trainer must not push, and no file may hold the token."""
     print_plan: Callable[[R], None]
     """What --dry_run prints."""
     train: Callable[[R, StopOnSignal, list[str]], None]
@@ -88,7 +88,7 @@ def run_command(command: Command[R], arguments: Sequence[str] | None = None) -> 
         set_seed(recipe.training.seed)
         with stop_on_signals() as stop:
             command.train(recipe, stop, given)
-        # 4. the Hub: here, where no other process waits at a barrier that could time out
+        # 4. the Hub: pushed here, where no other process waits at a barrier that could time out
         if destination is not None and not stop.stopped:
             say(f"=> {command.push(output, destination)}")
     except KeyboardInterrupt:
@@ -116,10 +116,10 @@ def _report(error: Exception, message: str, output: Path | None, *, has_begun: b
 
 
 def exit_process(status: int) -> NoReturn:
-    """Exit with `status`, at once where the interpreter's shutdown does harm in a run of several processes.
+    """Exit with `status`; immediately, where the interpreter's shutdown does harm in a run of several processes.
 
     On CPUs, gloo's threads sometimes abort it ("terminate called without an active exception") after everything has
-    been written. After a failure it can wait for processes that wait for this one.
+    been written. After a failure, shutdown can wait for processes that are waiting for this one.
     """
     is_one_of_several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if is_one_of_several and (status != 0 or not torch.cuda.is_available()):

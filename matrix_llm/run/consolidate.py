@@ -1,6 +1,6 @@
 """Plain safetensors of a ZeRO or FSDP2 checkpoint, whose weights are in shards: the `consolidate` command.
 
-It runs in one process, without a GPU and without the launcher, and needs memory for the float32 weights once.
+It runs in one process, without a GPU or a launcher, and needs memory for one copy of the float32 weights.
 
 Both engines store shards in pickles, which can hold code. They are read with torch's `weights_only` loader and, for
 the index of FSDP2, with an unpickler that knows only the index's own classes: a checkpoint from elsewhere cannot run
@@ -30,7 +30,7 @@ from matrix_llm.run.failures import cannot_write, why_not_written
 # What reading a damaged or hostile checkpoint raises
 DAMAGED = (OSError, EOFError, RuntimeError, pickle.UnpicklingError, CheckpointException)
 COPIED = (".json", ".jinja", ".model", ".txt")  # suffixes of configs, tokenizer files and chat templates
-NOT_COPIED = ("trainer_state.json", MANIFEST, "log_window")  # prefixes: what resuming needs, and plain weights do not
+NOT_COPIED = ("trainer_state.json", MANIFEST, "log_window")  # prefixes of files that only resuming needs
 
 
 def consolidate(checkpoint: Path, out: Path) -> None:
@@ -91,7 +91,7 @@ def _read_shards(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def _separate_storages(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each weight in a storage of its own; tied weights stay one tensor.
+    """Each weight in its own storage; tied weights stay one tensor.
 
     ZeRO-2's weights are slices of one flat buffer, which safetensors refuses to save.
     """
@@ -174,7 +174,7 @@ def _read_fsdp(shards: Path) -> dict[str, Tensor]:
     with (shards / ".metadata").open("rb") as file:
         metadata: Metadata = _IndexUnpickler(file).load()
 
-    # 2. the shards; torch's own reader would unpickle the index once more, and without care
+    # 2. the shards; torch's own reader would unpickle the index again, unguarded
     class Reader(FileSystemReader):
         def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
             metadata.storage_meta = metadata.storage_meta or StorageMeta()

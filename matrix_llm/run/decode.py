@@ -20,12 +20,12 @@ from matrix_llm.base.statistics import wilson_interval
 from matrix_llm.data.prompts import PROMPT_TEMPLATES
 
 ANSWER_MARKER = "The answer is: "
-ANSWER_WINDOW = 200  # characters read after the marker, so that a model that babbles digits cannot make scoring slow
+ANSWER_WINDOW = 200  # characters read after the marker, so that endless digits from a model cannot slow down scoring
 NUMBER = re.compile(r"([-+]?)([0-9][0-9,]*)?(?:\.([0-9]+))?(?:/([0-9]+))?")
 
 
 class Question(Protocol):
-    """What `measure_accuracy` needs of a problem; `matrix_llm.data.wordproblems.Problem` has it."""
+    """What `measure_accuracy` needs from a problem; `matrix_llm.data.wordproblems.Problem` provides it."""
 
     @property
     def query(self) -> str: ...
@@ -38,7 +38,7 @@ class Accuracy:
     """Exact-match accuracy of greedy responses, as extracted by `final_answer`."""
 
     correct: int
-    """Responses whose final answer is the right one, 0 to `total`."""
+    """Responses with the right final answer, 0 to `total`."""
     total: int
     """Problems asked, at least 1."""
     accuracy: float
@@ -118,7 +118,7 @@ def generate_greedy(
     for index, ids in enumerate(prompt_ids):
         if not ids:
             raise DataError(f"prompt {index} ({prompts[index]!r}) has no tokens, so there is nothing to continue.")
-    # 2. Greedy, whatever the checkpoint's generation config says.
+    # 2. Greedy, whatever the checkpoint's generation config asks for.
     stops = _stop_tokens(model, tokenizer)
     pad = next(token for token in (tokenizer.pad_token_id, *stops, 0) if token is not None)  # masked: any token will do
     settings = GenerationConfig(

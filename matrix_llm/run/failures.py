@@ -1,4 +1,4 @@
-"""Failures that are not bugs, recognised and told in one line: a full or read-only disk, and a process that is gone."""
+"""Failures that are not bugs, recognised and reported in one line: a full or read-only disk, a process that is gone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PEER_IS_GONE = (
 
 
 def why_not_written(error: BaseException) -> str | None:
-    """The reason, if `error` says that a file could not be written, through whichever library; None for other errors.
+    """The reason, if `error` means that a file could not be written, from any library; None for other errors.
 
     >>> why_not_written(OSError(errno.ENOSPC, "No space left on device"))
     'No space left on device'
@@ -75,7 +75,7 @@ def explain_failure(error: Exception, output_dir: Path | None) -> str | None:
     """
     if isinstance(error, MatrixLLMError):
         return str(error)
-    # Outside the run's folder (a cache, say) a full disk is reported by its own traceback, which names the place
+    # Outside the run's folder (in a cache, for example) a full disk keeps its traceback, which names the place
     if output_dir is not None and (reason := why_not_written(error)) is not None:
         path = Path(getattr(error, "filename", None) or output_dir)
         if path.absolute().is_relative_to(output_dir.absolute()):

@@ -19,7 +19,7 @@ COLOURS = {"ce": "#1f77b4", "mce": "#d62728"}
 class MetricsFileCallback(TrainerCallback):
     """Appends every log entry to metrics.jsonl in the output directory, one JSON object per line, as it is logged.
 
-    A resumed run first removes the lines of the steps that it is going to repeat.
+    A resumed run first removes the lines of the steps that it will repeat.
     """
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
@@ -51,7 +51,7 @@ def plot_losses(entries: list[dict[str, Any]], path: Path, *, title: str) -> Non
     """Plot CE and MCE over optimizer steps to `path`: solid for training, dotted with markers for held-out rows.
 
     Args:
-        entries: the lines of metrics.jsonl. A loss that they do not hold is left out.
+        entries: the lines of metrics.jsonl. A loss that they do not contain is not drawn.
     """
     import matplotlib
 

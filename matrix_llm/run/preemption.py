@@ -1,8 +1,8 @@
-"""A run that is asked to stop (SIGTERM, Ctrl-C) saves a checkpoint on all processes at the next step; its status is 0.
+"""A run that is asked to stop (SIGTERM, Ctrl-C) saves a checkpoint at the next step on all processes, and exits with 0.
 
 Schedulers, `accelerate launch` and torchrun send SIGTERM, and SIGKILL some time later. The signal handler only notes
 the request. At the end of every optimizer step the processes agree, in one all-reduce of one number, whether any of
-them was asked. A process that stopped by itself would leave the others waiting in a collective.
+them was asked. A process that stopped alone would leave the others waiting in a collective.
 
 A second Ctrl-C, a second or more after the first, aborts at once. A second SIGTERM changes nothing: launchers and
 schedulers repeat what the process has already received, and they can send SIGKILL.
@@ -49,9 +49,9 @@ class StopOnSignal(TrainerCallback):
     launcher: list[str]
     """The command line of the launcher that started this process; [] without one."""
     training_has_begun: bool
-    """True from the beginning of training on. Errors before it are the recipe's or the data's."""
+    """True once training has begun. Earlier errors come from the recipe or the data."""
     stopped: bool
-    """True once training was ended early; the same on every process."""
+    """True once training has been ended early; the same on every process."""
 
     def __init__(self) -> None:
         self.launcher = _launcher_command()  # now: the launcher may be gone when the run stops
@@ -97,7 +97,7 @@ class StopOnSignal(TrainerCallback):
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopOnSignal]:
-    """Install the handlers within the block, and restore the earlier ones after it.
+    """Install the handlers for the block, and restore the earlier ones after it.
 
     Outside the main thread, where Python allows no handlers, the callback never stops the run.
     """

@@ -1,4 +1,4 @@
-"""From a recipe to everything that training needs of the data: tokenizer, training rows, held-out rows and problems.
+"""From a recipe to all the data that training needs: tokenizer, training rows, held-out rows and problems.
 
 Rows come from the cache or from a stream, are checked for test questions, and are measured. Under `accelerate launch`
 each machine's first process reads, tokenises and writes the cache while the others wait, and then open what it wrote.
@@ -42,26 +42,26 @@ class HeldOutProblem:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare_data` made of a recipe."""
+    """The data of a run, as `prepare_data` returns it."""
 
     tokenizer: Any
-    """Loaded, or trained on the training rows."""
+    """The tokenizer, loaded or trained on the training rows."""
     train: datasets.Dataset | datasets.IterableDataset
     """input_ids, labels and row_id of the rows to train on."""
     report: DataReport
     """What became of the training rows."""
     held_out: datasets.Dataset | None
-    """The rows for the evaluation loss, as `train`; None without eval_dataset."""
+    """The rows for the evaluation loss, in the same form as `train`; None without eval_dataset."""
     held_out_report: DataReport | None
     """What became of the held-out rows."""
     problems: list[HeldOutProblem]
     """What greedy accuracy is measured on; empty if accuracy_rows is 0."""
     dataset_kwargs: dict[str, Any] | None
-    """What the trainer needs as its `dataset_kwargs`."""
+    """The trainer's `dataset_kwargs`."""
 
 
 def prepare_data(recipe: Recipe, *, say: Callable[[str], None] = print, dry_run: bool = False) -> Prepared:
-    """Reads and tokenises what the recipe names; the recipe itself is not changed.
+    """Read and tokenise what the recipe names; the recipe itself is not changed.
 
     Args:
         say: prints a line for the log.
@@ -69,7 +69,7 @@ def prepare_data(recipe: Recipe, *, say: Callable[[str], None] = print, dry_run:
 
     Raises:
         DataError: a row cannot be read, nothing is left to train on, or `leakage: stop` found test questions.
-        RecipeError: accuracy_rows asks for problems, and there is none.
+        RecipeError: accuracy_rows asks for problems, but there are none.
     """
     with recipe.training.main_process_first(desc="reading and tokenising"):
         return _prepare(recipe, say, dry_run)
@@ -78,7 +78,7 @@ def prepare_data(recipe: Recipe, *, say: Callable[[str], None] = print, dry_run:
 def _prepare(recipe: Recipe, say: Callable[[str], None], dry_run: bool) -> Prepared:
     data, training = recipe.data, recipe.training
 
-    # 1. The training rows and a tokenizer, trained on them if the recipe says so
+    # 1. The training rows and a tokenizer, trained on them if the recipe asks for it
     root = cache_root()
     if root is None:
         folder = datasets.config.HF_DATASETS_CACHE
@@ -116,7 +116,7 @@ def _prepare(recipe: Recipe, say: Callable[[str], None], dry_run: bool) -> Prepa
 
 
 def _dataset_kwargs(recipe: Recipe) -> dict[str, Any] | None:
-    """Without packing or shuffling, TRL would only cut each row again, one by one, and write a second copy of them."""
+    """Settings that stop TRL, without packing or shuffling, from cutting each row again and writing a second copy."""
     training = recipe.training
     given: dict[str, Any] | None = training.dataset_kwargs  # type: ignore[assignment]
     if training.packing or training.eval_packing or training.shuffle_dataset:
@@ -185,9 +185,9 @@ def _count_eval_rows(data: DataArguments) -> int | None:
 
 
 def _held_out_source(recipe: Recipe, eval_rows: int | None) -> Source:
-    """As many rows as the hungrier of the two uses needs; each takes its own number of them from the start."""
+    """As many rows as the larger of the two uses needs; each use takes its own number of rows from the start."""
     data = recipe.data
-    if data.eval_dataset is None:  # "builtin", whose test problems need no name of their own
+    if data.eval_dataset is None:  # "builtin", whose test problems need no separate name
         count: int | None = data.accuracy_rows
     else:
         count = None if eval_rows is None else max(eval_rows, data.accuracy_rows)
@@ -228,7 +228,7 @@ def question_source(name: str) -> Source:
 
 
 def _test_questions(names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(id, question) of each row of each test set. Any row with a question will do: it need not be fit to train on."""
+    """(id, question) of each row of each test set. Rows need only a question, not be trainable."""
     for name in names:
         count = 0
         for count, (where, found) in enumerate(question_source(name).read(), start=1):
@@ -246,7 +246,7 @@ def _test_questions(names: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def _find_leaks(rows: RowSet, data: DataArguments) -> LeakageReport:
-    """Compares the rows with leakage_check's test questions; cached by the content of both sides."""
+    """Compare the rows with leakage_check's test questions; cached by the content of both sides."""
     names = data.leakage_check or []
 
     def compare() -> LeakageReport:
@@ -256,7 +256,7 @@ def _find_leaks(rows: RowSet, data: DataArguments) -> LeakageReport:
     def build(folder: Path) -> None:
         write_text(folder / "report.json", json.dumps(asdict(compare())))
 
-    is_hub_stream = rows.streaming and rows.source.files() is None  # its content has no name before it is read
+    is_hub_stream = rows.streaming and rows.source.files() is None  # its content has no key before it is read
     if rows.root is None or is_hub_stream:
         return compare()
     identities = [(name, question_source(name).identity()) for name in names]
@@ -266,7 +266,7 @@ def _find_leaks(rows: RowSet, data: DataArguments) -> LeakageReport:
 
 
 def _check_leakage(recipe: Recipe, rows: RowSet, say: Callable[[str], None], dry_run: bool) -> list[int]:
-    """The ids of the rows to leave out, after the log lines, the file and the refusal that the recipe asks for."""
+    """Report leaked rows, write the file or refuse, as the recipe asks, and return the ids of the rows to leave out."""
     report = _find_leaks(rows, recipe.data)
     say("\n".join(f"=> {line}" for line in report.lines()))
     path = Path(str(recipe.training.output_dir)) / LEAKAGE

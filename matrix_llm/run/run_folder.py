@@ -1,4 +1,4 @@
-"""A run's folder: the names of its files, whether a run may start or resume there, what is written before training."""
+"""A run's folder: its file names, whether a run can start or resume there, and what is written before training."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PARTIAL = "results.partial.json"  # results so far; removed last, so a run that 
 NON_FINITE = "non_finite.txt"  # the error of a run whose loss became NaN or infinite; removed when the run resumes
 STAGING = ".saving"  # the final weights, until they are moved into place
 
-# Settings that may change between a run and its resumption: they say what to show or save, not what is computed.
+# Settings that may change when a run is resumed: they decide what is shown or saved, not what is computed.
 MAY_CHANGE = {
     "resume_from_checkpoint", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "eval_steps",
     "eval_strategy", "report_to", "run_name", "disable_tqdm", "effective_rank_steps", "accuracy_rows", "accuracy_steps",
@@ -53,7 +53,7 @@ def is_last_wanted(resume_from_checkpoint: str | bool | None) -> bool:
 
 
 def find_resume_checkpoint(training: TrainingArguments) -> str | None:
-    """The checkpoint to resume from: the one named, or the last complete one; None for a run from the beginning."""
+    """The checkpoint to resume from: the one named, or the last complete one; None to start from the beginning."""
     resume = training.resume_from_checkpoint
     if is_last_wanted(resume):
         last = last_complete_checkpoint(Path(str(training.output_dir)))
@@ -65,7 +65,7 @@ def check_output_dir(training: TrainingArguments, resolved: Mapping[str, Any]) -
     """Refuse to overwrite an earlier run, or to resume one with settings that would make a different model.
 
     Args:
-        training: names the output directory, and whether to resume.
+        training: gives the output directory, and whether to resume.
         resolved: the settings given, as recipe.yaml holds them.
 
     Raises:
@@ -101,7 +101,7 @@ def _check_writable(output: Path) -> None:
         raise RecipeError(f"output_dir={str(output)!r} is a file. Choose another output_dir.")
     parent = next(path for path in (output, *output.absolute().parents) if path.exists())
     try:
-        # Only writing shows it: os.access knows nothing of quotas and full disks, and always says yes to root
+        # Only writing proves it: os.access ignores quotas and full disks, and is always true for root
         with tempfile.TemporaryFile(dir=parent) as probe:
             probe.write(b"x" * 4096)
     except OSError as error:
@@ -156,7 +156,7 @@ def start_run_folder(output: Path, resolved: Mapping[str, Any], results: Mapping
     (output / NON_FINITE).unlink(missing_ok=True)
     if removed := remove_leftovers(output):
         say(f"=> removed what an interrupted run left half-written: {', '.join(removed)}")
-    # resume_from_checkpoint says how this process was started, not what the run is
+    # resume_from_checkpoint describes how this process was started, not the run
     settings = {key: value for key, value in resolved.items() if key != "resume_from_checkpoint"}
     write_text(output / RECIPE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     write_text(output / PARTIAL, json.dumps(results))
@@ -184,6 +184,6 @@ def move_into_place(staging: Path, output: Path) -> None:
 
 
 def say_stopped(state: TrainerState, output: Path, command: str) -> None:
-    """Print where a stopped run was saved, and `command`, which resumes it."""
+    """Print where a stopped run was saved, and the `command` that resumes it."""
     say(f"=> stopped at step {state.global_step} of {state.max_steps}, saved in {last_complete_checkpoint(output)}")
     say(f"=> resume with: {scrub(command)}")

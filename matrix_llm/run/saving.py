@@ -62,7 +62,7 @@ class WholeCheckpoints(Trainer):
             raise cannot_write(final, reason, output) from error
         finally:
             self._saving = False
-        self.accelerator.wait_for_everyone()  # no process goes on before the checkpoint is there
+        self.accelerator.wait_for_everyone()  # no process continues before the checkpoint exists
         # 4. what Trainer does with a saved checkpoint
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(final))
@@ -81,7 +81,7 @@ class WholeCheckpoints(Trainer):
         """For subclasses: save the part of this process's state that Trainer does not save."""
 
     def _complete(self, staged: Path, final: Path) -> None:
-        """By the first process: correct the path of the best checkpoint, which Trainer stores in trainer_state.json.
+        """In the first process: correct the path of the best checkpoint, which Trainer stores in trainer_state.json.
 
         Subclasses add the files that Trainer leaves out.
         """
@@ -117,5 +117,5 @@ class WholeCheckpoints(Trainer):
             resume_from_checkpoint = str(last)
         self._resumed_from = resume_from_checkpoint or None
         output = super().train(resume_from_checkpoint or None, *args, **kwargs)
-        self._remove_old()  # a kill just after the last checkpoint leaves one too many, and no later save removes it
+        self._remove_old()  # a kill right after the last checkpoint leaves one too many, and no later save removes it
         return output

@@ -48,18 +48,18 @@ class TokenSums:
         return {name: float(value) for name, value in self._sums.items()}
 
     def restore(self, state: dict[str, float], device: torch.device) -> None:
-        """Go on from the `state` of a checkpoint."""
+        """Continue from the `state` of a checkpoint."""
         self._sums = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in state.items()}
 
 
 class TokenClock:
-    """Tokens per second since the last reading, without the time that was excluded."""
+    """Tokens per second since the last reading, not counting excluded time."""
 
     def __init__(self, tokens: int) -> None:
         self.restart(tokens)
 
     def restart(self, tokens: int) -> None:
-        """Start at now, with so many `tokens` trained before."""
+        """Start now, with `tokens` tokens already trained."""
         self._since, self._tokens = time.perf_counter(), tokens
 
     def exclude(self, seconds: float) -> None:
@@ -67,7 +67,7 @@ class TokenClock:
         self._since += seconds
 
     def read(self, tokens: int) -> float:
-        """Tokens per second since the last reading, at `tokens` trained by now; and start again."""
+        """Tokens per second since the last reading, with `tokens` trained by now; then restart."""
         since, before = self._since, self._tokens
         self.restart(tokens)
         return (tokens - before) / max(self._since - since, 1e-9)

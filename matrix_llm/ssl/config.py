@@ -1,5 +1,4 @@
-"""The settings of a pre-training run: what a recipe may set about model, data, augmentation and training, checked
-before loading.
+"""The settings of a pre-training run: model, data, augmentation and training, all checked before anything is loaded.
 
 >>> # recipe = load_ssl_recipe("recipes/ssl/digits.yaml", ["--loss_settings", "{gamma: 0.5}"])
 >>> # recipe.model.loss_settings == {"gamma": 0.5}
@@ -29,7 +28,7 @@ RESNET_50 = {"model_type": "resnet"}  # transformers' defaults
 
 @dataclass
 class SSLModelArguments:
-    """The method and the network. Widths that are not given are the paper's."""
+    """The method and the network. Widths default to the paper's."""
 
     method: str = field(default="matrix_ssl", metadata={"choices": [*METHODS]})
     """A key of `methods.METHODS`."""
@@ -42,13 +41,13 @@ class SSLModelArguments:
     loss_settings: dict | None = None
     """Settings of the method's loss, e.g. {"gamma": 1.0, "order": 4}."""
     queue_size: int | None = None
-    """Keys in MoCo's queue, at least one batch of all ranks."""
+    """Number of keys in MoCo's queue, at least one batch of all ranks."""
     prototypes: int | None = None
-    """SwAV's prototypes, at least 1."""
+    """Number of SwAV's prototypes, at least 1."""
     zero_init_residual: bool = True
     """Start each residual branch at zero."""
     online_probe: bool = True
-    """With labelled images, train a linear classifier on detached features along with the network."""
+    """Whether to train a linear classifier on detached features along with the network, if the images have labels."""
 
     def __post_init__(self):
         for name in ("projector_widths", "predictor_widths"):
@@ -74,7 +73,7 @@ class SSLModelArguments:
 
 @dataclass
 class SSLDataArguments:
-    """Which images."""
+    """Which images to train and evaluate on."""
 
     dataset: str | None = None
     """The images to train on: "digits", "synthetic", a folder, an .npz, CIFAR's binary folder or a Hub id
@@ -83,15 +82,15 @@ class SSLDataArguments:
     dataset_config: str | None = None
     """Configuration of a Hub data set."""
     dataset_split: str = "train"
-    """The part to train on."""
+    """Split of `dataset` to train on."""
     eval_dataset: str | None = None
     """Labelled images for the online probe's held-out accuracy."""
     eval_split: str = "test"
-    """The part of eval_dataset."""
+    """Split of `eval_dataset`."""
     image_column: str | None = None
-    """Column of a Hub data set with the images; found if not given."""
+    """Column of a Hub data set with the images; detected if not given."""
     label_column: str | None = None
-    """Column of a Hub data set with the labels; found if not given."""
+    """Column of a Hub data set with the labels; detected if not given."""
     max_train_rows: int | None = setting(None, at_least=1)
     """Train on at most this many images, at least 1."""
 
@@ -104,65 +103,62 @@ class SSLDataArguments:
 class SSLTrainingConfig(TrainingArguments):
     """`TrainingArguments` for pre-training.
 
-    Other defaults than there: no gradient clipping (no released code of these methods clips), incomplete batches are
+    Defaults that differ: no gradient clipping (none of these methods' released codes clips), incomplete batches are
     dropped, a cosine schedule, and no reporting service.
     """
 
     optimizer: str = field(default="sgd", metadata={"choices": ["sgd", "lars", "adamw"]})
-    """What takes the steps."""
+    """The optimizer: sgd, lars or adamw."""
     momentum: float = setting(0.9, at_least=0, below=1)
-    """Of SGD and LARS, from 0 to below 1."""
+    """Momentum of SGD and LARS, at least 0 and below 1."""
     base_learning_rate: float | None = setting(None, above=0)
     """Above 0: learning_rate = base_learning_rate * images of all ranks / 256."""
     ema_momentum: float | None = None
-    """Share of the target network that one step keeps, 0 to 1; not given: the method's."""
+    """Share of the target network that one step keeps, 0 to 1; not given: the method's default."""
     ema_schedule: str | None = field(default=None, metadata={"choices": ["cosine", "constant"]})
-    """How that share changes over the steps; not given: the method's."""
+    """How that share changes over the steps; not given: the method's default."""
     probe_learning_rate: float = setting(0.1, above=0)
-    """Of the online probe, above 0, with the schedule of the network."""
+    """Learning rate of the online probe, above 0; it follows the network's schedule."""
     effective_rank_steps: int = setting(100, at_least=0)
     """Log the effective ranks of the last batch every so many steps, at least 0; 0 never."""
     weight_decay: float = 1e-5
-    """At least 0."""
+    """Weight decay, at least 0."""
     max_grad_norm: float = 0.0
     """Clip gradients to this norm, at least 0; 0 does not clip."""
     lr_scheduler_type: str = "cosine"
-    """A schedule of transformers."""
+    """One of transformers' learning-rate schedules."""
     dataloader_drop_last: bool = True
-    """Must be true: a smaller last batch would have another loss."""
+    """Must be true: a smaller last batch would have a different loss."""
     remove_unused_columns: bool = False
-    """The batches have names of their own."""
+    """False, because batches do not use the model's argument names."""
     ddp_find_unused_parameters: bool | None = False
-    """Every trained weight takes part in every step."""
+    """False, because every trained weight is used in every step."""
     ddp_broadcast_buffers: bool | None = False
-    """Normalisation over all ranks and gathered keys keep the buffers equal already."""
+    """False, because normalisation over all ranks and gathered keys already keep the buffers equal."""
     per_device_eval_batch_size: int = 256
     """Held-out images at a time, at least 1."""
     report_to: str | list[str] | None = "none"
-    """Reporting services."""
+    """Reporting services to log to."""
     logging_nan_inf_filter: bool = False
-    """A loss that is not finite stops the run; it must not be hidden."""
+    """False: a non-finite loss stops the run and must not be hidden."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.gradient_accumulation_steps != 1:
             raise RecipeError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} does not enlarge the batch here: "
-                "covariances, "
-                "negatives and batch normalisation are those of each micro-batch alone. Use more ranks or a smaller "
-                "batch, and "
-                "set it to 1."
+                "covariances, negatives and batch normalisation are computed on each micro-batch alone. Use more ranks "
+                "or a smaller batch, and set it to 1."
             )
         if self.n_gpu > 1:
             raise RecipeError(
                 f"one process sees {self.n_gpu} GPUs, and transformers would split each batch over copies of the "
-                "model, with a "
-                f"loss for each part. Start it with `accelerate launch --num_processes {self.n_gpu}`, or set "
-                "CUDA_VISIBLE_DEVICES=0."
+                f"model, each with its own loss. Start it with `accelerate launch --num_processes {self.n_gpu}`, or "
+                "set CUDA_VISIBLE_DEVICES=0."
             )
         if not self.dataloader_drop_last:
             raise RecipeError(
-                "dataloader_drop_last=False: the last batch would be smaller and have another loss. Set it to true."
+                "dataloader_drop_last=False: the last batch would be smaller and have a different loss. Set it to true."
             )
         if self.deepspeed or self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
             raise RecipeError(
@@ -195,7 +191,7 @@ class SSLRecipe:
     path: Path
     """The recipe's file."""
     resolved: dict[str, Any]
-    """The settings given, in the file or on the command line."""
+    """The settings that were given, in the file or on the command line."""
 
 
 SETTINGS = Settings(

@@ -1,19 +1,19 @@
-"""How good a backbone's features are: the linear probe, nearest neighbours, fine-tuning on few labels, few labels on
+"""How good a backbone's features are: a linear probe, nearest neighbours, fine-tuning on few labels, few labels on
 frozen features.
 
-    python matrix_llm/ssl/evaluate.py linear --model runs/x --data digits                   # the paper's: LARS,
-    augmented images python matrix_llm/ssl/evaluate.py linear --model runs/x --data digits --protocol lbfgs  # quick:
-    features computed once python matrix_llm/ssl/evaluate.py knn    --model runs/x --data digits
-    python matrix_llm/ssl/evaluate.py semi   --model runs/x --data imagenet --test_split val --percent 1 --split
-    1percent.txt python matrix_llm/ssl/evaluate.py few    --model random:runs/x --data digits --labels_per_class 5
+    python matrix_llm/ssl/evaluate.py linear --model runs/x --data digits                    # LARS, as in the paper
+    python matrix_llm/ssl/evaluate.py linear --model runs/x --data digits --protocol lbfgs   # quick: features once
+    python matrix_llm/ssl/evaluate.py knn    --model runs/x --data digits
+    python matrix_llm/ssl/evaluate.py semi --model runs/x --data imagenet --test_split val --split 1percent.txt
+    python matrix_llm/ssl/evaluate.py few    --model random:runs/x --data digits --labels_per_class 5
 
 --model is a run, or one of its checkpoints. `random:runs/x` is the same network before any training, `pixels:runs/x`
-the pixels it would see, and `pixels` the pixels of the images as they are. A score means little without these two for
+the pixels it would see, and `pixels` the pixels of the images as they are. A score means little without these two as
 comparison.
 
-1. Whatever can be refused is refused before any weight is loaded: labels, classes, splits, the place of the result.
+1. Labels, classes, splits and the result's path are checked before any weight is loaded.
 2. Images are read by the loader's workers; one that cannot be read is left out and named in the result.
-3. The result is one line on stdout and RUN/eval/<name>.json, written whole or not at all.
+3. The result is one line on stdout and RUN/eval/<name>.json, written completely or not at all.
 """
 
 import sys
@@ -127,7 +127,7 @@ def _find_device(name: str) -> torch.device:
 
 
 def _probe_versions() -> dict[str, str]:
-    """Of the libraries that the probes use in addition to those of every run."""
+    """Versions of the libraries that only the probes use."""
     found = {}
     for name in ("scikit-learn", "pillow", "numpy"):
         try:
@@ -138,7 +138,7 @@ def _probe_versions() -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 with one line on stderr where the evaluation is impossible."""
+    """Exit status: 0, or 2 with one line on stderr if the evaluation is impossible."""
     transformers.utils.logging.disable_progress_bar()
     try:
         print(evaluate(read_settings(arguments, __doc__)))

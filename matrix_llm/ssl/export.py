@@ -1,8 +1,8 @@
 """A pretrained ResNet for other libraries: torchvision's names, detectron2's, or the backbone of a DETR.
 
     python matrix_llm/ssl/export.py torchvision --model runs/x --output resnet50.safetensors  # or .pth
-    python matrix_llm/ssl/export.py detectron2 --model runs/x --output r50.pkl                # also writes r50.yaml,
-    a C4 config python matrix_llm/ssl/export.py detr --model runs/x --output detr/
+    python matrix_llm/ssl/export.py detectron2 --model runs/x --output r50.pkl    # also writes r50.yaml, a C4 config
+    python matrix_llm/ssl/export.py detr --model runs/x --output detr/
 
 The weights are renamed, never changed, so the features stay equal. Only transformers' ResNetModel is exported.
 Neither torchvision nor detectron2 is needed. The renaming is in `transfer/`.
@@ -47,7 +47,7 @@ ENDINGS = {"torchvision": (".pth", ".safetensors"), "detectron2": (".pkl",)}  # 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write what the command line asks for; an error that the user can mend ends the process with one line."""
+    """Write what the command line asks for; an error that the user can correct ends the process with one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", choices=["torchvision", "detectron2", "detr"])
     parser.add_argument("--model", required=True, help="a run's folder, one of its checkpoints, or a name on the Hub")
@@ -110,7 +110,7 @@ def _write_detectron2(backbone: PreTrainedModel, output: Path, model: str) -> No
     written = output.with_suffix(".yaml")
     try:
         config = detectron2_config(check_resnet(backbone).config, *_normalisation(model), weights=str(output))
-    except ExportError as error:  # the weights are of use without it
+    except ExportError as error:  # the weights are useful without it
         print(f"{written} is not written: {error}", file=sys.stderr)
         return
     write_text(written, config)

@@ -1,4 +1,4 @@
-"""What a run's features look like: matrix information between two views, effective ranks over training, t-SNE maps.
+"""What a run's features look like: matrix information of two views, effective ranks over training, t-SNE maps.
 
     python matrix_llm/ssl/figures.py runs/ssl/digits [MORE RUNS] --data digits --output figures/
 
@@ -76,7 +76,7 @@ def batch_information(
 
 
 def two_view_embeddings(run: Path, data: str, *, split: str, rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Embeddings of two augmented views of the first `rows` images by a run's whole network, with the run's own
+    """Embeddings of two augmented views of the first `rows` images by a run's full network, with the run's own
     augmentation.
     """
     from transformers import AutoModel
@@ -104,8 +104,7 @@ def trajectory(run: Path, name: str) -> list[tuple[float, float]]:
     return [(entry["epoch"], entry[name]) for entry in read_jsonl(run / METRICS) if name in entry and "epoch" in entry]
 
 
-# --- plots
-# -------------------------------------------------------------------------------------------------------------
+# --- plots ------------------------------------------------------------------------------------------------------------
 
 
 def plot_lines(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], path: Path, *, x: str) -> None:
@@ -159,8 +158,7 @@ def _save(plt: Any, figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-# --- the command
-# -------------------------------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> int:

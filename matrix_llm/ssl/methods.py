@@ -25,23 +25,23 @@ __all__ = ["METHODS", "Branches", "Method", "check_loss_settings", "find_method"
 
 
 class Branches(NamedTuple):
-    """What the heads computed from the two views, for the rows of all ranks. None where the method lacks that head or
+    """The heads' outputs for the two views, for the rows of all ranks. None where the method lacks that head or
     network.
     """
 
     z1: Tensor  # (B, d) online projections
-    z2: Tensor | None
+    z2: Tensor | None  # (B, d) those of the second view
     p1: Tensor | None  # (B, d) online predictions
-    p2: Tensor | None
+    p2: Tensor | None  # (B, d) those of the second view
     t1: Tensor | None  # (B, d) the target network's projections, without gradients
-    t2: Tensor | None
+    t2: Tensor | None  # (B, d) those of the second view
     queue: Tensor | None = None  # (N, d) MoCo's keys of earlier batches
     prototypes: Tensor | None = None  # (M, d) SwAV's, of length one
 
 
 @dataclass(frozen=True)
 class Method:
-    """One method. The widths are the paper's for a ResNet-50; a recipe may set others."""
+    """One method. The widths are the paper's for a ResNet-50; a recipe can change them."""
 
     title: str
     """The method's name in tables and cards."""
@@ -62,23 +62,22 @@ class Method:
     target: bool = False
     """Whether there is a target network, a moving average of the online network."""
     one_sided: bool = False
-    """The online network sees the first view alone, and the target network the second."""
+    """Whether the online network sees the first view only, and the target network the second."""
     queue: int = 0
-    """Keys in the queue; 0 for none."""
+    """Length of the queue of keys; 0 for no queue."""
     prototypes: int = 0
-    """Prototypes; 0 for none."""
+    """Number of prototypes; 0 for none."""
     ema_momentum: float = 0.996
     """Share of the target network that one step keeps, at the start."""
     ema_schedule: str = "cosine"
     """How that share changes: "cosine" (to 1 at the end) or "constant"."""
     fixed_predictor_lr: bool = False
-    """The predictor's learning rate stays at its start."""
+    """Whether the predictor's learning rate stays constant."""
     schedule: Callable[[dict[str, Any], float], dict[str, Any]] | None = None
     """(loss settings, epoch) -> the loss settings of that epoch."""
 
 
-# --- the losses over branches
-# ------------------------------------------------------------------------------------------
+# --- the losses over branches -----------------------------------------------------------------------------------------
 
 
 def _matrix_ssl(b: Branches, **settings: Any) -> Tensor:
@@ -149,8 +148,7 @@ def _predictions_and_targets(b: Branches) -> tuple[Tensor, Tensor, Tensor, Tenso
     return b.p1, b.p2, b.t1, b.t2
 
 
-# --- the table
-# ---------------------------------------------------------------------------------------------------------
+# --- the table --------------------------------------------------------------------------------------------------------
 
 METHODS: dict[str, Method] = {
     "matrix_ssl": Method(

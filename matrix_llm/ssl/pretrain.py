@@ -6,9 +6,8 @@
 1. the recipe, its overrides and the output directory are checked; nothing has been loaded yet
 2. images are found; --dry_run prints the plan and stops
 3. model, trainer, training; metrics.jsonl grows as it goes
-4. the backbone for `AutoModel.from_pretrained`, preprocessor_config.json, pretraining/ (heads and target network
-too), recipe.yaml,
-   results.json and README.md (the card) are moved into place
+4. the backbone for `AutoModel.from_pretrained`, preprocessor_config.json, pretraining/ (with heads and target
+   network), recipe.yaml, results.json and README.md (the card) are moved into place
 """
 
 import sys
@@ -96,6 +95,7 @@ def build_model(recipe: SSLRecipe, images: Images) -> "SSLModel":
     from matrix_llm.ssl.models.ssl_config import SSLConfig
     from matrix_llm.ssl.models.ssl_model import SSLModel
 
+    # 1. The backbone must take the images' channels.
     settings, channels = recipe.model, recipe.augment.channels
     backbone = {**(settings.backbone_config or RESNET_50)}
     if backbone.setdefault("num_channels", channels) != channels:
@@ -103,6 +103,7 @@ def build_model(recipe: SSLRecipe, images: Images) -> "SSLModel":
             f"backbone_config has num_channels={backbone['num_channels']}, but images have channels={channels}. "
             "Make them equal."
         )
+    # 2. The configuration and the model, initialised by the seed
     classes = int(images.labels.max()) + 1 if images.labels is not None and settings.online_probe else 0
     set_seed(recipe.training.seed)
     try:
@@ -200,7 +201,7 @@ def _card(recipe: SSLRecipe, model: "SSLModel", entries: list[dict[str, Any]], r
 
 
 def pretrain(recipe: SSLRecipe, stop: "StopOnSignal", arguments: list[str]) -> None:
-    """Steps 2 to 4 of the module's list. A run that `stop` ends early leaves a checkpoint and prints how to go on."""
+    """Steps 2 to 4 of the module's list. A run that `stop` ends early saves a checkpoint and prints how to resume."""
     from accelerate.utils import gather_object
 
     from matrix_llm.base.files import read_jsonl

@@ -1,6 +1,6 @@
-"""`Features`, what every probe takes; how scores are counted; and how many directions features use.
+"""`Features`, the input of every probe; how scores are counted; and how many directions features use.
 
-None of these numbers says anything alone: compare them with raw pixels and with the same network at random
+None of these numbers means anything alone: compare them with raw pixels and with the same network at random
 initialisation.
 
 Legend: N images, F features, K classes.
@@ -27,8 +27,8 @@ class Features:
         ProbeError: shapes that do not fit, or NaN or infinity.
     """
 
-    x: Tensor  # (N, F) float32
-    y: Tensor  # (N,) int64, 0 to K - 1
+    x: Tensor  # (N, F) float32, the features
+    y: Tensor  # (N,) int64, the labels, 0 to K - 1
     skipped: tuple[str, ...] = ()  # the reason for each image left out
 
     def __post_init__(self) -> None:
@@ -48,7 +48,7 @@ def check_classes(
     test: Tensor,  # (N,)
     names: list[str] | None = None,
 ) -> int:
-    """K, the number of classes, after checking that every class of the test part can be learned.
+    """K, the number of classes, after a check that every class of the test part can be learned.
 
     Raises:
         ProbeError: a negative label, a single class, or a class of the test part without a training image.
@@ -62,7 +62,7 @@ def check_classes(
         shown = ", ".join(names[k] if names else str(k) for k in missing[:5])
         raise ProbeError(
             f"{len(missing)} class(es) of the test images have no training image: {shown}. "
-            "Add some, or take these classes out of the test."
+            "Add some, or remove these classes from the test."
         )
     if len(set(train.tolist())) < 2:
         raise ProbeError(
@@ -72,7 +72,7 @@ def check_classes(
 
 
 def class_count(train: Features, test: Features) -> int:
-    """K. A class whose training images could all not be read still counts: it gets no score, so its images count as
+    """K. A class none of whose training images could be read still counts: it gets no score, so its images count as
     wrong.
     """
     return int(max(train.y.max(), test.y.max())) + 1

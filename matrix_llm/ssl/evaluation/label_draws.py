@@ -1,4 +1,4 @@
-"""Which training images' labels a probe may use, drawn by a seed and independent of any model.
+"""Which training images' labels a probe can use, drawn from a seed and independent of any model.
 
 Legend: N images.
 """
@@ -21,7 +21,7 @@ def few_label_draws(
     draws: int,
     seed: int = 0,
 ) -> list[np.ndarray]:
-    """For each draw, the places of `labels_per_class` rows of each class. More draws leave the first ones as they are.
+    """For each draw, the indices of `labels_per_class` rows of each class. More draws do not change the first ones.
 
     Raises:
         ProbeError: a class with fewer rows, or a count below 1.
@@ -51,9 +51,9 @@ def class_balanced_split(
     *,
     equal: bool = True,
 ) -> Tensor:
-    """Sorted places of about `percent` % of the rows, at least one of each class.
+    """Sorted indices of about `percent` % of the rows, at least one of each class.
 
-    A smaller percentage of the same seed is part of a larger one.
+    With the same seed, a smaller percentage is a subset of a larger one.
 
     Args:
         percent: above 0 and at most 100.
@@ -82,7 +82,7 @@ def class_balanced_split(
 
 
 def _places_of_classes(y: Tensor) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The classes in order, and the places of each one's rows."""
+    """The classes in order, and the indices of each one's rows."""
     labels = y.cpu().numpy()
     classes = np.unique(labels)
     return classes, [np.flatnonzero(labels == k) for k in classes]

@@ -17,7 +17,7 @@ from matrix_llm.ssl.evaluation.label_draws import class_balanced_split, few_labe
 
 __all__ = ["choose_c", "few_label_accuracy", "linear_accuracy", "linear_scores"]
 
-CS = tuple(10.0**power for power in range(-4, 3))  # what choose_c tries
+CS = tuple(10.0**power for power in range(-4, 3))  # values that choose_c tries
 
 
 def linear_accuracy(train: Features, test: Features, *, C: float = 1.0) -> float:
@@ -45,7 +45,7 @@ def linear_scores(train: Features, test: Features, *, C: float = 1.0) -> Tensor:
 
 
 def choose_c(train: Features, *, seed: int = 0) -> float:
-    """The C of 1e-4, ..., 100 that is best on a fifth of the training rows; the smallest of equals.
+    """The C of 1e-4, ..., 100 that is best on a fifth of the training rows; of equals, the smallest.
 
     Raises:
         ProbeError: a class of one row.
@@ -68,7 +68,7 @@ def choose_c(train: Features, *, seed: int = 0) -> float:
 def few_label_accuracy(
     train: Features, test: Features, *, labels_per_class: int = 5, draws: int = 20, seed: int = 0, C: float = 1.0
 ) -> list[float]:
-    """Top-1 for each draw of a few labels per class: it tells good features apart where the other probes saturate.
+    """Top-1 for each draw of a few labels per class: it separates good features where the other probes saturate.
 
     Features are standardised by all training rows: that needs no label, and five rows would give a poor estimate.
 

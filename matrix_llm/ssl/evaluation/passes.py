@@ -28,7 +28,7 @@ from matrix_llm.ssl.models.backbones import pooled
 
 __all__ = ["AugmentedBatches", "extract_features", "labels_of", "pooled_features"]
 
-Item = tuple[int, int, Image.Image | str]  # epoch, index, image or the reason why there is none
+Item = tuple[int, int, Image.Image | str]  # epoch, index, and the image or the reason why there is none
 
 
 def labels_of(images: Images) -> Tensor:
@@ -93,11 +93,11 @@ def extract_features(
 
 
 class AugmentedBatches:
-    """batches(epoch) yields (B, C, S, S) random crops and (B,) labels, whole batches only.
+    """batches(epoch) yields (B, C, S, S) random crops and (B,) labels, complete batches only.
 
     Args:
-        transform: whose size and normalisation the crops get.
-        flip_prob: of a horizontal flip, 0 to 1.
+        transform: gives the crops their size and normalisation.
+        flip_prob: probability of a horizontal flip, 0 to 1.
         crop_scale_min: smallest share of an image that is cropped, above 0 and at most 1.
 
     Attributes:
@@ -145,8 +145,7 @@ class AugmentedBatches:
                 yield pixels, self._labels[batch["indices"]].to(self._device)
 
 
-# --- in the loader's workers
-# -------------------------------------------------------------------------------------------
+# --- in the loader's workers ------------------------------------------------------------------------------------------
 
 
 class _ReadableImages(Dataset):

@@ -1,4 +1,4 @@
-"""The protocols: what is trained on which features, how it is scored, and what the result says about it.
+"""The protocols: what is trained on which features, how it is scored, and what the result records.
 
 Each `run_*` first refuses what cannot work, then loads the weights.
 """
@@ -85,7 +85,7 @@ class Job(Generic[S]):
         )
 
     def frozen_features(self) -> tuple[Features, Features]:
-        """Of the training and of the test images."""
+        """The features of the training and of the test images."""
         backbone = self.load()
         return self.features(backbone, self.train), self.features(backbone, self.test)
 
@@ -111,8 +111,7 @@ def run_protocol(job: Job) -> Result:
     return _run_few(job)
 
 
-# --- on frozen features
-# ------------------------------------------------------------------------------------------------
+# --- on frozen features -----------------------------------------------------------------------------------------------
 
 
 def _run_knn(job: Job[KnnSettings]) -> Result:
@@ -185,8 +184,7 @@ def _run_few(job: Job[FewSettings]) -> Result:
     return _result("few", found, labels, used, train.skipped, test.skipped)
 
 
-# --- on augmented images
-# -----------------------------------------------------------------------------------------------
+# --- on augmented images ----------------------------------------------------------------------------------------------
 
 
 def _run_linear(job: Job[LinearSettings]) -> Result:
@@ -240,8 +238,7 @@ def _say_reach(settings: LinearSettings, reach: float, optimizer: str, steps: in
     if optimizer == "lars":
         print(
             f"=> warning: {steps} steps of LARS at {rate:.3g} leave the classifier near its start; the score is too "
-            "low. "
-            "Use --optimizer sgd, or a larger --base_learning_rate or --epochs.",
+            "low. Use --optimizer sgd, or a larger --base_learning_rate or --epochs.",
             file=sys.stderr,
         )
     elif settings.optimizer is None:
@@ -265,8 +262,7 @@ def _run_semi(job: Job[SemiSettings]) -> Result:
     if steps * settings.epochs < FEW_STEPS:  # a data set much smaller than ImageNet, whose 1 % makes 1,000 steps
         print(
             f"=> warning: {steps * settings.epochs} steps change the network little, and its running statistics may "
-            "lag. "
-            "Give more --epochs, or a smaller --batch_size.",
+            "lag. Give more --epochs, or a smaller --batch_size.",
             file=sys.stderr,
         )
     # 2. Train
@@ -301,7 +297,7 @@ def _run_semi(job: Job[SemiSettings]) -> Result:
         "bf16": settings.bf16,
         "split": settings.split or str(_split_file(settings.result_path)),
     }
-    # 4. A split that was drawn is kept beside the result.
+    # 4. A split that was drawn is saved next to the result.
     if settings.split is None:
         ids = "".join(f"{job.train.ids[i]}\n" for i in places.tolist())
         write_text(_split_file(settings.result_path), ids)
@@ -343,8 +339,7 @@ class _FeatureBatches:
             yield torch.cat(parts), y
 
 
-# --- scores and results
-# ------------------------------------------------------------------------------------------------
+# --- scores and results -----------------------------------------------------------------------------------------------
 
 
 def interval_of_mean(values: list[float]) -> tuple[float, float]:
@@ -357,7 +352,7 @@ def interval_of_mean(values: list[float]) -> tuple[float, float]:
     [-5.853, 6.853]
     """
     if len(values) < 2:
-        raise ProbeError("one draw says nothing about how draws differ. Make at least 2.")
+        raise ProbeError("one draw tells nothing about how draws differ. Make at least 2.")
     from scipy import stats
 
     mean = float(np.mean(values))

@@ -20,8 +20,12 @@ __all__ = ["CommonSettings", "FewSettings", "KnnSettings", "LinearSettings", "Se
 
 
 class Range(NamedTuple):
+    """The numbers that an option allows."""
+
     words: str
+    """The range in words, for the error message."""
     holds: Callable[[float], bool]
+    """Whether a number lies in the range."""
 
 
 AT_LEAST_0 = Range("at least 0", lambda x: x >= 0)
@@ -48,7 +52,7 @@ def _number_or_auto(text: str) -> float | str:
 
 @dataclass(kw_only=True)
 class CommonSettings:
-    """What every protocol needs."""
+    """The options of every protocol. An option's help text describes it."""
 
     model: str = option("", "a run's folder, random:FOLDER, pixels:FOLDER or pixels", required=True)
     data: str = option("", "the images: digits, a folder, an .npz, a Hub id, ... (images/load.py)", required=True)
@@ -73,8 +77,7 @@ class CommonSettings:
             _check_option(f, getattr(self, f.name))
         if self.image_size is not None and self.model != "pixels":
             raise ProbeError(
-                f"--image_size {self.image_size} is for --model pixels alone; a network has a size of its own. Remove "
-                "it."
+                f"--image_size {self.image_size} is for --model pixels only; a network has its own size. Remove it."
             )
 
     @property
@@ -104,7 +107,7 @@ class CommonSettings:
 
 @dataclass(kw_only=True)
 class TrainedSettings(CommonSettings):
-    """What a protocol that trains on augmented images needs."""
+    """The options of every protocol that trains on augmented images."""
 
     momentum: float = option(0.9, "of the optimizer", type=float, range=FRACTION)
     weight_decay: float = option(0.0, "of the optimizer", type=float, range=AT_LEAST_0)
@@ -144,7 +147,7 @@ class LinearSettings(TrainedSettings):
 
 @dataclass(kw_only=True)
 class KnnSettings(CommonSettings):
-    """Nearest neighbours."""
+    """Options of the nearest-neighbour protocol."""
 
     k: Sequence[int] = option((20, 200), "nearest training images that vote", type=int, nargs="+", range=AT_LEAST_1)
     temperature: float = option(0.07, "of the votes' weights", type=float, range=ABOVE_0)
@@ -156,7 +159,7 @@ class KnnSettings(CommonSettings):
 
 @dataclass(kw_only=True)
 class SemiSettings(TrainedSettings):
-    """Fine-tuning on a part of the labels."""
+    """Options of fine-tuning on a part of the labels."""
 
     percent: float | None = option(
         None, "of the training images, the same number from each class", type=float, range=PERCENT
@@ -182,7 +185,7 @@ class SemiSettings(TrainedSettings):
 
 @dataclass(kw_only=True)
 class FewSettings(CommonSettings):
-    """Few labels on frozen features."""
+    """Options of few labels on frozen features."""
 
     labels_per_class: int = option(5, "labelled images of each class", type=int, range=AT_LEAST_1)
     draws: int = option(20, "random choices of the labelled images", type=int, range=COMPARED)

@@ -1,4 +1,4 @@
-"""The images of an evaluation: whether both parts' labels mean the same, and which training labels may be used."""
+"""The images of an evaluation: whether both parts' labels mean the same, and which training labels to use."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def _is_same(a: Images, b: Images, i: int) -> bool:
     try:
         return a.read(i).tobytes() == b.read(i).tobytes()
     except ImageDataError:
-        return True  # an unreadable image does not tell the parts apart
+        return True  # an unreadable image cannot tell the parts apart
 
 
 def choose_split(train: Images, test: Images, *, percent: float | None, file: str | None, seed: int) -> Tensor:
-    """Places of the training images whose labels are used: those in the file, or the same number from each class by
+    """Indices of the training images whose labels are used: those in the file, or the same number from each class by
     (seed, percent).
 
     Raises:
@@ -79,7 +79,7 @@ def choose_split(train: Images, test: Images, *, percent: float | None, file: st
 
 
 def read_split(path: Path, images: Images) -> Tensor:
-    """Sorted places of the images that a file names, one a line, by id or by file name alone (as in SimCLR's
+    """Sorted indices of the images that a file names, one per line, by id or by file name alone (as in SimCLR's
     1percent.txt).
 
     Raises:

@@ -1,4 +1,4 @@
-"""The network that an evaluation is of, found and checked before a weight is loaded.
+"""The network to evaluate, found and checked before any weight is loaded.
 
 runs/x          a run, or one of its checkpoints
 random:runs/x   the same network before any training
@@ -31,7 +31,7 @@ class Subject:
     kind: str
     """"trained", "random" or "pixels"."""
     folder: Path | None
-    """Of the model; None for the pixels of the images as they are."""
+    """The model's folder; None for the pixels of the images as they are."""
     config: PreTrainedConfig | None
     """The backbone's configuration; None for the pixels of the images as they are."""
     transform: EvalTransform

@@ -27,7 +27,7 @@ SIGN_OF_LIFE = 30.0  # seconds between two lines on stderr
 
 
 def lars_reach(learning_rate: float, momentum: float, steps: int) -> float:
-    """By how many e-folds LARS can lengthen a weight in a run with the cosine schedule: c · lr / (1 - m) · steps / 2.
+    """The e-folds by which LARS can lengthen a weight over a cosine schedule: c · lr / (1 - m) · steps / 2.
 
     One step is at most c = 0.001 of the weight's length, times the learning rate. ImageNet's 31,300 steps at 0.48
     give 75. One step an epoch, on a small data set, leaves the classifier where it started.
@@ -64,7 +64,7 @@ def fit_linear(
         The probe in eval mode.
 
     Raises:
-        ProbeError: another optimizer, or nothing to train for.
+        ProbeError: another optimizer, or no steps to train for.
     """
     if optimizer not in ("lars", "sgd"):
         raise ProbeError(f"optimizer={optimizer!r} must be lars or sgd.")
@@ -118,9 +118,7 @@ def _train(
     epochs: int,
     steps: int,
 ) -> None:
-    """Minimise cross-entropy; each group's learning rate falls to 0 on a cosine. A long run says on stderr where it
-    is.
-    """
+    """Minimise cross-entropy; each group's learning rate falls to 0 on a cosine. Long runs print progress on stderr."""
     rates = [group["lr"] for group in optimizer.param_groups]
     said = time.monotonic()
     for epoch in range(epochs):

@@ -1,7 +1,7 @@
-"""Everything of the augmentation but the crops, batched on the device.
+"""All of the augmentation except the crops, batched on the device.
 
 The operations are those of torchvision's tensors (ColorJitter, RandomGrayscale, GaussianBlur, RandomSolarize). They
-are written out here because torchvision is not a dependency, and because each row of a batch has parameters of its own.
+are written out here because torchvision is not a dependency, and because each row of a batch has its own parameters.
 
 Legend: B images, C channels (1 or 3), S pixels a side, R rows (the 2 B images of both views, or those that drew an
 operation), K uniforms for each row (`draws.py`).
@@ -99,7 +99,7 @@ class Augment:
         x: Tensor,  # (R, C, S, S), changed in place
         u: Tensor,  # (R, K)
     ) -> Tensor:
-        """Brightness, contrast, saturation and hue, each row in an order of its own.
+        """Brightness, contrast, saturation and hue, each row in its own order.
 
         All but hue are clip(f x + (1 - f) m), where m is 0 (brightness), the mean of the grey image (contrast) or
         that image (saturation).
@@ -181,7 +181,7 @@ def _blur(
     taps = torch.arange(-half, half + 1, dtype=torch.float32, device=x.device)
     kernel = torch.softmax(-0.5 * (taps / sigma[:, None]).square(), dim=1)  # exp(...) divided by its sum
     kernel = kernel.repeat_interleave(channels, 0)  # (R C, taps)
-    # One group for each image and channel, because each row has a kernel of its own.
+    # One group for each image and channel, because each row has its own kernel.
     x = F.pad(x, (half, half, half, half), mode="reflect").view(1, rows * channels, size + 2 * half, size + 2 * half)
     x = F.conv2d(x, kernel[:, None, None, :], groups=rows * channels)
     return F.conv2d(x, kernel[:, None, :, None], groups=rows * channels).view(rows, channels, size, size)

@@ -1,4 +1,4 @@
-"""Images that need no download: scikit-learn's digits, and shapes drawn on the spot."""
+"""Images that need no download: scikit-learn's digits, and shapes drawn on the fly."""
 
 from __future__ import annotations
 

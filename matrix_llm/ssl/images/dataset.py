@@ -1,5 +1,4 @@
-"""`Images`: a source of images with ids and maybe labels, read one at a time; and what a training loader needs around
-it.
+"""`Images`, a source of images with ids and optional labels, read one at a time; and what a training loader needs.
 
 Every image comes out 8-bit grey ("L") or "RGB". One that cannot be read is named, and replaced in training by its
 neighbour.

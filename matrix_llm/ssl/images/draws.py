@@ -1,4 +1,4 @@
-"""The random numbers of an image's augmentation: a function of (seed, epoch, index, view) and of nothing else.
+"""The random numbers of an image's augmentation: a function of (seed, epoch, index, view) and nothing else.
 
 Neither the number of ranks or workers nor a resume changes them, because no generator has a state that could be lost.
 

@@ -1,4 +1,4 @@
-"""What an image goes through when it is not augmented, and the file that says so to `transformers`."""
+"""The transform of images that are not augmented, and the file that describes it to `transformers`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class EvalTransform:
     """Resize the shorter side to image_size / crop_pct (bicubic), cut out the centre, and normalise.
 
     This is what `transformers`' ConvNextImageProcessor does with the saved file. At 384 pixels and above that
-    processor resizes to a square and cuts nothing off, and so does this.
+    processor resizes to a square and cuts nothing off, and so does this class.
 
     >>> EvalTransform(image_size=8, channels=1)(Image.new("L", (20, 10))).shape
     torch.Size([1, 8, 8])

@@ -22,8 +22,7 @@ __all__ = ["load_cifar", "load_folder", "load_npz"]
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
 SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
-# --- a folder of image files
-# -------------------------------------------------------------------------------------------
+# --- a folder of image files ------------------------------------------------------------------------------------------
 
 
 def load_folder(root: Path, split: str) -> Images:
@@ -84,8 +83,7 @@ def _files_below(folder: Path, prefix: str, seen: frozenset[Path] = frozenset())
             yield prefix + entry.name
 
 
-# --- arrays
-# ------------------------------------------------------------------------------------------------------------
+# --- arrays -----------------------------------------------------------------------------------------------------------
 
 
 def load_npz(path: Path, split: str) -> Images:

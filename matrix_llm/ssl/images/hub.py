@@ -52,7 +52,7 @@ def _find_image_column(rows: Dataset, source: str, asked: str | None) -> str:
 
 
 def _find_labels(rows: Dataset, source: str, asked: str | None) -> tuple[Tensor | None, list[str] | None]:
-    """The labels and the names of the classes, or None for both. A column of the type ClassLabel goes first, then a
+    """The labels and the names of the classes, or None for both. A column of type ClassLabel is tried first, then a
     usual name.
     """
     import datasets

@@ -1,4 +1,4 @@
-"""Matrix-SSL and the losses it is compared with; needs torch alone.
+"""Matrix-SSL and the losses it is compared with; they need torch alone.
 
 Read `matrix.py` first (Matrix-SSL and MEC), with `polynomials.py` for its matrix products. `covariance.py` (Barlow
 Twins, VICReg), `contrastive.py` (SimCLR, MoCo), `predictive.py` (BYOL, SimSiam) and `clustering.py` (SwAV) stand

@@ -1,8 +1,7 @@
 """What every loss does first: check its settings and its rows, and convert the rows to at least float32.
 
 A setting that cannot work is a RecipeError, because a recipe's `loss_settings` reach the loss unchanged. Rows of the
-wrong shape are
-a plain ValueError: no recipe can produce them.
+wrong shape are a plain ValueError: no recipe can produce them.
 """
 
 from __future__ import annotations

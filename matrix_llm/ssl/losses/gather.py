@@ -2,7 +2,7 @@
 parts of the batch.
 
     target, online = gather_rows(target, online)
-    loss = matrix_ssl_loss(target, online)  # the same number on every rank: that of the whole batch
+    loss = matrix_ssl_loss(target, online)  # the same number on every rank: the loss of the full batch
     loss.backward()  # DistributedDataParallel averages the parameters' gradients, as always
 
 Only the backward of `gather_rows` multiplies by the number of ranks W. Every rank's copy of the loss depends on this
@@ -11,7 +11,7 @@ DistributedDataParallel then divides by W when it averages over ranks. So W rank
 and the gradients of one rank with B rows, at the same learning rate. A plain `all_gather` that puts the rank's own
 rows back passes the gradient of one copy alone, which is W times too small.
 
-Gradient accumulation does not enlarge the covariance: each micro-batch is a batch of its own to these losses.
+Gradient accumulation does not enlarge the covariance: to these losses, each micro-batch is a separate batch.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def gather_rows(*rows: Tensor, group: dist.ProcessGroup | None = None) -> tuple[
         held = [x[2::3].tolist() for x in everyone]
         raise ValueError(
             f"the ranks hold different numbers of rows ({held}, one list for each rank) or widths, but must hold "
-            "equal parts of the "
-            "batch. Set drop_last=True in the loader, or a batch size that the number of ranks divides."
+            "equal parts of the batch. Set drop_last=True in the loader, or a batch size that the number of ranks "
+            "divides."
         )
     # 2. Gather.
     return tuple(_GatherRows.apply(x.contiguous(), group) for x in rows)

@@ -87,8 +87,7 @@ def matrix_uniformity_loss(
 
     Args:
         z1, z2: rows are samples of any norm; they are l2-normalised and then centred over the batch. z1 is the target
-            branch. Neither
-            is detached here: gradients flow to both.
+            branch. Neither is detached here: gradients flow to both.
         order: terms of the series. It converges where the eigenvalues of Q lie inside (0, 2), which is always so at
             mu = 1.
         mu, lambda_: 1.0 in the release's README, 0.5 in its script. With preset="paper", lambda_ is the ridge and
@@ -212,8 +211,7 @@ def mec_loss(
     return -(eps / width if preset == "official" else (rows + width) / 2) * logdet
 
 
-# --- the two terms of Matrix-SSL, on normalised views
-# ------------------------------------------------------------------
+# --- the two terms of Matrix-SSL, on normalised views -----------------------------------------------------------------
 
 
 class _Views(NamedTuple):
@@ -248,8 +246,8 @@ def _alignment(views: _Views, preset: str, gamma: float, order: int, mu: float, 
     a = log_series(order, mu - 1)
     if rows >= width:
         return -gamma * ((_second_moment(z1) + mu * _eye(width, z1)) * polynomial(_second_moment(z2), a)).sum()
-    # tr(C11 C22^k) = tr(R R^T N^(k-1)) and tr C22^k = tr(N N^(k-1)) with R = Z2 Z1^T / B and N = Z2 Z2^T / B, for k
-    # >= 1.
+    # For k >= 1, with R = Z2 Z1^T / B and N = Z2 Z2^T / B: tr(C11 C22^k) = tr(R R^T N^(k-1)) and
+    # tr C22^k = tr(N N^(k-1)).
     gram_22 = gram(z2) / rows
     weight = gram(cross) + mu * gram_22
     constant = a[0] * (mu * width + z1.square().sum() / rows)
@@ -261,8 +259,7 @@ def _paper_alignment(views: _Views, gamma: float, lambda_: float) -> Tensor:
     z1, z2, cross = views
     rows, width = z1.shape
     if 2 * rows < width:
-        # Outside the span of all rows both matrices are lambda I, in value and in gradient: work in a basis of that
-        # span.
+        # Outside the span of all rows, both matrices are lambda I in value and in gradient: work in a basis of it.
         with torch.no_grad():
             basis = torch.linalg.qr(torch.cat([z1, z2]).T).Q  # (d, 2 B)
         z1, z2 = z1 @ basis, z2 @ basis
@@ -277,8 +274,7 @@ def _check_ridge(lambda_: float, views: _Views) -> None:
     if not lambda_ >= 0 or (lambda_ == 0 and rows <= width):
         raise RecipeError(
             f"lambda_={lambda_} with preset='paper', where it is the ridge of matrices of width {width} and of rank "
-            "at most "
-            f"{min(rows - 1, width)}: their logarithm is finite only with a positive ridge. Give lambda_ > 0."
+            f"at most {min(rows - 1, width)}: their logarithm is finite only with a positive ridge. Give lambda_ > 0."
         )
 
 

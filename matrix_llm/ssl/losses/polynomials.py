@@ -80,7 +80,7 @@ class _TraceOfPowers(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable  # the saved powers are constants here: a second derivative would be wrong in silence
+    @once_differentiable  # the saved powers are constants here: a second derivative would be silently wrong
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         powers = ctx.saved_tensors
         slope = [k * weight for k, weight in enumerate(ctx.a)][1:]

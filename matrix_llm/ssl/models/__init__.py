@@ -1,6 +1,6 @@
 """The networks: a `transformers` backbone with the heads and the target network of one method.
 
 Read `ssl_model.py` first. `ssl_config.py` is its configuration, `heads.py` the projector and the predictor,
-`backbones.py` what is asked of a backbone, `loading.py` loads one, `small_resnet.py` a backbone for small images, and
-`sync_batch_norm.py` batch normalisation over all ranks.
+`backbones.py` what a backbone must provide, `loading.py` loads one, `small_resnet.py` is one for small images, and
+`sync_batch_norm.py` is batch normalisation over all ranks.
 """

@@ -1,4 +1,4 @@
-"""What is asked of a backbone, which may be any model that `transformers.AutoModel` builds.
+"""What a backbone must provide; it can be any model that `transformers.AutoModel` builds.
 
 Legend: B images, C channels, S pixels a side, F features of the backbone.
 """

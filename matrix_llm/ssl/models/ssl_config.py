@@ -1,4 +1,4 @@
-"""`SSLConfig`: a backbone's configuration and what the method puts on it."""
+"""`SSLConfig`: a backbone's configuration and what the method adds to it."""
 
 from __future__ import annotations
 

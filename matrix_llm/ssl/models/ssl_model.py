@@ -1,7 +1,7 @@
 """`SSLModel`: a backbone with the heads of one method, as a `transformers` model.
 
 One step, in `SSLModel.forward`:
-1. the online network and, if the method has one, the target network each see a view in a pass of their own
+1. the online network and, if the method has one, the target network process each view in a separate pass
 2. the rows of all ranks are gathered
 3. the method's loss is taken over these rows
 4. the keys go into MoCo's queue, and the online probe sees the detached features
@@ -76,7 +76,7 @@ class SSLModel(PreTrainedModel):
         method, width, d = self.method, feature_dim(self.backbone), config.projector_widths[-1]
         self.projector = mlp((width, *config.projector_widths), hidden_bn=method.hidden_bn, end=method.projector_end)
         self.predictor = mlp((d, *config.predictor_widths)) if config.predictor_widths else None
-        # 2. What single methods add
+        # 2. What some methods add
         if config.prototypes:
             self.prototypes = nn.Parameter(torch.randn(config.prototypes, d))
         if config.queue_size:

@@ -1,4 +1,4 @@
-"""Batch normalisation over the rows of all ranks, which `Trainer` does not set up by itself.
+"""Batch normalisation over the rows of all ranks, which `Trainer` does not set up itself.
 
 Legend: B images of this rank, C channels.
 """

@@ -21,7 +21,7 @@ class LARS(Optimizer):
     normalisation) get neither the ratio nor weight decay, and r is 1 where either norm is 0.
 
     Args:
-        params: tensors, or groups; a group's `adapt` (default True) False makes it plain SGD with momentum.
+        params: tensors, or groups; `adapt: False` in a group (default True) makes it plain SGD with momentum.
         lr: per step, the global learning rate.
         momentum: m, at least 0.
         weight_decay: w, at least 0.

@@ -18,9 +18,9 @@ __all__ = ["build_optimizer", "build_scheduler"]
 def build_optimizer(model: SSLModel, args: SSLTrainingConfig) -> Optimizer:
     """The optimizer that the recipe names.
 
-    SimSiam's predictor is a group of its own (`fixed`: its learning rate stays), and so is the online probe.
+    SimSiam's predictor is a separate group (`fixed`: its learning rate stays constant), and so is the online probe.
     """
-    # 1. What has a group of its own
+    # 1. The parameters with a separate group
     fixed = model.predictor if model.method.fixed_predictor_lr else None
     apart = {id(p) for part in (model.probe, fixed) if part for p in part.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]

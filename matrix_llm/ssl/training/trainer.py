@@ -9,7 +9,7 @@ What it adds:
   schedule
 - the logged names `loss, learning_rate, images_per_second, online_probe_accuracy, effective_rank,
   feature_effective_rank, effective_rank_rows, ema_momentum, skipped_images`
-- checkpoints that are whole or absent (`run/saving.py`); a resumed run ends with the weights of an uninterrupted one
+- checkpoints that are complete or absent (`run/saving.py`); a resumed run ends with the weights of an uninterrupted one
 
 Legend: B images of this rank, F features of the backbone, d width of the last head.
 """
@@ -118,8 +118,7 @@ class SSLTrainer(WholeCheckpoints):
         self._ranked_at = 0
         return super().train(*args, **kwargs)
 
-    # --- batches and the loss
-    # ------------------------------------------------------------------------------------------
+    # --- batches and the loss -----------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -157,8 +156,7 @@ class SSLTrainer(WholeCheckpoints):
             "Lower base_learning_rate, lengthen warmup_steps, or train in float32."
         )
 
-    # --- optimizer
-    # -----------------------------------------------------------------------------------------------------
+    # --- optimizer ----------------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -173,8 +171,7 @@ class SSLTrainer(WholeCheckpoints):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    # --- logs
-    # ----------------------------------------------------------------------------------------------------------
+    # --- logs ---------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -192,7 +189,7 @@ class SSLTrainer(WholeCheckpoints):
         super().log(logs, start_time)
 
     def _effective_ranks(self) -> dict[str, float]:
-        """Of the last batch, with the first log after every `effective_rank_steps` steps."""
+        """Effective ranks of the last batch, with the first log after every `effective_rank_steps` steps."""
         every, step = self.args.effective_rank_steps, self.state.global_step
         if not every or self._last is None or step // every == self._ranked_at // every:
             return {}
@@ -205,8 +202,7 @@ class SSLTrainer(WholeCheckpoints):
             "effective_rank_rows": len(features),
         }
 
-    # --- evaluation
-    # ----------------------------------------------------------------------------------------------------
+    # --- evaluation ---------------------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"):
         """Held-out accuracy of the online probe, and effective ranks of the held-out features.
@@ -236,7 +232,7 @@ class SSLTrainer(WholeCheckpoints):
             "rows": len(features),
             "runtime": round(seconds, 3),
         }
-        # 3. Log it, and keep the time that this took out of images_per_second.
+        # 3. Log it, and exclude the time that this took from images_per_second.
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -264,8 +260,7 @@ class SSLTrainer(WholeCheckpoints):
         return features, guess, labels
 
 
-# --- checks
-# ------------------------------------------------------------------------------------------------------------
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
 def _check_batch(model: SSLModel, args: SSLTrainingConfig, images: Images) -> None:
@@ -273,15 +268,14 @@ def _check_batch(model: SSLModel, args: SSLTrainingConfig, images: Images) -> No
     if batch < 2:
         raise RecipeError(
             f"per_device_train_batch_size={args.per_device_train_batch_size} on one process makes a batch of one "
-            "image, but batch "
-            "normalisation and these losses compare images. Set per_device_train_batch_size to at least 2."
+            "image, but batch normalisation and these losses compare images. Set per_device_train_batch_size to at "
+            "least 2."
         )
     if len(images) < batch:
         raise RecipeError(
             f"{images.name} has {len(images)} images, but one step takes {batch} (per_device_train_batch_size="
             f"{args.per_device_train_batch_size} on {args.world_size} process(es)), and incomplete batches are "
-            "dropped. "
-            "Set per_device_train_batch_size lower."
+            "dropped. Set per_device_train_batch_size lower."
         )
     if model.config.queue_size and model.config.queue_size < batch:
         raise RecipeError(
@@ -301,8 +295,7 @@ def _check_probe_labels(images: Images, classes: int) -> None:
         )
 
 
-# --- helpers
-# -----------------------------------------------------------------------------------------------------------
+# --- helpers ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -310,14 +303,16 @@ class _ProbeAccuracy:
     """The online probe's accuracy, summed on the device since the last log."""
 
     total: Tensor | float = 0.0
+    """Sum of the batches' accuracies."""
     batches: int = 0
+    """Number of batches in the sum."""
 
     def add(self, correct: Tensor) -> None:
         self.total = self.total + correct
         self.batches += 1
 
     def take_mean(self, device: torch.device) -> Tensor:
-        """The mean since the last call; starts again from nothing."""
+        """The mean since the last call; then start over."""
         mean = torch.as_tensor(self.total, device=device) / self.batches
         self.total, self.batches = 0.0, 0
         return mean
@@ -325,10 +320,12 @@ class _ProbeAccuracy:
 
 @dataclass
 class _Speed:
-    """Images a second since the last log, without the time that evaluation took."""
+    """Images per second since the last log, without the time that evaluation took."""
 
     started: float = 0.0
+    """Time of the last log, on the performance counter."""
     step: int = 0
+    """Step of the last log."""
 
     def restart(self, step: int) -> None:
         self.started, self.step = time.perf_counter(), step
@@ -337,7 +334,7 @@ class _Speed:
         self.started += seconds
 
     def measure(self, step: int, images_per_step: int) -> float | None:
-        """None where no step was taken since the last call."""
+        """Images per second; None if no step was taken since the last call."""
         steps, seconds = step - self.step, time.perf_counter() - self.started
         self.restart(step)
         return steps * images_per_step / max(seconds, 1e-9) if steps > 0 else None

@@ -74,6 +74,7 @@ def detectron2_config(
     >>> "PIXEL_STD: [63.75, 63.75, 63.75]" in detectron2_config(ResNetConfig(), [0.5] * 3, [0.25] * 3, "r50.pkl")
     True
     """
+    # 1. Refuse networks that detectron2's keys cannot describe.
     widths, depths, channels = tuple(config.hidden_sizes or ()), tuple(config.depths or ()), config.num_channels
     if config.layer_type != "bottleneck":
         raise ExportError(
@@ -91,6 +92,7 @@ def detectron2_config(
             f"{channels} channel(s), image_mean={list(image_mean)}: detectron2 reads grey or RGB images, one mean a "
             "channel."
         )
+    # 2. MoCo's settings, with pixels from 0 to 255
     mean, std = ([round(255 * float(value), 6) for value in values] for values in (image_mean, image_std))
     return f"""\
 # Mask R-CNN, C4, COCO: MoCo's settings, 2x schedule (1x: STEPS [60000, 80000], MAX_ITER 90000).
@@ -121,7 +123,7 @@ TEST: {{PRECISE_BN: {{ENABLED: true}}}}
 def write_pickle(state: dict[str, np.ndarray], file: BinaryIO) -> None:
     """Write the weights as detectron2's checkpointer reads them.
 
-    The author is another than "Caffe2": detectron2 then matches the ends of names, so that res5 also finds
+    The author is not "Caffe2": detectron2 then matches the ends of names, so that res5 also finds
     roi_heads.res5, and renames nothing.
     """
     _Pickler(file, protocol=4).dump({"model": state, "__author__": "matrix_llm", "matching_heuristics": True})
@@ -130,7 +132,7 @@ def write_pickle(state: dict[str, np.ndarray], file: BinaryIO) -> None:
 class _Pickler(pickle.Pickler):
     """Write arrays as numpy.ndarray(shape, dtype, buffer).
 
-    NumPy 2's own pickles name private modules, which the older NumPy of many a detectron2 does not have. The buffer
+    NumPy 2's own pickles name private modules, which older NumPy versions, common with detectron2, lack. The buffer
     is a bytearray, so that the arrays are writable after reading.
     """
 

@@ -1,4 +1,4 @@
-"""The layers of a ResNet in each library, and which networks can be exported at all.
+"""The layers of a ResNet in each library, and which networks can be exported.
 
 The weights are renamed, never changed, so the features stay equal. Only transformers' ResNetModel is exported.
 """
