@@ -105,8 +105,7 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
 
     Raises:
         RecipeError, ModelError (both ValueErrors): a combination that would silently train wrongly, such as an adapter
-        on
-            `lm_head` or a custom loss function; the message names the way out.
+            on `lm_head` or a custom loss function; the message names the way out.
 
     >>> trainer = MatrixTrainer(model, MatrixConfig("runs/x", mce_weight=1.0), train_dataset=rows)  # doctest: +SKIP
     >>> trainer.train()  # doctest: +SKIP
