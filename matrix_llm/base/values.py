@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import yaml
 
 from matrix_llm.base.errors import RecipeError
@@ -67,7 +68,16 @@ class Range:
 
 def setting(default: Any, *, choices: Iterable[str] = (), **bounds: Any) -> Any:
     """A dataclass field that states its allowed values: `choices`, or the bounds of a `Range`."""
-    return dataclasses.field(default=default, metadata={"choices": list(choices), "range": Range(**bounds)})
+    metadata = _FieldMetadata(choices=list(choices), range=Range(**bounds))
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class _FieldMetadata(dict):
+    """What a field knows about its values. HfArgumentParser and TrlParser hand a copy of it to argparse, as keywords:
+    the copy has only what argparse understands, and no empty list of choices, which would refuse every value."""
+
+    def copy(self) -> dict[str, Any]:
+        return {"choices": self["choices"]} if self["choices"] else {}
 
 
 _POSITIVE, _NOT_NEGATIVE, _COUNT = Range(above=0), Range(at_least=0), Range(at_least=1)
@@ -239,4 +249,6 @@ def check_fields(settings: Any) -> None:
     for field in dataclasses.fields(settings):
         if "range" in field.metadata:
             value = getattr(settings, field.name)
+            if isinstance(value, np.generic):  # a sweep over np.linspace gives numpy's scalars
+                value = value.item()
             setattr(settings, field.name, check_value(field.name, value, field, annotations[field.name]))

@@ -47,6 +47,17 @@ def test_the_card_names_solver_and_warmup(recipe, settings, words):
     assert words in model_card(recipe(**settings), [], {}).text
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"use_peft": True}, "A LoRA adapter for a random initialisation, trained on `builtin` with matrix_llm."),
+        ({}, "Trained from a random initialisation on `builtin` with matrix_llm."),
+    ],
+)
+def test_the_card_says_in_a_whole_sentence_what_was_trained_from_what(recipe, settings, words):
+    assert words in model_card(recipe(**settings), [], {}).text
+
+
 def test_accuracy_before_and_after_training_has_its_interval(recipe):
     accuracy = {"accuracy": 0.75, "low": 0.468, "high": 0.911, "total": 12}
     text = model_card(recipe(), [], {"accuracy_before": {**accuracy, "accuracy": 0.5}, "accuracy_after": accuracy}).text
