@@ -1,15 +1,11 @@
 """What users' own scripts did with the code before it was split into rooms, and must be able to do still."""
 
-import math
-
 import numpy as np
 import pytest
-import torch
 from transformers import HfArgumentParser
 from trl import TrlParser
 
 from matrix_llm.config import DataArguments, MatrixConfig, ModelArguments
-from matrix_llm.ssl.metrics import batch_effective_rank, batch_matrix_entropy
 
 
 @pytest.mark.parametrize("parser", [HfArgumentParser, TrlParser])
@@ -36,18 +32,3 @@ def test_numpy_numbers_are_settings_too(setting):
 
 def test_numpy_integers_are_settings_too():
     assert MatrixConfig(output_dir="x", use_cpu=True, bf16=False, mce_steps=np.int64(4)).mce_steps == 4
-
-
-def test_the_matrix_entropy_of_a_batch_is_one_more_than_the_log_of_its_effective_rank():
-    z = torch.randn(20, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    expected = math.log(batch_effective_rank(z, center=False)) + 1
-    assert batch_matrix_entropy(z) == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.mark.parametrize("center", [False, True])
-def test_the_matrix_entropy_of_a_batch_is_that_of_the_eigenvalues_in_numpy(center):
-    z = torch.randn(20, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    rows = z.numpy() / np.linalg.norm(z.numpy(), axis=1, keepdims=True)
-    rows = rows - rows.mean(0) if center else rows
-    w = np.linalg.eigvalsh(rows.T @ rows / 20)
-    assert batch_matrix_entropy(z, center=center) == pytest.approx(-(w * np.log(w)).sum() + w.sum(), rel=1e-9)

@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from matrix_llm.base.errors import NonFiniteRowsError, ProbeError
-from matrix_llm.information import effective_rank, matrix_entropy
+from matrix_llm.information import effective_rank
 
 __all__ = [
     "batch_effective_rank",
-    "batch_matrix_entropy",
     "class_effective_ranks",
     "inter_class_effective_rank",
     "intra_class_effective_rank",
@@ -39,23 +38,8 @@ def batch_effective_rank(features: Tensor, *, center: bool = True) -> float:
     >>> round(batch_effective_rank(torch.eye(4), center=False), 4)
     4.0
     """
-    return float(effective_rank(_moment_of_directions(features, center)))
-
-
-def batch_matrix_entropy(features: Tensor, *, center: bool = False) -> float:
-    """ME(Z^T Z / B) = -tr(A log A) + tr(A) of l2-normalised rows, definition 2.1.
-
-    Args:
-        features: (B, d), any norm.
-        center: subtract the batch mean; the trace, 1 without it, then falls to the variance of the rows.
-
-    Returns:
-        nats; log(erank) + 1 where not centred, so 1 at full collapse and log d + 1 at full uniformity.
-
-    >>> round(batch_matrix_entropy(torch.eye(2)), 4)  # log 2 + 1
-    1.6931
-    """
-    return float(matrix_entropy(_moment_of_directions(features, center)))
+    z = F.normalize(_check_features(features, 2 if center else 1), dim=1)
+    return float(effective_rank(_second_moment(z - z.mean(0) if center else z)))
 
 
 def intra_class_effective_rank(
@@ -173,12 +157,3 @@ def _second_moment(
     """Z^T Z / B, or Z Z^T / B where that is smaller: the same trace and the same non-zero eigenvalues."""
     with torch.autocast(z.device.type, enabled=False):
         return (z @ z.T if z.shape[0] < z.shape[1] else z.T @ z) / len(z)
-
-
-def _moment_of_directions(
-    features: Tensor,  # (B, d)
-    center: bool,
-) -> Tensor:
-    """Second moment of the l2-normalised rows, about their mean or about 0."""
-    z = F.normalize(_check_features(features, 2 if center else 1), dim=1)
-    return _second_moment(z - z.mean(0) if center else z)
