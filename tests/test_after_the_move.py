@@ -8,7 +8,7 @@ import torch
 from transformers import HfArgumentParser
 from trl import TrlParser
 
-from matrix_llm.config import DataArguments, MatrixConfig, ModelArguments
+from matrix_llm.config import DataArguments, MatrixConfig, ModelArguments, RecipeError, load_recipe
 from matrix_llm.ssl.metrics import batch_effective_rank, batch_matrix_entropy
 
 
@@ -51,3 +51,12 @@ def test_the_matrix_entropy_of_a_batch_is_that_of_the_eigenvalues_in_numpy(cente
     rows = rows - rows.mean(0) if center else rows
     w = np.linalg.eigvalsh(rows.T @ rows / 20)
     assert batch_matrix_entropy(z, center=center) == pytest.approx(-(w * np.log(w)).sum() + w.sum(), rel=1e-9)
+
+
+@pytest.mark.parametrize("value", ["[a]", "{a: 1}"])
+def test_a_list_or_a_mapping_in_place_of_a_choice_is_refused_by_name(tmp_path, value):
+    """transformers gives log_level's choices as the keys of a dictionary, which cannot look up a list."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"dataset: builtin\nlog_level: {value}\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"line 2: log_level=.*debug"):
+        load_recipe(recipe)
