@@ -8,9 +8,12 @@ import json
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from transformers import HfArgumentParser
+from trl import TrlParser
 
 from matrix_llm.base.values import INHERITED_RANGES
 from matrix_llm.config import DataArguments, MatrixConfig, ModelArguments, RecipeError, load_recipe
@@ -339,3 +342,39 @@ def test_our_metrics_carry_their_direction(metric, higher, tmp_path):
     settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "metric_for_best_model": metric}
     assert MatrixConfig(**settings).greater_is_better is higher
     assert MatrixConfig(**settings, greater_is_better=not higher).greater_is_better is not higher
+
+
+# --- settings given in Python, or through the parsers that the scripts of TRL use --------------------------------------
+
+
+@pytest.mark.parametrize("parser", [HfArgumentParser, TrlParser])
+def test_the_settings_are_arguments_of_the_parsers_that_trl_scripts_use(parser):
+    arguments = ["--output_dir", "x", "--use_cpu", "true", "--bf16", "false", "--model_name_or_path", "gpt2"]
+    arguments += ["--dataset", "builtin", "--lora_r", "4", "--mce_weight", "0.5", "--mce_solver", "taylor"]
+    model, data, training = parser((ModelArguments, DataArguments, MatrixConfig)).parse_args_into_dataclasses(arguments)
+    assert (model.lora_r, data.dataset) == (4, "builtin")
+    assert (training.mce_weight, training.mce_solver) == (0.5, "taylor")
+
+
+def test_those_parsers_refuse_a_solver_that_does_not_exist(capsys):
+    with pytest.raises(SystemExit):
+        HfArgumentParser(MatrixConfig).parse_args_into_dataclasses(["--output_dir", "x", "--mce_solver", "lanczos"])
+    assert "krylov" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [("mce_weight", np.float64(0.5), float), ("mce_weight", np.float32(0.5), float), ("mce_steps", np.int64(4), int)],
+)
+def test_numpy_numbers_are_settings_too(name, value, kind):
+    found = getattr(MatrixConfig(output_dir="x", use_cpu=True, bf16=False, **{name: value}), name)
+    assert (type(found), found) == (kind, value)
+
+
+@pytest.mark.parametrize("value", ["[a]", "{a: 1}"])
+def test_a_list_or_a_mapping_in_place_of_a_choice_is_refused_by_name(tmp_path, value):
+    """transformers gives log_level's choices as the keys of a dictionary, which cannot look up a list."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"dataset: builtin\nlog_level: {value}\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"line 2: log_level=.*debug"):
+        load_recipe(recipe)

@@ -213,7 +213,7 @@ def check_value(key: str, value: Any, field: dataclasses.Field, annotation: Any,
     if enums:  # transformers writes `SchedulerType | str`, and means one of SchedulerType's values
         kinds = [kind for kind in kinds if kind is not str]
     kinds.sort(key=lambda kind: [issubclass(_class_of(kind), each) for each in _TRIED].index(True))
-    choices = [each.value for kind in enums for each in kind] or field.metadata.get("choices", [])
+    choices = [each.value for kind in enums for each in kind] or list(field.metadata.get("choices", []))
 
     # 2. The first type that takes the value
     if value is False and "no" in [*choices, field.default]:
