@@ -344,7 +344,7 @@ def test_our_metrics_carry_their_direction(metric, higher, tmp_path):
     assert MatrixConfig(**settings, greater_is_better=not higher).greater_is_better is not higher
 
 
-# --- settings given in Python, or through the parsers that the scripts of TRL use --------------------------------------
+# --- settings given in Python, or through the parsers that the scripts of TRL use -------------------------------------
 
 
 @pytest.mark.parametrize("parser", [HfArgumentParser, TrlParser])
