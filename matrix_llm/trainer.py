@@ -37,7 +37,7 @@ from matrix_llm.loss.settings import LossSettings
 from matrix_llm.model.lm_head import MatrixHead, add_matrix_head, head_effective_rank
 from matrix_llm.model.packing import check_isolation
 from matrix_llm.run.checkpoint_files import last_complete_checkpoint
-from matrix_llm.run.saving import WholeCheckpoints
+from matrix_llm.run.saving import AtomicCheckpoints
 from matrix_llm.run.window import TokenClock, TokenSums, peak_memory_gib, training_flops_per_token
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def to_matrix_config(args: MatrixConfig | TrainingArguments | None) -> MatrixCon
     return MatrixConfig(**{**args.to_dict(), **tokens})
 
 
-class MatrixTrainer(WholeCheckpoints, SFTTrainer):
+class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
     """Drop-in for `trl.SFTTrainer` that trains on CE + mce_weight * MCE. With mce_weight 0 it is `SFTTrainer`.
 
     Takes `SFTTrainer`'s arguments; `args` is a `MatrixConfig`. An `SFTConfig` or `TrainingArguments` is taken too, with
@@ -303,9 +303,9 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    def _complete(self, staged: Path, final: Path) -> None:
+    def _add_missing_files(self, staged: Path, final: Path) -> None:
         """Add what Trainer leaves out of a sharded checkpoint: the configuration and the tokenizer."""
-        super()._complete(staged, final)
+        super()._add_missing_files(staged, final)
         if (staged / "config.json").is_file() or is_peft_model(self.accelerator.unwrap_model(self.model)):
             return
         model = self._base_model()  # sharded by FSDP
@@ -315,7 +315,7 @@ class MatrixTrainer(WholeCheckpoints, SFTTrainer):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(staged)
 
-    def _keep_window(self, folder: Path) -> None:
+    def _save_window(self, folder: Path) -> None:
         """Save this process's sums since the last log, so that a resumed run logs what an uninterrupted one does."""
         window = {
             "tokens": self._total_train_tokens,

@@ -40,7 +40,7 @@ def _bits(value: Fraction) -> int:
     return value.numerator.bit_length() + value.denominator.bit_length()
 
 
-def _is_whole(value: Fraction | None) -> bool:
+def _is_integer(value: Fraction | None) -> bool:
     return value is not None and value.denominator == 1
 
 
@@ -64,17 +64,17 @@ def exact_value(expression: Expression) -> Fraction | None:
             return result if _bits(result) < BITS else None
         case Factorial(argument):
             n = exact_value(argument)
-            return Fraction(math.factorial(int(n))) if n is not None and _is_whole(n) and 0 <= n <= 200 else None
+            return Fraction(math.factorial(int(n))) if n is not None and _is_integer(n) and 0 <= n <= 200 else None
         case Binomial(top, bottom):
             n, k = exact_value(top), exact_value(bottom)
-            if n is None or k is None or not (_is_whole(n) and _is_whole(k) and 0 <= k <= n <= 500):
+            if n is None or k is None or not (_is_integer(n) and _is_integer(k) and 0 <= k <= n <= 500):
                 return None
             return Fraction(math.comb(int(n), int(k)))
     return None
 
 
 def _exact_power(base: Fraction | None, exponent: Fraction | None) -> Fraction | None:
-    if base is None or exponent is None or not _is_whole(exponent) or abs(exponent) > EXPONENT:
+    if base is None or exponent is None or not _is_integer(exponent) or abs(exponent) > EXPONENT:
         return None
     if base == 0 and exponent <= 0:
         return None

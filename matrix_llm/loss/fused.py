@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from matrix_llm.loss import solvers
-from matrix_llm.loss.head_tail import with_target
+from matrix_llm.loss.head_tail import include_target_
 from matrix_llm.loss.settings import Solver
 from matrix_llm.loss.solvers import Embeddings, head_tail_terms, logit_gradient_, solve_chunk
 from matrix_llm.loss.vocabulary import find_likeliest
@@ -184,7 +184,7 @@ def _chunk_by_kernels(
     # 2. statistics, and q without the kept tokens
     statistics = kernels.logit_statistics(z, labels)
     log_z, of_label = statistics.log_z, statistics.of_label
-    kept = with_target(find_likeliest(z, solver.top_k, statistics.group_max)[1], labels)
+    kept = include_target_(find_likeliest(z, solver.top_k, statistics.group_max)[1], labels)
     z_kept = z.gather(1, kept)
     q_kept = (z_kept - log_z[:, None]).exp_()
     kernels.probabilities(z, log_z, q)

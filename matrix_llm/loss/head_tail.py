@@ -43,7 +43,7 @@ class HeadTail(NamedTuple):
     at_vectors: Tensor | None  # (C, S, D) d MCE / d e_j of the kept tokens, where asked for
 
 
-def with_target(
+def include_target_(
     kept: Tensor,  # (C, S) ids by falling probability; changed in place
     labels: Tensor,  # (C,)
 ) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from matrix_llm.information import matrix_log
-from matrix_llm.loss.head_tail import HeadTail, solve_by_torch, with_target
+from matrix_llm.loss.head_tail import HeadTail, include_target_, solve_by_torch
 from matrix_llm.loss.krylov import probability_gradient, quadrature
 from matrix_llm.loss.settings import Solver
 from matrix_llm.loss.vocabulary import VocabularySummary, find_likeliest, summarise, unit_vectors
@@ -106,7 +106,7 @@ def solve_chunk(
         assert embeddings.summary is not None
         if likeliest is None:
             likeliest = find_likeliest(q, solver.top_k)[1]
-        kept = with_target(likeliest, labels)
+        kept = include_target_(likeliest, labels)
         q_kept = q.gather(1, kept)
         q.scatter_(1, kept, 0.0)  # what is left is the tail
         moments = q @ embeddings.summary.features

@@ -128,7 +128,7 @@ def _eval_results(evaluations: Sequence[Evaluation]) -> list[EvalResult]:
     """Complete public benchmarks as `model-index` entries. Parts of one, or private problems, would mislead there."""
     found = []
     for each in evaluations:
-        if each.name not in BENCHMARKS or not each.is_whole:
+        if each.name not in BENCHMARKS or not each.is_complete:
             continue
         title, dataset = BENCHMARKS[each.name]
         for convention, score in each.scores.items():

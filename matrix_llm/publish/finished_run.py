@@ -103,7 +103,7 @@ class Evaluation:
     scores: dict[str, Score]
     """{convention: score}; a convention extracts and compares answers."""
 
-    is_whole: bool
+    is_complete: bool
     """Whether every problem was asked; `--limit` asks only some of them."""
 
     prompt: str
@@ -186,7 +186,7 @@ def _parse_evaluation(content: dict[str, Any]) -> Evaluation:
     return Evaluation(
         name=content["name"],
         scores=scores,
-        is_whole=not content.get("limit"),
+        is_complete=not content.get("limit"),
         prompt=settings.get("prompt", ""),
         engine=settings.get("engine", ""),
     )

@@ -13,8 +13,8 @@ from matrix_llm.run.checkpoint_files import SAVING, finish_checkpoint, last_comp
 from matrix_llm.run.failures import cannot_write, why_not_written
 
 
-class WholeCheckpoints(Trainer):
-    """A mix-in that goes before another trainer: `class MatrixTrainer(WholeCheckpoints, SFTTrainer)`.
+class AtomicCheckpoints(Trainer):
+    """A mix-in that goes before another trainer: `class MatrixTrainer(AtomicCheckpoints, SFTTrainer)`.
 
     Saving and resuming are Trainer's own. This class has them write into a temporary folder, which takes the
     checkpoint's name when it is complete.
@@ -46,9 +46,9 @@ class WholeCheckpoints(Trainer):
             self.accelerator.wait_for_everyone()
             # 2. every process writes its share
             super()._save_checkpoint(model, trial)
-            self._keep_window(staged)
+            self._save_window(staged)
             if self.args.should_save:
-                self._complete(staged, final)
+                self._add_missing_files(staged, final)
             self.accelerator.wait_for_everyone()
             # 3. the manifest, and the checkpoint's name
             if self.args.should_save:
@@ -77,10 +77,10 @@ class WholeCheckpoints(Trainer):
         if not self._saving:  # a checkpoint that is still being written is about to move
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _keep_window(self, folder: Path) -> None:
+    def _save_window(self, folder: Path) -> None:
         """For subclasses: save the part of this process's state that Trainer does not save."""
 
-    def _complete(self, staged: Path, final: Path) -> None:
+    def _add_missing_files(self, staged: Path, final: Path) -> None:
         """In the first process: correct the path of the best checkpoint, which Trainer stores in trainer_state.json.
 
         Subclasses add the files that Trainer leaves out.

@@ -29,7 +29,7 @@ from transformers import TrainerCallback
 
 from matrix_llm.base.errors import ImageDataError, NonFiniteLossError, NonFiniteRowsError, RecipeError
 from matrix_llm.base.modes import evaluation_mode
-from matrix_llm.run.saving import WholeCheckpoints
+from matrix_llm.run.saving import AtomicCheckpoints
 from matrix_llm.ssl.config import SSLTrainingConfig
 from matrix_llm.ssl.images.augment import Augment
 from matrix_llm.ssl.images.crops import TwoViewCollator
@@ -48,7 +48,7 @@ __all__ = ["SSLTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class SSLTrainer(WholeCheckpoints):
+class SSLTrainer(AtomicCheckpoints):
     """Train an `SSLModel` on unlabelled images.
 
     Args:
