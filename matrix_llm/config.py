@@ -86,7 +86,9 @@ class MatrixConfig(SFTConfig):
             )
         # 2. Which way our own metrics improve: for transformers, a name that does not end in "loss" is higher-is-better
         if self.greater_is_better is None and self.metric_for_best_model is not None:
-            self.greater_is_better = HIGHER_IS_BETTER.get(self.metric_for_best_model.removeprefix("eval_"))
+            metric = f"_{self.metric_for_best_model}"  # eval_ce, or eval_NAME_ce of a named evaluation set
+            known = [higher for name, higher in HIGHER_IS_BETTER.items() if metric.endswith(f"_{name}")]
+            self.greater_is_better = known[0] if known else None
         # 3. What is known once SFTConfig has read the DeepSpeed and FSDP settings
         super().__post_init__()
         if self.mce_weight > 0:

@@ -35,6 +35,7 @@ from matrix_llm.base.errors import NonFiniteLossError, RecipeError
 from matrix_llm.config import MatrixConfig
 from matrix_llm.loss.settings import LossSettings
 from matrix_llm.model.lm_head import MatrixHead, add_matrix_head, head_effective_rank
+from matrix_llm.model.load import repair_generation_settings
 from matrix_llm.model.packing import check_isolation
 from matrix_llm.run.checkpoint_files import last_complete_checkpoint
 from matrix_llm.run.saving import AtomicCheckpoints
@@ -138,6 +139,8 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
         if args.mce_weight > 0:
             # The loss divides by num_items_in_batch itself, whatever the model's forward would accept.
             self.model_accepts_loss_kwargs = True
+
+        repair_generation_settings(self._base_model())  # or the first save would fail
 
         # 2. state
         self._row_ids: Tensor | None = None  # of the micro-batch in progress

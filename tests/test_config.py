@@ -332,6 +332,8 @@ def test_the_training_page_has_every_setting_with_its_default_and_range():
         ("eval_ce", False),
         ("mce", False),
         ("eval_entropy", False),
+        ("eval_gsm8k_ce", False),
+        ("eval_gsm8k_mean_token_accuracy", True),
         ("eval_mean_token_accuracy", True),
         ("eval_loss", False),
         ("bleu", True),

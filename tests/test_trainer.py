@@ -309,6 +309,17 @@ def test_another_loss_without_mce_is_evaluated_like_sft_trainers_and_not_called_
     assert not [entry for entry in ours.state.log_history if "ce" in entry or "eval_ce" in entry]
 
 
+@pytest.mark.parametrize("option", [{"temperature": 0.9}, {"top_p": 0.6}, {"typical_p": 0.5}])
+def test_a_model_whose_sampling_options_lack_do_sample_can_be_saved(option, tmp_path, tiny_tokenizer):
+    model = tiny_model()
+    model.generation_config.update(**option)
+    trainer = MatrixTrainer(
+        model, MatrixConfig(**config(tmp_path)), train_dataset=rows(), processing_class=tiny_tokenizer
+    )
+    trainer.save_model(str(tmp_path / "saved"))
+    assert json.loads((tmp_path / "saved/generation_config.json").read_text())["do_sample"] is True
+
+
 def test_resuming_from_nothing_is_the_value_error_that_transformers_raises(tmp_path, tiny_tokenizer):
     trainer = MatrixTrainer(
         tiny_model(), MatrixConfig(**config(tmp_path)), train_dataset=rows(), processing_class=tiny_tokenizer

@@ -69,7 +69,6 @@ def load_model(
     if isinstance(embeddings := getattr(model.get_input_embeddings(), "num_embeddings", None), int):
         check_vocabulary(tokenizer, embeddings)
     set_special_ids(model, tokenizer)
-    repair_generation_settings(model)
     return model
 
 
@@ -81,7 +80,7 @@ def repair_generation_settings(model: PreTrainedModel) -> None:
     Raises:
         RecipeError: the settings contradict each other in another way, which only the user can decide.
     """
-    settings = model.generation_config
+    settings = getattr(model, "generation_config", None)
     if settings is None:
         return
     try:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from matrix_llm.config import ModelArguments, RecipeError
-from matrix_llm.model.load import build_config, load_model
+from matrix_llm.model.load import build_config, load_model, repair_generation_settings
 from matrix_llm.model.tokenizer import load_tokenizer
 from tests.support.checkpoints import save_llama, scratch
 
@@ -64,6 +64,7 @@ def test_sampling_settings_without_do_sample_do_not_stop_the_run_from_saving(tmp
     with pytest.raises(ValueError, match="do_sample"):
         AutoModelForCausalLM.from_pretrained(path).save_pretrained(tmp_path / "refused")
     model = load_model(ModelArguments(model_name_or_path=path), tiny_tokenizer)
+    repair_generation_settings(model)
     model.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved/generation_config.json").read_text())
     assert (saved["temperature"], saved["top_p"], saved["do_sample"]) == (0.9, 0.6, True)
@@ -74,4 +75,4 @@ def test_generation_settings_that_cannot_be_saved_are_refused_before_training(tm
     file = Path(path, "generation_config.json")
     file.write_text(json.dumps({**json.loads(file.read_text()), "length_penalty": 2.0}))
     with pytest.raises(RecipeError, match=r"generation_config\.json.*length_penalty.*Correct the file"):
-        load_model(ModelArguments(model_name_or_path=path), tiny_tokenizer)
+        repair_generation_settings(load_model(ModelArguments(model_name_or_path=path), tiny_tokenizer))

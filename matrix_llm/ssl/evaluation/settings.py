@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
@@ -51,7 +52,7 @@ def _number_or_auto(text: str) -> float | str:
 
 
 @dataclass(kw_only=True)
-class CommonSettings:
+class CommonSettings(ABC):
     """The options of every protocol. An option's help text describes it."""
 
     model: str = option("", "a run's folder, random:FOLDER, pixels:FOLDER or pixels", required=True)
@@ -81,9 +82,9 @@ class CommonSettings:
             )
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """The protocol's part of the result's file name."""
-        raise NotImplementedError
 
     @property
     def result_path(self) -> Path:
