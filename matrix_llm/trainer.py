@@ -5,6 +5,7 @@ What it adds to `SFTTrainer`, in this order:
   over all ranks, so that accumulation 1 x 8 equals 8 x 1 and two ranks equal one
 - logs: `ce, mce, entropy, mean_token_accuracy, tokens_per_second, mfu, peak_memory_gib, effective_rank`, token-weighted
   over the logging window (run/window.py)
+- held-out figures: token-weighted means over the real rows (run/evaluation.py), whatever the batches and processes
 - checkpoints: complete or absent (run/saving.py), each with the logging window that is open when it is saved
 - guards: a non-finite loss on any process stops all of them before the optimizer steps, naming the step, the rows and
   the last checkpoint; packed rows that see each other are refused (model/packing.py)
@@ -38,6 +39,7 @@ from matrix_llm.model.lm_head import MatrixHead, add_matrix_head, head_effective
 from matrix_llm.model.load import repair_generation_settings
 from matrix_llm.model.packing import check_isolation
 from matrix_llm.run.checkpoint_files import last_complete_checkpoint
+from matrix_llm.run.evaluation import mask_repeated_rows, weighted_mean
 from matrix_llm.run.saving import AtomicCheckpoints
 from matrix_llm.run.window import TokenClock, TokenSums, peak_memory_gib, training_flops_per_token
 
@@ -49,7 +51,8 @@ WINDOW = "log_window_{}.json"  # in a checkpoint, one for each process
 class RowIdCollator(DataCollatorForLanguageModeling):
     """TRL's collator, with the `row_id` of each row in the batch, for error messages.
 
-    A column of that name which does not hold numbers is somebody else's, and is dropped like any unknown column.
+    A column of that name which does not hold numbers is somebody else's, and is dropped like any unknown column. Rows
+    flattened into one sequence come with their `row_lengths`, so that they can still be told apart.
 
     >>> collator = RowIdCollator(pad_token_id=0)
     >>> batch = collator([{"input_ids": [1, 2], "labels": [-100, 2], "row_id": 7}])
@@ -62,6 +65,8 @@ class RowIdCollator(DataCollatorForLanguageModeling):
         ids = [example.get("row_id") for example in examples]
         if all(isinstance(each, int) for each in ids):
             batch["row_id"] = torch.tensor(ids)
+        if self.padding_free:
+            batch["row_lengths"] = torch.tensor([len(example["input_ids"]) for example in examples])
         return batch
 
 
@@ -145,6 +150,7 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
         # 2. state
         self._row_ids: Tensor | None = None  # of the micro-batch in progress
         self._sums = {"train": TokenSums(), "eval": TokenSums()}
+        self._eval_batches: list[Tensor] = []  # (2,) of each held-out batch here: its trained tokens, its summed loss
         self._clock = TokenClock(self._total_train_tokens)
         self._train_calls = 0  # the weights may have changed between two calls of train()
 
@@ -183,12 +189,12 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None
     ):
         self._row_ids = inputs.pop("row_id", None)
+        inputs.pop("row_lengths", None)
         mode = "train" if self.model.training else "eval"
 
         # 1. Plain SFT trains as SFTTrainer does. Its held-out rows are measured as in any run, so that runs compare,
         #    unless it trains another loss, by which its checkpoints are then chosen.
-        is_measured = mode == "eval" and self._matrix_head is not None and self._trains_cross_entropy
-        if self.args.mce_weight == 0 and not is_measured:
+        if self.args.mce_weight == 0 and not (mode == "eval" and self._measures_mce):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             self._check_finite(result[0] if return_outputs else result, mode)
             return result
@@ -219,6 +225,8 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
             entropy=outputs.entropy.sum(),
             mean_token_accuracy=outputs.is_top1.sum(),
         )
+        if self.aux_loss_enabled:
+            self._sums[mode].add(aux_loss=outputs.aux_loss, micro_batches=torch.ones_like(outputs.aux_loss))
         if mode == "train":
             mask = inputs.get("attention_mask")
             seen = torch.tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
@@ -233,15 +241,25 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
         """Whether the loss is CE (with or without MCE) and not DFT, label smoothing or the caller's own function."""
         return self.args.loss_type == "nll" and self.args.label_smoothing_factor == 0 and self.compute_loss_func is None
 
+    @property
+    def _measures_mce(self) -> bool:
+        """Whether held-out rows are measured by the matrix head, where SFTTrainer's loss would otherwise do."""
+        return self.args.mce_weight > 0 or (
+            self._matrix_head is not None and self._trains_cross_entropy and not self._shares_rows
+        )
+
+    @property
+    def _shares_rows(self) -> bool:
+        """Whether several processes work on the same rows: tensor, context or sequence parallelism."""
+        parallel = self.accelerator.parallelism_config
+        return parallel is not None and max(parallel.tp_size, parallel.cp_size, parallel.sp_size) > 1
+
     def _set_step(self, mode: str) -> None:
-        """Tell the model's forward which step this is, and the weight of MCE in it."""
+        """Tell the model's forward whose settings it follows, which step this is, and the weight of MCE in it."""
         assert self._matrix_head is not None
-        if self._base_model()._matrix_head is not self._matrix_head:
-            raise RuntimeError(
-                "another MatrixTrainer was created for this model since, and its forward now follows that one's mce_ "
-                "settings. Use the later trainer, or load the model again."
-            )
-        self._matrix_head.step = (self._train_calls, self.state.global_step) if mode == "train" else None
+        self._base_model()._matrix_head = self._matrix_head  # type: ignore[assignment]  # a later trainer set its own
+        is_step = mode == "train" and self.is_in_train  # in a loop of the caller's own, nobody counts steps
+        self._matrix_head.step = (self._train_calls, self.state.global_step) if is_step else None
         self._matrix_head.mce_weight = self.current_mce_weight if mode == "train" else self.args.mce_weight
 
     @property
@@ -257,27 +275,39 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
     # -- logs ---------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        metrics: defaultdict[str, list[float]] = self._metrics[mode]
+        if self.model.training:  # held-out figures are complete: see evaluation_loop
+            self._add_window(logs)
+        super().log(logs, start_time)
 
-        # 1. the window's token-weighted means
-        sums = self._sums[mode].take(self.accelerator)
-        self._total_train_tokens += int(sums.pop("num_tokens", 0))
-        tokens = max(sums.pop("tokens", 0.0), 1.0)
-        metrics.update({name: [value / tokens] for name, value in sums.items()})
+    def _add_window(self, logs: dict[str, float]) -> None:
+        """Add the figures of the logging window that ends here to SFTTrainer's."""
+        metrics: defaultdict[str, list[float]] = self._metrics["train"]
 
-        # 2. plain SFT's loss is its cross-entropy, unless it trains another one
-        loss_key = "eval_loss" if mode == "eval" else "loss"
-        if self.args.mce_weight == 0 and self._trains_cross_entropy and loss_key in logs and "ce" not in metrics:
-            metrics["ce"] = [logs[loss_key]]
+        # 1. the window's token-weighted means; an auxiliary loss is a mean over its micro-batches
+        self._count_tokens()
+        metrics.update({name: [value] for name, value in self._take_means("train").items()})
+
+        # 2. plain SFT's loss is its cross-entropy (and a mixture's auxiliary loss), unless it trains another one
+        if self.args.mce_weight == 0 and self._trains_cross_entropy and "loss" in logs:
+            metrics["ce"] = [logs["loss"] - self.router_aux_loss_coef * weighted_mean(metrics.get("aux_loss", []))]
 
         # 3. progress and speed
-        if mode == "train" and "loss" in logs:
+        if "loss" in logs:
             metrics["num_tokens"] = [self._total_train_tokens]
             if self.args.mce_warmup_steps and self._matrix_head is not None:
                 metrics["mce_weight"] = [self._matrix_head.mce_weight]  # of the window's last step
             metrics.update({name: [value] for name, value in self._measure_speed().items()})
-        super().log(logs, start_time)
+
+    def _take_means(self, mode: str) -> dict[str, float]:
+        """The means of all processes since the last call. A collective."""
+        sums = self._sums[mode].take(self.accelerator)
+        tokens, batches = max(sums.pop("tokens", 0.0), 1.0), max(sums.pop("micro_batches", 0.0), 1.0)
+        return {name: value / (batches if name == "aux_loss" else tokens) for name, value in sums.items()}
+
+    def _count_tokens(self) -> int:
+        """The tokens seen in training by all processes until now. A collective."""
+        self._total_train_tokens += int(self._sums["train"].take(self.accelerator, "num_tokens").get("num_tokens", 0))
+        return self._total_train_tokens
 
     def _measure_speed(self) -> dict[str, float]:
         """tokens_per_second and peak_memory_gib since the last call; on a known GPU, mfu in percent."""
@@ -296,6 +326,74 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
 
     def restart_clock(self) -> None:
         self._clock.restart(self._total_train_tokens)
+
+    # -- held-out rows ------------------------------------------------------------------------------------------------
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
+        """SFTTrainer's, on the rows that no other process has had."""
+        # 1. rows that only complete the last batch train nothing, and so count nothing
+        inputs = self._prepare_inputs(inputs)
+        if not self._shares_rows:
+            mask_repeated_rows(inputs, self.accelerator)
+        labels = inputs.get("labels")
+
+        # 2. the figures of SFTTrainer's own loss, of which it keeps a mean for each batch
+        loss, logits, gathered_labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if not self._measures_mce and labels is not None and loss is not None:
+            tokens = (labels[:, 1:] != -100).sum().double()
+            self._eval_batches.append(torch.stack([tokens, torch.where(tokens > 0, loss * tokens, 0.0)]))
+        return loss, logits, gathered_labels
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix: str = "eval"
+    ):
+        """Trainer's, with token-weighted means in place of means over batches.
+
+        Those of a named evaluation set are `eval_NAME_ce` and so on; those that SFTTrainer logs without the name are
+        logged as it does, too.
+        """
+        # 1. nothing may be left of an evaluation that failed, or of predict(), which logs nothing
+        self._sums["eval"].clear()
+        self._metrics["eval"].clear()
+        self._eval_batches.clear()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+
+        # 2. the means over all batches and processes
+        loss = output.metrics.get(f"{metric_key_prefix}_loss")
+        if loss is None:  # no batch, or no labels
+            return output
+        if self._measures_mce:
+            means = self._take_means("eval")
+            means["loss"] = means["ce"] + self.args.mce_weight * means["mce"]
+            means["loss"] += self.router_aux_loss_coef * means.get("aux_loss", 0.0)
+        else:
+            means = self._means_of_sft_trainer(loss)
+        means["num_tokens"] = self._count_tokens()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+
+        # 3. what SFTTrainer logs, under its names
+        own = ("entropy", "mean_token_accuracy", "aux_loss", "num_tokens")
+        self._metrics["eval"].update({name: [means[name]] for name in own if name in means})
+        return output
+
+    def _means_of_sft_trainer(self, loss: float) -> dict[str, float]:
+        """Token-weighted means where the matrix head measures nothing. A collective.
+
+        Args:
+            loss: Trainer's mean over batches. It stays where the caller computes the loss: only he knows by what it is
+                divided; and where several processes share rows.
+        """
+        if self._shares_rows or not self._eval_batches:
+            return {"loss": loss}
+        tokens, summed = self.accelerator.reduce(torch.stack(self._eval_batches, dim=1), "sum").tolist()
+        means = {
+            name: weighted_mean(values, tokens if name in ("entropy", "mean_token_accuracy") else None)
+            for name, values in self._metrics["eval"].items()
+        }
+        means["loss"] = loss if self.compute_loss_func is not None else sum(summed) / max(sum(tokens), 1.0)
+        if self._trains_cross_entropy:
+            means["ce"] = means["loss"] - self.router_aux_loss_coef * means.get("aux_loss", 0.0)
+        return means
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         start = time.perf_counter()

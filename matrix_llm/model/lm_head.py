@@ -347,8 +347,8 @@ def _load_balancing_loss(text_config: PretrainedConfig, router_logits, attention
 def add_matrix_head(model: PreTrainedModel, settings: LossSettings) -> MatrixHead:
     """Teach `model.forward` the keyword `matrix_loss=True`, which returns a `MatrixCausalLMOutput` without logits.
 
-    Without the keyword the forward is unchanged. Call this on the base model, before DDP, FSDP or DeepSpeed wraps it. A
-    second call replaces the first: the model keeps the last one as `model._matrix_head`.
+    Without the keyword the forward is unchanged. Call this on the base model, before DDP, FSDP or DeepSpeed wraps it.
+    The forward runs `model._matrix_head`. A second call replaces it; it may be set to an earlier one again.
 
     Returns:
         The `MatrixHead`, whose `step` and `mce_weight` the trainer sets at each step.
@@ -372,7 +372,7 @@ def add_matrix_head(model: PreTrainedModel, settings: LossSettings) -> MatrixHea
         if args:
             raise TypeError("matrix_loss=True takes keyword arguments only.")
         kwargs.pop("num_items_in_batch", None)
-        return matrix_head.forward(self, kwargs.pop("labels", None), kwargs.pop("shift_labels", None), kwargs)
+        return self._matrix_head.forward(self, kwargs.pop("labels", None), kwargs.pop("shift_labels", None), kwargs)
 
     model.forward = types.MethodType(forward, model)
     model._matrix_head = matrix_head  # type: ignore[assignment]

@@ -33,15 +33,18 @@ class TokenSums:
             value = value.detach().double()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def take(self, accelerator: Accelerator) -> dict[str, float]:
-        """The sums over all ranks, by one collective; the window is empty afterwards."""
-        if not self._sums:
+    def take(self, accelerator: Accelerator, *only: str) -> dict[str, float]:
+        """The sums over all ranks, by one collective, and of these names only if any are given; they start again."""
+        names = sorted(name for name in self._sums if name in only or not only)
+        if not names:
             return {}
-        names = sorted(self._sums)
-        stacked = torch.stack([self._sums[name] for name in names])
+        stacked = torch.stack([self._sums.pop(name) for name in names])
         total = accelerator.reduce(stacked.to(accelerator.device).float(), "sum")
-        self._sums.clear()
         return dict(zip(names, total.tolist(), strict=True))
+
+    def clear(self) -> None:
+        """Forget the sums."""
+        self._sums.clear()
 
     def state(self) -> dict[str, float]:
         """This rank's sums, for a checkpoint."""
