@@ -1,14 +1,16 @@
 """MatrixTrainer against SFTTrainer, step by step, on tiny random models."""
 
+import copy
+import gc
 import inspect
 import json
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -16,7 +18,6 @@ from matrix_llm.base.errors import NonFiniteLossError
 from matrix_llm.config import MatrixConfig
 from matrix_llm.loss.settings import LossSettings
 from matrix_llm.model.lm_head import add_matrix_head
-from matrix_llm.model.tokenizer import train_tokenizer
 from matrix_llm.trainer import MatrixTrainer
 from tests.support.tiny import config, rows, tiny_model, train
 
@@ -152,6 +153,102 @@ def test_held_out_figures_compare_across_weights(tmp_path, tiny_tokenizer):
         logged.append(trainer.state.log_history[-1])
     for key in ("eval_ce", "eval_mce", "eval_entropy", "eval_mean_token_accuracy"):
         assert logged[0][key] == pytest.approx(logged[1][key], rel=1e-6)
+
+
+FIGURES = ("loss", "ce", "mce", "entropy", "mean_token_accuracy")
+
+
+@pytest.mark.parametrize("mce_weight", [0.0, 0.5])
+def test_held_out_figures_do_not_depend_on_the_batch_size(mce_weight, tmp_path, tiny_tokenizer):
+    """Rows of very different lengths, and 11 of them, so that the last batch is a small one."""
+    found = []
+    for size in (1, 4, 11):
+        trainer = make(
+            tmp_path, tiny_tokenizer, mce_weight=mce_weight, per_device_eval_batch_size=size,
+            eval_dataset=rows(11, seed=3, longest=40),
+        )  # fmt: skip
+        trainer.predict(rows(3, seed=4))  # leaves nothing behind
+        found.append(trainer.evaluate())
+        assert found[-1]["eval_loss"] == found[-1]["eval_ce"] + mce_weight * found[-1]["eval_mce"]
+    for name in FIGURES:
+        assert [each[f"eval_{name}"] for each in found] == pytest.approx([found[0][f"eval_{name}"]] * 3, rel=2e-6)
+
+
+@pytest.mark.parametrize("changes", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.3}])
+def test_another_loss_is_token_weighted_too(changes, tmp_path, tiny_tokenizer):
+    found = [
+        make(tmp_path, tiny_tokenizer, mce_weight=0.0, per_device_eval_batch_size=size, **changes).evaluate(
+            rows(11, seed=3, longest=40)
+        )
+        for size in (1, 11)
+    ]
+    for name in ("loss", "entropy", "mean_token_accuracy"):
+        assert found[0][f"eval_{name}"] == pytest.approx(found[1][f"eval_{name}"], rel=1e-5)
+
+
+def test_a_callers_own_loss_is_evaluated_as_sft_trainer_does(tmp_path, tiny_tokenizer):
+    """By what it is divided is the caller's affair."""
+    settings = config(tmp_path, mce_weight=0.0, per_device_eval_batch_size=4)
+    plain = {key: value for key, value in settings.items() if not key.startswith("mce_")}
+    data = {"train_dataset": rows(), "eval_dataset": rows(7), "processing_class": tiny_tokenizer}
+    own = {"compute_loss_func": lambda outputs, labels, num_items_in_batch: outputs.logits.square().sum()}
+    ours = MatrixTrainer(tiny_model(), MatrixConfig(**settings), **data, **own)
+    theirs = SFTTrainer(tiny_model(), SFTConfig(**plain), **data, **own)
+    assert ours.evaluate()["eval_loss"] == theirs.evaluate()["eval_loss"]
+
+
+@pytest.mark.parametrize("mce_weight", [0.0, 1.0])
+def test_a_named_evaluation_set_has_all_figures_under_its_name(mce_weight, tmp_path, tiny_tokenizer):
+    sets = {"near": rows(5, seed=3), "far": rows(6, seed=4)}
+    trainer = make(
+        tmp_path, tiny_tokenizer, mce_weight=mce_weight, eval_dataset=sets, eval_strategy="steps", eval_steps=1,
+        save_strategy="best", metric_for_best_model="eval_near_ce", max_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    found = trainer.evaluate()
+    for name, data in sets.items():
+        alone = trainer.evaluate(data)
+        assert [found[f"eval_{name}_{each}"] for each in FIGURES] == [alone[f"eval_{each}"] for each in FIGURES]
+    assert trainer.state.best_metric == min(history(trainer, "eval_near_ce")[:2])
+
+
+KINDS = {
+    "dense": {},
+    "mixture": {"architecture": "mixtral"},
+    "packed": {"packing": True, "max_length": 48},
+    "padding-free": {"padding_free": True, "max_length": None},
+    "LoRA": {"peft_config": LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")},
+    "metrics": {
+        "compute_metrics": lambda found: {"rows": len(found.predictions)},
+        "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1),
+    },
+}
+CALLS = ("peft_config", "compute_metrics", "preprocess_logits_for_metrics")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mce_weight", [0.0, 1.0])
+def test_every_name_that_sft_trainer_logs_is_logged(kind, mce_weight, tmp_path, tiny_tokenizer):
+    changes = dict(KINDS[kind])
+    architecture = changes.pop("architecture", "llama")
+    calls = {key: changes.pop(key) for key in CALLS if key in changes}
+    settings = config(tmp_path, eval_strategy="steps", eval_steps=1, max_steps=1, mce_weight=mce_weight, **changes)
+    plain = {key: value for key, value in settings.items() if not key.startswith("mce_")}
+    data = {"train_dataset": rows(), "eval_dataset": rows(7, seed=3), "processing_class": tiny_tokenizer, **calls}
+    ours = MatrixTrainer(tiny_model(architecture), MatrixConfig(**settings), **data)
+    theirs = SFTTrainer(tiny_model(architecture), SFTConfig(**plain), **data)
+    for trainer in (ours, theirs):
+        trainer.train()
+        trainer.predict(rows(2))
+    for mine, his in zip(ours.state.log_history, theirs.state.log_history, strict=True):
+        assert set(his) <= set(mine)
+        for name in {"aux_loss", "num_tokens", "eval_num_tokens", "eval_rows"} & set(his):
+            assert mine[name] == pytest.approx(his[name], rel=1e-5)
+    if kind == "mixture":
+        names = ("eval_loss", "eval_ce", "eval_mce", "eval_aux_loss")
+        loss, ce, mce, aux = (history(ours, name)[0] for name in names)
+        assert loss == pytest.approx(ce + mce_weight * mce + ours.router_aux_loss_coef * aux, rel=1e-6)
+        assert history(ours, "aux_loss")
 
 
 def test_packed_rows_have_the_same_per_token_loss(tmp_path, tiny_tokenizer):
@@ -335,21 +432,79 @@ def test_raw_rows_take_sft_trainers_own_preparation(tmp_path, tiny_tokenizer):
     assert history(trainer, "ce")[0] > history(trainer, "mce")[0] > 0
 
 
-def test_a_trainer_whose_model_a_later_one_took_over_says_so(tmp_path):
-    """The model's forward follows the later trainer's settings, and its summary the later trainer's steps."""
-    model, tokenizer = tiny_model("llama"), train_tokenizer(["a b"], 260)
-    first, second = (
-        MatrixTrainer(
-            model,
-            MatrixConfig(**config(tmp_path / str(weight), max_steps=1, mce_weight=weight)),
-            train_dataset=rows(8),
-            processing_class=tokenizer,
-        )
-        for weight in (1.0, 3.0)
+# ------------------------------------------------------------------------------------------ one model, many users
+
+
+def make(path, tokenizer, model=None, data=None, eval_dataset=None, **settings):
+    return MatrixTrainer(
+        model or tiny_model(),
+        MatrixConfig(**config(path, **settings)),
+        train_dataset=data or rows(),
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
     )
-    with pytest.raises(RuntimeError, match=r"another MatrixTrainer.*mce_"):
-        first.train()
-    second.train()
+
+
+def loss_of(trainer):
+    return trainer.evaluate(rows(5, seed=3))["eval_loss"]
+
+
+def test_two_trainers_of_one_model_follow_their_own_settings(tmp_path, tiny_tokenizer):
+    model = tiny_model(vocab_size=1100)
+    settings = [{"mce_weight": 1.0, "mce_steps": 4}, {"mce_weight": 3.0, "mce_top_k": 2}, {"mce_weight": 0.0}]
+    shared = [make(tmp_path / str(n), tiny_tokenizer, model, max_steps=2, **each) for n, each in enumerate(settings)]
+    for n in range(3):
+        alone = make(tmp_path / "alone", tiny_tokenizer, tiny_model(vocab_size=1100), max_steps=2, **settings[n])
+        alone.model.load_state_dict(model.state_dict())
+        for trainer in (shared[n], alone):
+            trainer.train()
+        assert_same_weights(weights(shared[n]), weights(alone))
+        before = loss_of(shared[n])
+        loss_of(shared[n - 1])
+        assert loss_of(shared[n]) == before == loss_of(alone)
+
+
+def test_a_loop_of_the_callers_own_sees_the_weights_of_each_step(tmp_path, tiny_tokenizer):
+    """Nobody counts its steps, so no summary of the vocabulary may outlive one."""
+    trainer = make(tmp_path, tiny_tokenizer, tiny_model(vocab_size=1100))
+    batch = trainer.data_collator(rows(4).to_list())
+    with torch.no_grad():
+        trainer.compute_loss(trainer.model, dict(batch))
+        trainer.model.lm_head.weight.copy_(torch.randn(1100, 32, generator=torch.Generator().manual_seed(5)))
+        later = trainer.compute_loss(trainer.model, dict(batch))
+        fresh = make(tmp_path, tiny_tokenizer, tiny_model(vocab_size=1100))
+        fresh.model.load_state_dict(trainer.model.state_dict())
+        assert later == fresh.compute_loss(fresh.model, dict(batch))
+
+
+@pytest.mark.parametrize("mce_weight", [0.0, 1.0])
+def test_a_model_outlives_its_trainer(mce_weight, tmp_path, tiny_tokenizer):
+    """It computes, generates, saves and copies as before, and other trainers and adapters take it."""
+    ids = torch.arange(3, 13).unsqueeze(0)
+    model = train(tmp_path / "a", tiny_tokenizer, max_steps=1, mce_weight=mce_weight).model
+    gc.collect()
+    plain = tiny_model()
+    plain.load_state_dict(model.state_dict())
+    for each in (model.eval(), copy.deepcopy(model)):
+        found, expected = each(input_ids=ids, labels=ids), plain.eval()(input_ids=ids, labels=ids)
+        assert torch.equal(found.logits, expected.logits)
+        assert found.loss == expected.loss
+    greedy = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(ids, **greedy), plain.generate(ids, **greedy))
+    model.save_pretrained(tmp_path / "saved")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    torch.testing.assert_close(saved(ids).logits, found.logits)
+
+    settings = {k: v for k, v in config(tmp_path / "b", max_steps=1).items() if not k.startswith("mce")}
+    data = {"train_dataset": rows(), "processing_class": tiny_tokenizer}
+    after, alone = (SFTTrainer(each, SFTConfig(**settings), **data) for each in (model, plain))
+    for trainer in (after, alone):
+        trainer.train()
+    assert_same_weights(weights(after), weights(alone))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    trainer = make(tmp_path / "c", tiny_tokenizer, adapted, max_steps=1, mce_weight=mce_weight)
+    trainer.train()
+    assert history(trainer, "loss")
 
 
 def test_the_vocabulary_is_read_again_once_training_has_ended(tmp_path, tiny_tokenizer):
