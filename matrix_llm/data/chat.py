@@ -60,7 +60,10 @@ class ChatLayout:
                 "template to lay them out. Give chat_template_path, or rows with prompt and completion."
             )
         self.tokenizer, self.train_on, self.is_exact = tokenizer, train_on, is_exact
-        self.own_template: str = tokenizer.get_chat_template()
+        try:
+            self.own_template: str = tokenizer.get_chat_template()
+        except ValueError as error:  # several named templates, and none of them is the default
+            raise DataError(f"the tokenizer's chat template: {error} Give chat_template_path.") from None
         self.template, self.is_marked = self.own_template, False
         self._find_marks()
         self.ends = self._find_ends()
@@ -149,8 +152,7 @@ class ChatLayout:
                 # Before another turn, what comes next may be what opens that turn, unless the template marks it
                 if end and (following is None or any(a <= place < b for a, b in blocks)):
                     ends.add(end)
-                has_end = end in ends if following else end is not None
-                if not has_end:
+                if following is None and end is None:
                     raise DataError(
                         "the chat template writes no end-of-turn token after the assistant's turn, so a model could "
                         f"not learn where to stop. Put one there, such as {eos}, inside {{% generation %}} "
