@@ -83,7 +83,7 @@ class ChatLayout:
             self.template = get_training_chat_template(self.tokenizer) or self.own_template
             self.is_marked = True
         except TEMPLATE_FAILURES as error:
-            if not self.header and not self.is_exact:
+            if not self.is_exact and not self._has_prompt():
                 raise DataError(
                     "the chat template of the tokenizer does not mark the assistant's turns, and TRL has no patched "
                     "one. Put {% generation %} and {% endgeneration %} around the assistant's content "
@@ -94,7 +94,7 @@ class ChatLayout:
         """Refuse a template whose prompt for inference is not how a row with a question and an answer begins."""
         probe = [{"role": "user", "content": "probe"}, {"role": "assistant", "content": "probe"}]
         try:
-            if not self.header:
+            if not self._has_prompt():
                 raise RefusedError("the chat template writes nothing for add_generation_prompt")
             self.segments(probe)
         except RefusedError as reason:
@@ -102,6 +102,17 @@ class ChatLayout:
                 f"prompt_template='chat': {reason}, so inference would not start where training does. Give another "
                 "template (chat_template_path), or rows with messages."
             ) from None
+
+    def _has_prompt(self) -> bool:
+        """Whether the assistant's words follow the prompt of inference at once: after a header, or [/INST]."""
+        if self.header:
+            return True
+        probe = [{"role": "user", "content": "probe"}, {"role": "assistant", "content": "answer"}]
+        try:
+            prompt, text = self._render(probe[:1], add_generation_prompt=True)[0], self._render(probe)[0]
+        except TEMPLATE_FAILURES:
+            return False
+        return text.startswith(prompt) and text[len(prompt) :].lstrip().startswith("answer")
 
     @cached_property
     def header(self) -> str:

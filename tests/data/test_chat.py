@@ -22,6 +22,10 @@ CHATML = (
     "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+INST = (
+    "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
 UNMARKED = re.sub(r"{% (end)?generation %}", "", CHATML)
 
 
@@ -68,6 +72,15 @@ def test_the_end_of_turn_token_is_trained_whatever_the_template_marks(tiny_token
     assert text.count("<|im_start|>assistant\n") == 2  # the rest of the layout is as it was
 
 
+def test_a_template_that_writes_nothing_for_inference_trains_what_follows_the_users_turn(tiny_tokenizer):
+    tokenizer = with_template(tiny_tokenizer, INST, "</s>")
+    assert trained(tokenizer, {"messages": TURNS}) == [" two</s>", " five</s>"]
+    question = {"question": "one plus one", "answer": "two"}
+    assert trained(tokenizer, question, prompt_template="chat") == [" two</s>"]
+    with pytest.raises(DataError, match=r"{% generation %}.*chat_template_path"):  # its header would be trained
+        Encoder(with_template(tiny_tokenizer, INST.replace(" {{ m.content }}</s>", "it: {{ m.content }}</s>")), "chat")
+
+
 @pytest.mark.parametrize("template", [CHATML, UNMARKED], ids=["marked", "unmarked"])
 def test_a_template_without_an_end_of_turn_is_refused_before_a_row(tiny_tokenizer, template):
     tokenizer = with_template(tiny_tokenizer, template.replace("<|im_end|>", ""), "</s>")
@@ -79,7 +92,7 @@ def test_a_template_that_ends_the_last_turn_alone_trains_that_turn_only(tiny_tok
     template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
     template += "{% if add_generation_prompt %}<|assistant|>{% else %}</s>{% endif %}{# <|user|> #}"
     tokenizer = with_template(tiny_tokenizer, template, "</s>")
-    with pytest.raises(DataError, match=r"^row 7: .*no end-of-turn token.*message 2"):
+    with pytest.raises(DataError, match=r"^row 7: .*message 2.*train_on: last"):
         encode(tokenizer, {"messages": TURNS})
     assert trained(tokenizer, {"messages": TURNS}, train_on="last") == ["five</s>"]
 
