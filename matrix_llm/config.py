@@ -23,7 +23,8 @@ from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.gpus import GPUS
 from matrix_llm.base.reader import Settings, find_from_repository
 from matrix_llm.base.values import check_choice, check_fields, setting
-from matrix_llm.data.prompts import resolve_template
+from matrix_llm.data.forms import BOXED_ANSWERS
+from matrix_llm.data.prompts import CHAT, TRAIN_ON, resolve_template
 from matrix_llm.data.readers import local_path, looks_local
 
 __all__ = ["DataArguments", "MatrixConfig", "ModelArguments", "Recipe", "RecipeError", "load_recipe"]
@@ -304,9 +305,13 @@ class DataArguments:
     streaming_buffer: int = setting(10000, at_least=1)
     """Rows held in memory to shuffle a stream; 1 keeps their order."""
     prompt_template: str = "metamath"
-    """"metamath" (Alpaca), "plain", or a text that holds {instruction} once."""
+    """"metamath" (Alpaca), "plain", "chat" (the tokenizer's chat template), or a text that holds {instruction} once."""
     response_separator: str = " "
     """White space between prompt and response; "" joins them as the MetaMath authors' training script does."""
+    boxed_answers: str = setting("sentence", choices=BOXED_ANSWERS)
+    r"""Whether an answer or solution that ends in \boxed{x} gets a line "The answer is: x", or is kept as it is."""
+    train_on: str = setting("all", choices=TRAIN_ON)
+    """Which of the assistant's turns are trained: all that have no `weight: 0`, or only the last of each row."""
     too_long: str = setting("drop", choices=["drop", "truncate", "error"])
     """What happens to rows of more than max_length tokens."""
     leakage_check: list[str] | None = None
@@ -475,6 +480,7 @@ def _check_combinations(model: ModelArguments, data: DataArguments, given: Mappi
     _check_paths(model, data)
     _check_leakage(data, given)
     _check_streaming(data, given)
+    _check_chat(model, data, given)
     _check_adapters(model, given)
     _check_evaluation(data, given)
     if isinstance(given.get("deepspeed"), str):
@@ -498,6 +504,23 @@ def _check_leakage(data: DataArguments, given: Mapping[str, Any]) -> None:
         raise RecipeError(
             f"{', '.join(idle)} given, but leakage_check names no test set. Set leakage_check to a list of paths or "
             "Hub ids."
+        )
+
+
+def _check_chat(model: ModelArguments, data: DataArguments, given: Mapping[str, Any]) -> None:
+    """With `prompt_template: chat` the chat template says everything; one must exist."""
+    if data.prompt_template != CHAT:
+        return
+    if model.tokenizer_vocab_size is not None:
+        raise RecipeError(
+            f"prompt_template={CHAT!r} is the tokenizer's chat template, but a tokenizer trained on the rows "
+            f"(tokenizer_vocab_size={model.tokenizer_vocab_size}) has none. Give tokenizer_name_or_path, or another "
+            "prompt_template."
+        )
+    if "response_separator" in given:
+        raise RecipeError(
+            f"response_separator={data.response_separator!r} does nothing with prompt_template={CHAT!r}: the chat "
+            "template says what goes between prompt and response. Remove response_separator."
         )
 
 

@@ -206,7 +206,7 @@ def decoding_settings(recipe: Recipe) -> dict[str, Any]:
     from matrix_llm.data.prompts import resolve_template
 
     return {
-        "template": resolve_template(recipe.data.prompt_template),
+        "template": resolve_template(recipe.data.prompt_template),  # "chat" stays "chat"
         "max_new_tokens": recipe.data.accuracy_max_new_tokens,
         "batch_size": recipe.training.per_device_eval_batch_size,
     }

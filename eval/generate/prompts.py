@@ -5,7 +5,8 @@
     gsm8k_8shot   8 worked questions, "Q: ...\\nA:"           Wei et al. 2022, as in wellecks/lm-evaluation-harness
                                                              @bec2172 (MIT)
     minerva_4shot 4 worked problems, "Problem:\\n..."         Lewkowycz et al. 2022, as in the same harness (MIT)
-    chat          the tokenizer's chat template
+    chat          the tokenizer's chat template, with Qwen2.5-Math's and DeepSeek's request for a box
+    chat_question the tokenizer's chat template alone, as `prompt_template: chat` trains
     plain, alpaca the prompts of models trained here: "plain" and "metamath" of matrix_llm.data.prompts
 
 The two few-shot texts keep the quirks of their source (\\\\$23, two spaces before one "The answer is 5.", a stray
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from matrix_llm.base.errors import EvalError
-from matrix_llm.data.prompts import METAMATH_EVAL_SUFFIX, PLACEHOLDER, PROMPT_TEMPLATES
+from matrix_llm.data.prompts import CHAT, METAMATH_EVAL_SUFFIX, PLACEHOLDER, PROMPT_TEMPLATES
 
 ALPACA = PROMPT_TEMPLATES["metamath"]
 # The wording of Qwen2.5-Math and DeepSeek
@@ -179,6 +180,7 @@ PROMPTS: dict[str, Prompt] = {
             keep_stop=True,  # "Final Answer: The final answer is(.*?). I hope"
         ),
         Prompt("chat", PLACEHOLDER + BOXED, max_tokens=(1024, 4096), chat=True),
+        Prompt("chat_question", PLACEHOLDER, max_tokens=(1024, 4096), chat=True),
         # A model trained here stops by itself; the stop strings only cut a model that goes on to invent a question.
         Prompt("plain", PROMPT_TEMPLATES["plain"], ("\nQuestion:",)),
         Prompt("alpaca", ALPACA, ("\n### Instruction:",)),
@@ -214,7 +216,8 @@ def choose_prompt(
         )
     if prompt.chat and not chat_template:
         raise EvalError(
-            f"--prompt chat: the tokenizer has no chat template. Use --prompt {FEW_SHOT[benchmark]} for a base model."
+            f"--prompt {prompt.name}: the tokenizer has no chat template. "
+            f"Use --prompt {FEW_SHOT[benchmark]} for a base model."
         )
     return prompt, why
 
@@ -247,6 +250,8 @@ def _automatic(
             return PROMPTS[
                 "metamath"
             ], "recipe.yaml says prompt_template: metamath, whose authors evaluate with this one"
+        if template == CHAT:
+            return PROMPTS["chat_question"], "recipe.yaml says prompt_template: chat"
         if template in PROMPTS:
             return PROMPTS[template], f"recipe.yaml says prompt_template: {template}"
         if isinstance(template, str) and template.count(PLACEHOLDER) == 1:

@@ -16,18 +16,21 @@ PROMPT_TEMPLATES: dict[str, str] = {
     "plain": "Question: {instruction}\nAnswer:",
 }
 
+TRAIN_ON = ["all", "last"]  # which of the assistant's turns are trained
+CHAT = "chat"  # not a text: the tokenizer's own chat template lays the question out
+
 # The MetaMath authors' evaluation scripts append this to the training prompt.
 METAMATH_EVAL_SUFFIX = " Let's think step by step."
 
 
 def resolve_template(template: str) -> str:
-    """The text of a template.
+    """The text of a template; "chat" has none of its own, and stays as it is.
 
     Args:
-        template: a key of PROMPT_TEMPLATES, or a custom template that contains {instruction} once.
+        template: a key of PROMPT_TEMPLATES, "chat", or a custom template that contains {instruction} once.
 
     Raises:
-        RecipeError: it is neither.
+        RecipeError: it is none of these.
 
     >>> resolve_template("plain")
     'Question: {instruction}\\nAnswer:'
@@ -35,18 +38,18 @@ def resolve_template(template: str) -> str:
     if template in PROMPT_TEMPLATES:
         return PROMPT_TEMPLATES[template]
     count = template.count(PLACEHOLDER)
-    if count == 1:
+    if count == 1 or template == CHAT:
         return template
     if count > 1:
         raise RecipeError(
             f"prompt_template={template!r} contains {PLACEHOLDER} {count} times, but a row has one instruction. "
             f"Keep exactly one {PLACEHOLDER}."
         )
-    nearest = difflib.get_close_matches(template, PROMPT_TEMPLATES, n=1)
+    nearest = difflib.get_close_matches(template, [*PROMPT_TEMPLATES, CHAT], n=1)
     meant = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise RecipeError(
         f"prompt_template={template!r} is neither a known template nor a text that contains {PLACEHOLDER}, "
-        f"so there is no place for the instruction.{meant} Known templates: {', '.join(PROMPT_TEMPLATES)}."
+        f"so there is no place for the instruction.{meant} Known templates: {', '.join(PROMPT_TEMPLATES)}, {CHAT}."
     )
 
 

@@ -157,6 +157,8 @@ class Source:
     """How many problems "builtin" generates, at least 1."""
     seed: int = 42
     """Seed of "builtin"; the first n problems of a seed do not depend on how many are generated."""
+    boxed_answers: str = "sentence"
+    """What becomes of an answer in \\boxed{}: "sentence" or "keep", as in forms.parse_row."""
 
     def __str__(self) -> str:
         return f"{self.name} (split {self.split})" if local_path(self.name) is None else self.name
@@ -209,7 +211,7 @@ class Source:
         for where, found in self.read(streaming=streaming):
             if form is None:
                 form = detect_form(found, where)
-            yield parse_row(found, where, form)
+            yield parse_row(found, where, form, boxed_answers=self.boxed_answers)
         if form is None:
             raise DataError(
                 f"{self} holds no rows, so there is nothing to read. Give a file with one JSON object per line."
@@ -217,7 +219,7 @@ class Source:
 
     def identity(self) -> str:
         """A digest that changes with the rows: of the files' bytes, the Hub's revision, or the generator's settings."""
-        digest = hashlib.sha256(repr((self.split, self.max_rows, self.seed)).encode())
+        digest = hashlib.sha256(repr((self.split, self.max_rows, self.seed, self.boxed_answers)).encode())
         files = self.files()
         if files is not None:
             for path in files:

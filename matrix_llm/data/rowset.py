@@ -13,13 +13,18 @@ from matrix_llm.data.forms import Row, rows_from_columns
 from matrix_llm.data.readers import Source
 from matrix_llm.data.tokens import Encoder, row_texts, tokenise
 
-# The fields of Row, in order. Not left to Arrow to infer: a chunk of rows without messages would get another type.
+# The fields of Row, in order, as Row.record writes them. Not left to Arrow to infer: a chunk of rows without messages
+# would get another type, and the arguments of tool calls have no type in common.
 SCHEMA = pa.schema(
     {
         "layout": pa.string(),
         "question": pa.string(),
         "answer": pa.string(),
-        "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
+        "messages": pa.string(),
+        "tools": pa.string(),
+        "trained": pa.string(),
+        "template_kwargs": pa.string(),
+        "weight": pa.int8(),
     }
 )
 WRITE_CHUNK = 10_000  # rows held as Python objects while the table is written
@@ -59,7 +64,7 @@ class RowSet:
     def _tables(self) -> Iterator[pa.Table]:
         rows = self.source.rows()
         while chunk := list(itertools.islice(rows, WRITE_CHUNK)):
-            yield pa.Table.from_pylist([vars(row) for row in chunk], schema=SCHEMA)
+            yield pa.Table.from_pylist([row.record() for row in chunk], schema=SCHEMA)
 
     def _write(self, folder: Path) -> None:
         with pa.ipc.new_stream(str(folder / "rows.arrow"), SCHEMA) as writer:

@@ -3,6 +3,7 @@
 - too long: longer than max_length; dropped, cut or refused, depending on `too_long`
 - without a trained token: the prompt alone fills max_length, or the assistant is silent; dropped, since such a row
   has no loss
+- weight 0: the row says that it is not to be trained on
 - leaked: its question is a test question (leakage.py), and the recipe has `leakage: drop`
 """
 
@@ -13,7 +14,7 @@ import datasets
 import numpy as np
 
 from matrix_llm.base.errors import DataError
-from matrix_llm.data.tokens import MEASURES, Encoder
+from matrix_llm.data.tokens import HAD_END, HAD_START, LEFT_OUT, MEASURES, Encoder
 
 
 @dataclass
@@ -50,6 +51,12 @@ class DataReport:
     """99 % of the rows read are no longer than this, before any cut."""
     dropped_leaked: int = 0
     """Rows dropped because their question is a test question."""
+    dropped_weight_zero: int = 0
+    """Rows dropped because their `weight` is 0."""
+    had_start: int = 0
+    """Rows kept that began with <s> already; one is kept."""
+    had_end: int = 0
+    """Rows kept that ended in the end-of-text or end-of-turn token already; one is kept."""
     sampled: bool = False
     """True for a stream, of which only the first rows are measured."""
 
@@ -66,6 +73,9 @@ class DataReport:
             "cut to max_length": self.truncated,
             "dropped, no trained token left": self.dropped_all_masked,
             "dropped, found among the questions of leakage_check": self.dropped_leaked,
+            "dropped, weight 0": self.dropped_weight_zero,
+            "began with the token that begins every row; one is kept": self.had_start,
+            "ended in the token that ends every row; one is kept": self.had_end,
         }
         percent = 100 / max(self.rows_in, 1)
         return [
@@ -115,7 +125,7 @@ def drop_unusable(
     lengths, trained = tokens.data.column("length").to_numpy(), tokens.data.column("trained").to_numpy()
     max_length, too_long = encoder.max_length, encoder.too_long
 
-    # 1. Which rows to drop, each counted for one reason only: leaked, else too long, else masked
+    # 1. Which rows to drop, each counted for one reason only: leaked, else weight 0, else too long, else masked
     verdicts = judge(lengths, trained, encoder)
     if verdicts.is_over.any() and too_long == "error":
         first = int(verdicts.is_over.argmax())
@@ -125,13 +135,15 @@ def drop_unusable(
         )
     is_leaked = np.zeros(len(lengths), dtype=bool)
     is_leaked[list(leaked)] = True
+    notes = tokens.data.column("notes").to_numpy()
+    is_left_out = (notes & LEFT_OUT > 0) & ~is_leaked
     is_dropped = verdicts.is_dropped & ~is_leaked
-    is_masked = verdicts.is_masked & ~is_leaked
-    kept = np.flatnonzero(~(is_dropped | is_masked | is_leaked))
+    is_masked = verdicts.is_masked & ~is_leaked & ~is_left_out
+    kept = np.flatnonzero(~(is_dropped | is_masked | is_leaked | is_left_out))
     if not len(kept):
         reasons = "longer than max_length"
         if not is_dropped.all():
-            reasons += ", without a trained token, or dropped as leaked"
+            reasons += ", without a trained token, of weight 0, or dropped as leaked"
         raise DataError(
             f"{name}: all {len(lengths)} rows are {reasons}, so nothing is left to train on: the longest has "
             f"{max(lengths, default=0)} tokens, max_length={max_length}. Raise max_length."
@@ -139,7 +151,8 @@ def drop_unusable(
 
     # 2. The report
     cut = lengths[kept] if max_length is None else np.minimum(lengths[kept], max_length)
-    p50, p90, p99 = (int(np.percentile(lengths, q, method="inverted_cdf")) for q in (50, 90, 99))
+    read = lengths[~is_left_out]
+    p50, p90, p99 = (int(np.percentile(read, q, method="inverted_cdf")) for q in (50, 90, 99))
     report = DataReport(
         name=name,
         rows_in=len(lengths),
@@ -151,11 +164,14 @@ def drop_unusable(
         trained_tokens=int(trained[kept].sum(dtype=np.int64)),
         longest=int(lengths.max()),
         mean_length=float(cut.mean()),
-        mean_read=float(lengths.mean()),
+        mean_read=float(read.mean()),
         p50=p50,
         p90=p90,
         p99=p99,
         dropped_leaked=len(leaked),
+        dropped_weight_zero=int(is_left_out.sum()),
+        had_start=int((notes[kept] & HAD_START > 0).sum()),
+        had_end=int((notes[kept] & HAD_END > 0).sum()),
     )
 
     # 3. The rows that stay; selecting all of them would only add a table of indices

@@ -17,7 +17,8 @@ from matrix_llm.base.decoding import NEUTRAL_DECODING
 from matrix_llm.base.errors import DataError, RecipeError
 from matrix_llm.base.modes import evaluation_mode
 from matrix_llm.base.statistics import wilson_interval
-from matrix_llm.data.prompts import PROMPT_TEMPLATES
+from matrix_llm.data.prompts import CHAT, PROMPT_TEMPLATES
+from matrix_llm.data.tokens import Edges, chat_prompt_ids
 
 ANSWER_MARKER = "The answer is: "
 ANSWER_WINDOW = 200  # characters read after the marker, so that endless digits from a model cannot slow down scoring
@@ -94,9 +95,9 @@ def _stop_tokens(model: PreTrainedModel, tokenizer) -> list[int]:
 
 
 def generate_greedy(
-    model: PreTrainedModel, tokenizer, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int
+    model: PreTrainedModel, tokenizer, prompts: Sequence[str | list[int]], *, max_new_tokens: int, batch_size: int
 ) -> list[str]:
-    """The model's greedy continuation of each prompt, without the prompt and without special tokens.
+    """The model's greedy continuation of each prompt (a text, or its ids), without it and without special tokens.
 
     Neither the tokenizer (its padding side) nor the model (modes, `use_cache`, generation config) is changed. In
     float32 a text does not depend on the other prompts of its batch, except where two logits are exactly equal.
@@ -112,9 +113,8 @@ def generate_greedy(
         return []
     # 1. Tokenise as in training, where the response's tokens follow the prompt's: a closing end-of-text token, which
     #    some tokenizers add, is removed.
-    prompt_ids: list[list[int]] = tokenizer(list(prompts))["input_ids"]
-    if tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id:
-        prompt_ids = [ids[:-1] for ids in prompt_ids]
+    of_texts = iter(Edges(tokenizer).prompts([each for each in prompts if isinstance(each, str)]))
+    prompt_ids = [next(of_texts)[0] if isinstance(each, str) else each for each in prompts]
     for index, ids in enumerate(prompt_ids):
         if not ids:
             raise DataError(f"prompt {index} ({prompts[index]!r}) has no tokens, so there is nothing to continue.")
@@ -162,7 +162,7 @@ def measure_accuracy(
 
     Args:
         template: the prompt of training, with {instruction} where the question goes. It is replaced, not formatted, so
-            that the braces of LaTeX survive.
+            that the braces of LaTeX survive. "chat" lays the question out by the tokenizer's chat template.
         is_correct: (response, answer) -> verdict, for answers that are not numbers, such as
             `functools.partial(eval.answers.is_correct, benchmark="math")`. By default the normal forms that
             `final_answer` gives to the response's answer and to the problem's must be equal.
@@ -173,7 +173,7 @@ def measure_accuracy(
     """
     if not problems:
         raise DataError("there are no problems to measure accuracy on.")
-    if template.count("{instruction}") != 1:
+    if template != CHAT and template.count("{instruction}") != 1:
         raise RecipeError(
             f"template={template!r} must hold {{instruction}} exactly once: that is where the question goes."
         )
@@ -185,10 +185,14 @@ def measure_accuracy(
                 f"problem {index} has the answer {problem.answer!r}, which holds no number to compare with."
             )
     # 2. the model's responses
+    prompts: list[str | list[int]] = [
+        chat_prompt_ids(tokenizer, each.query) if template == CHAT else template.replace("{instruction}", each.query)
+        for each in problems
+    ]
     responses = generate_greedy(
         model,
         tokenizer,
-        [template.replace("{instruction}", problem.query) for problem in problems],
+        prompts,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )

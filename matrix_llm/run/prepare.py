@@ -7,6 +7,7 @@ each machine's first process reads, tokenises and writes the cache while the oth
 import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from matrix_llm.data.selection import DataReport, drop_unusable
 from matrix_llm.data.streaming import TokenStream
 from matrix_llm.data.tokens import Encoder
 from matrix_llm.model.tokenizer import load_tokenizer
-from matrix_llm.run.decode import final_answer
+from matrix_llm.run.decode import ANSWER_MARKER, final_answer
 
 LEAKAGE = "leakage.json"
 
@@ -86,6 +87,9 @@ def _prepare(recipe: Recipe, say: Callable[[str], None], dry_run: bool) -> Prepa
     rows = RowSet(_training_source(recipe), root, streaming=data.streaming)
     tokenizer = _load_tokenizer(recipe, rows)
 
+    for line in _idle_settings(recipe, rows):
+        say(f"=> {line}")
+
     # 2. Test questions among them
     leaked = _check_leakage(recipe, rows, say, dry_run) if data.leakage_check else []
 
@@ -136,6 +140,7 @@ def _training_source(recipe: Recipe) -> Source:
         max_rows=data.max_train_rows,
         builtin_rows=data.builtin_rows,
         seed=recipe.training.seed,
+        boxed_answers=data.boxed_answers,
     )
 
 
@@ -163,12 +168,24 @@ def _load_tokenizer(recipe: Recipe, rows: RowSet) -> Any:
     return load_tokenizer(saved, **options)
 
 
+def _idle_settings(recipe: Recipe, rows: RowSet) -> list[str]:
+    """Settings that the recipe gives, but that say nothing about rows of this layout."""
+    if rows.layout == "template":
+        return []
+    keys = [key for key in ("prompt_template", "response_separator", "boxed_answers") if key in recipe.resolved]
+    return [
+        f"{key}={recipe.resolved[key]!r} is for questions with answers; these rows are {rows.layout}" for key in keys
+    ]
+
+
 def _make_encoder(recipe: Recipe, tokenizer: Any, rows: RowSet) -> Encoder:
     return Encoder(
         tokenizer,
         rows.layout,
         prompt_template=recipe.data.prompt_template,
         response_separator=recipe.data.response_separator,
+        train_on=recipe.data.train_on,
+        train_prompt=recipe.training.completion_only_loss is False,
         max_length=recipe.training.max_length,
         too_long=recipe.data.too_long,
     )
@@ -198,6 +215,7 @@ def _held_out_source(recipe: Recipe, eval_rows: int | None) -> Source:
         max_rows=count,
         builtin_rows=count or data.builtin_eval_rows,
         seed=recipe.training.seed,
+        boxed_answers=data.boxed_answers,
     )
 
 
@@ -205,7 +223,8 @@ def _find_problems(rows: RowSet, count: int) -> list[HeldOutProblem]:
     """Those of the first `count` rows that have a question and a final answer."""
     problems = []
     for row in itertools.islice(rows, count):
-        answer = final_answer(row.answer) if row.layout == "template" else None
+        is_problem = row.layout == "template" and row.weight and row.messages is None and row.tools is None
+        answer = final_answer(row.answer) if is_problem and _ends_in_number(row.answer) else None
         if answer is not None:
             problems.append(HeldOutProblem(row.question, answer))
     if not problems:
@@ -214,6 +233,12 @@ def _find_problems(rows: RowSet, count: int) -> list[HeldOutProblem]:
             "answer ('The answer is: 7' or '#### 7'). Set accuracy_rows: 0."
         )
     return problems
+
+
+def _ends_in_number(answer: str) -> bool:
+    r"""Whether the final answer is a number alone, perhaps with a unit: not \frac{1}{2}, x + 1 or (3, 4)."""
+    said = answer.rpartition(ANSWER_MARKER)[2].strip().split("\n")[0]
+    return re.fullmatch(r"[-+$\s]*[\d,]*\.?\d*(/\d+)?[%$]?(\s[a-zA-Z ]+)?\.?", said) is not None
 
 
 # --- leakage ----------------------------------------------------------------------------------------------------------

@@ -82,7 +82,8 @@ def test_a_tokenizer_called_with_padding_is_still_the_same(tiny_tokenizer):
     "change",
     [
         {"prompt_template": "metamath"}, {"max_length": 30}, {"response_separator": ""}, {"seed": 1},
-        {"too_long": "truncate"}, {"max_train_rows": 39},
+        {"too_long": "truncate"}, {"max_train_rows": 39}, {"train_on": "last"}, {"boxed_answers": "keep"},
+        {"completion_only_loss": False},
     ],
     ids=str,
 )  # fmt: skip

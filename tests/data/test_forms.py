@@ -1,16 +1,24 @@
 """Every form of row becomes a checked Row, and a row that cannot is refused with its place and the way out."""
 
+import re
+
 import pytest
 
 from matrix_llm.base.errors import DataError
-from matrix_llm.data.forms import FORMS, Row, gsm8k_response, parse_row
+from matrix_llm.data.forms import FORMS, Row, boxed_response, gsm8k_response, parse_row
 
 USER, ASSISTANT = {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}
 EXAMPLES = {
     "messages": ({"messages": [USER, ASSISTANT]}, Row("chat", messages=[USER, ASSISTANT])),
     "prompt/completion": ({"prompt": "1 + 1 =", "completion": " 2"}, Row("verbatim", "1 + 1 =", " 2")),
+    "conversations": (
+        {"conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]},
+        Row("chat", messages=[USER, ASSISTANT]),
+    ),
     "query/response": ({"query": "1 + 1?", "response": "2"}, Row("template", "1 + 1?", "2")),
     "question/answer": ({"question": "1 + 1?", "answer": "#### 2"}, Row("template", "1 + 1?", "The answer is: 2")),
+    "problem/solution": ({"problem": "1 + 1?", "solution": "2"}, Row("template", "1 + 1?", "2")),
+    "instruction/output": ({"instruction": "1 + 1?", "output": "2"}, Row("template", "1 + 1?", "2")),
     "text": ({"text": "Two is even."}, Row("text", answer="Two is even.")),
 }
 
@@ -32,7 +40,8 @@ def test_every_form_has_its_row_whatever_else_the_object_holds(form):
 def test_what_is_compared_with_test_questions_is_what_is_asked():
     asked = {form: parse_row(found, "here").asked for form, (found, _) in EXAMPLES.items()}
     assert asked == {
-        "messages": "1 + 1?", "prompt/completion": "1 + 1 =", "query/response": "1 + 1?", "question/answer": "1 + 1?",
+        "messages": "1 + 1?", "conversations": "1 + 1?", "prompt/completion": "1 + 1 =", "query/response": "1 + 1?",
+        "question/answer": "1 + 1?", "problem/solution": "1 + 1?", "instruction/output": "1 + 1?",
         "text": "Two is even.",
     }  # fmt: skip
     turns = [
@@ -81,9 +90,104 @@ def test_malformed_messages_are_named(messages, said):
 
 def test_an_unknown_form_names_what_is_missing():
     assert "`query` but no `response`" in refusal({"query": "1"})
-    message = refusal({"problem": "1", "solution": "2"})
-    assert "problem, solution" in message
+    message = refusal({"exercise": "1", "key": "2"})
+    assert "exercise, key" in message
     assert all(field in message for form in FORMS.values() for field in form.fields)
+
+
+@pytest.mark.parametrize(
+    ("solution", "said"),
+    [
+        (r"So $\boxed{7}$.", "7"),
+        (r"First \boxed{1}, then $\boxed{\frac{1}{2}}$", r"\frac{1}{2}"),
+        (r"It is \boxed{\text{even}} \fbox{ 3 }.", "3"),
+        (r"so $\boxed 5$, then", "5"),
+        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
+        (r"\boxed{\boxed{4}}", "4"),
+        (r"\boxed{7}." + "\nThe answer is: 7", None),
+        (r"\boxed{7", None),
+        (r"\boxed{}", None),
+        (r"\boxedminus 7", None),
+        ("It is 7.", None),
+    ],
+)
+def test_a_boxed_answer_is_said_in_metamaths_sentence_once(solution, said):
+    expected = solution if said is None else f"{solution}\nThe answer is: {said}"
+    assert boxed_response(solution) == expected
+    for problem, answer in (("problem", "solution"), ("question", "answer")):
+        found = {problem: "1 + 1?", answer: solution}
+        assert parse_row(found, "here").answer == expected
+        assert parse_row(found, "here", boxed_answers="keep").answer == solution
+    assert parse_row({"query": "1 + 1?", "response": solution}, "here").answer == solution  # MetaMathQA says it itself
+
+
+@pytest.mark.parametrize("given", [None, "", "  "])
+def test_an_alpaca_input_follows_its_instruction_and_may_be_missing(given):
+    assert parse_row({"instruction": "Add.", "input": "1, 1", "output": "2"}, "here").question == "Add.\n1, 1"
+    assert parse_row({"instruction": "Add.", "input": given, "output": "2"}, "here").question == "Add."
+
+
+# --- columns that any form may have -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_of_weight_0_says_so_and_other_weights_are_refused(form):
+    found, row = EXAMPLES[form]
+    assert parse_row({**found, "weight": 0}, "here").weight == 0
+    assert parse_row({**found, "weight": 1.0}, "here") == parse_row({**found, "weight": None}, "here") == row
+    for weight in (0.5, 2, -1, float("nan"), "heavy", [1]):
+        assert "`weight`" in (said := refusal({**found, "weight": weight}))
+        assert "0 or 1" in said
+
+
+CONTEXT = {
+    "system": "Be brief.", "history": [["0 + 1?", "1"]], "tools": [{"name": "add"}],
+    "chat_template_kwargs": {"style": "dry"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONTEXT)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_column_that_changes_what_the_model_sees_is_kept_or_refused(form, name):
+    found, row = EXAMPLES[form]
+    for nothing in (None, "", [], "[]"):
+        assert parse_row({**found, name: nothing}, "here") == row
+    if row.layout in ("verbatim", "text"):
+        assert re.search(rf"`{name}`.*no place for it.*messages", refusal({**found, name: CONTEXT[name]}))
+    else:
+        assert parse_row({**found, name: CONTEXT[name]}, "here") != row
+
+
+def test_system_and_history_come_before_the_turns():
+    before = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "0 + 1?"},
+              {"role": "assistant", "content": "1"}]  # fmt: skip
+    for form in ("messages", "query/response"):
+        found, row = EXAMPLES[form]
+        given = parse_row({**found, "system": CONTEXT["system"], "history": CONTEXT["history"]}, "here")
+        assert given.messages == before + (row.messages or [])
+    assert "system" in refusal({"messages": [before[0], USER, ASSISTANT], "system": "Be brief."})
+
+
+@pytest.mark.parametrize("name", ["images", "image", "audio", "video", "documents"])
+def test_what_a_text_model_cannot_be_shown_is_refused(name):
+    assert f"`{name}`" in refusal({"messages": [USER, ASSISTANT], name: ["x"]})
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"prompt": [USER], "completion": "2"},
+        {"prompt": "1 + 1?", "completion": [ASSISTANT]},
+        {"prompt": [USER], "completion": [USER]},
+        {"prompt": [], "completion": [ASSISTANT]},
+        {"instruction": "1 + 1?", "output": "2", "history": [["1"]]},
+        {"messages": [USER, ASSISTANT], "chat_template_kwargs": {"tokenize": False}},
+        {"messages": [USER, ASSISTANT], "chat_template_kwargs": [1]},
+    ],
+    ids=str,
+)
+def test_half_a_conversation_is_refused(found):
+    refusal(found)
 
 
 def test_gsm8k_answers_read_as_metamath_responses():

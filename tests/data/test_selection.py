@@ -28,6 +28,26 @@ def test_long_rows_are_dropped_and_counted(tiny_tokenizer):
     assert report.trained_tokens == sum(label != IGNORED for labels in dataset["labels"] for label in labels)
 
 
+def test_rows_of_weight_0_and_tokens_that_were_there_twice_are_counted(tiny_tokenizer):
+    rows = [
+        Row("verbatim", "1", " 2", weight=0),
+        ROWS[0],
+        Row("verbatim", "<s>1", " 2"),
+        Row("verbatim", "1", " 2</s>"),
+    ]
+    dataset, report = select(tiny_tokenizer, rows, max_length=10, too_long="error")
+    assert dataset["row_id"][:] == [1, 2, 3]
+    assert (report.dropped_weight_zero, report.dropped_all_masked) == (1, 0)
+    assert (report.had_start, report.had_end) == (1, 1)
+    assert report.mean_read == report.mean_length  # a row that is left out has no length
+    said = "\n".join(report.lines())
+    assert "1 rows dropped, weight 0 (25.00 %)" in said
+    assert "1 rows began with" in said
+    assert "1 rows ended in" in said
+    with pytest.raises(DataError, match="weight 0"):
+        select(tiny_tokenizer, [rows[0], ROWS[1]], max_length=10, too_long="truncate", leaked=[1])
+
+
 def test_long_rows_are_cut_and_dropped_where_only_the_prompt_is_left(tiny_tokenizer):
     dataset, report = select(tiny_tokenizer, max_length=10, too_long="truncate")
     assert dataset["row_id"][:] == [0, 1, 3]

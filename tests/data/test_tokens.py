@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from matrix_llm.base.errors import DataError, RecipeError
 from matrix_llm.data.forms import Row
-from matrix_llm.data.tokens import IGNORED, Encoder, row_texts
+from matrix_llm.data.tokens import HAD_END, HAD_START, IGNORED, Encoder, row_texts
 from tests.support.sentences import SENTENCES
 
 MESSAGES = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
@@ -145,6 +145,35 @@ def test_messages_that_the_chat_template_refuses_are_named_by_their_row(tiny_tok
         Encoder(refusing, "chat").encode([Row("chat", messages=MESSAGES)], [7])
 
 
+# --- written once, though twice asked for -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "same", "notes"),
+    [
+        (Row("text", answer="<s>12 pens</s>\n"), Row("text", answer="12 pens"), HAD_START | HAD_END),
+        (Row("text", answer="12 pens</s> </s>"), Row("text", answer="12 pens"), HAD_END),
+        (Row("verbatim", "<s>1 + 1 =", " 2</s>\n"), Row("verbatim", "1 + 1 =", " 2"), HAD_START | HAD_END),
+        (Row("template", "1 <s> 1", "2 </s> 2"), Row("template", "1 <s> 1", "2 </s> 2"), 0),
+    ],
+    ids=str,
+)
+def test_a_start_or_an_end_that_the_text_has_already_is_kept_once(tiny_tokenizer, given, same, notes):
+    found = Encoder(tiny_tokenizer, given.layout).encode([given], [0])
+    expected = Encoder(tiny_tokenizer, given.layout).encode([same], [0])
+    assert found == expected | {"notes": [notes]}
+    if notes:
+        assert (found["input_ids"][0].count(0), found["input_ids"][0].count(1)) == (1, 1)
+
+
+def test_a_start_that_the_tokenizer_does_not_write_stays(tiny_tokenizer):
+    backend = Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    silent = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    ((ids, _),) = encode(silent, Row("text", answer="<s>12 pens"))
+    assert ids == encode(tiny_tokenizer, Row("text", answer="12 pens"))[0][0]
+
+
 # --- all rows ---------------------------------------------------------------------------------------------------------
 
 
@@ -160,9 +189,25 @@ def test_a_row_over_max_length_is_cut_or_emptied_and_its_whole_length_is_kept(ti
     assert exact == whole
 
 
+def test_the_prompt_is_trained_as_well_where_that_is_asked_for(tiny_tokenizer):
+    for row in (Row(question="1 + 1?", answer="2"), Row("verbatim", "1 + 1 =", " 2")):
+        ((ids, labels),) = encode(tiny_tokenizer, row, train_prompt=True)
+        assert ids == labels == encode(tiny_tokenizer, row)[0][0]
+    with pytest.raises(DataError, match=r"completion_only_loss=False.*Remove completion_only_loss"):
+        Encoder(with_chat(tiny_tokenizer, CHAT_MARKED), "chat", train_prompt=True)
+
+
+def test_rows_of_several_layouts_are_each_encoded_in_their_own(tiny_tokenizer):
+    tokenizer = with_chat(tiny_tokenizer, CHAT_MARKED)
+    rows = [Row("text", answer="12 pens"), Row("chat", messages=MESSAGES), Row(question="1", answer="2")]
+    assert encode(tokenizer, *rows) == [encode(tokenizer, row)[0] for row in rows]
+
+
 def test_an_unknown_way_with_long_rows_and_a_tokenizer_without_an_end_are_refused(tiny_tokenizer):
     with pytest.raises(RecipeError, match=r"too_long='cut'.*drop, truncate, error"):
         Encoder(tiny_tokenizer, too_long="cut")
+    with pytest.raises(RecipeError, match=r"train_on='first'.*all, last"):
+        Encoder(tiny_tokenizer, train_on="first")
     backend = Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str())
     with pytest.raises(DataError, match=r"no end-of-text token.*eos_token"):
         Encoder(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>"))

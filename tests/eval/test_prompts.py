@@ -87,6 +87,7 @@ def test_braces_of_a_problem_survive():
         ("plain", {"recipe": {"prompt_template": "plain"}, "benchmark": "math"}),
         ("custom", {"recipe": {"prompt_template": "Ask: {instruction} Say:"}}),
         ("chat", {"recipe": {"chat_template_path": "x.jinja"}, "chat_template": True}),
+        ("chat_question", {"recipe": {"prompt_template": "chat"}, "chat_template": True}),
         ("chat", {"chat_template": True}),
         ("gsm8k_8shot", {}),
         ("minerva_4shot", {"benchmark": "math"}),
@@ -124,6 +125,7 @@ def test_chat_asks_through_the_template_for_a_box():
             assert (tokenize, add_generation_prompt) == (False, True)
             return f"<user>{messages[0]['content']}<model>"
 
+    assert PROMPTS["chat_question"].build("1+1?", Tokenizer()) == "<user>1+1?<model>"
     assert PROMPTS["chat"].build("1+1?", Tokenizer()) == (
         "<user>1+1?\nPlease reason step by step, and put your final answer within \\boxed{}.<model>"
     )

@@ -225,6 +225,24 @@ def test_accuracy_counts_right_wrong_and_unanswered(monkeypatch, model, tokenize
     assert (result.low, result.high) == wilson_interval(2, 4)
 
 
+def test_accuracy_in_the_chat_template_starts_from_the_ids_of_training(monkeypatch, model, tokenizer):
+    template = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+    asked = []
+    monkeypatch.setattr(
+        "matrix_llm.run.decode.generate_greedy", lambda _m, _t, prompts, **_: asked.extend(prompts) or [""]
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    measure_accuracy(model, tokenizer, [problem(query="1 + 1?", answer="2")], template="chat")
+    assert asked == [tokenizer("<s>1 + 1?</s>A:", add_special_tokens=False)["input_ids"]]
+
+
+def test_prompts_may_be_given_as_ids_and_begin_once(model, tokenizer):
+    texts = generate_greedy(model, tokenizer, [*PROMPTS[:2], f"<s>{PROMPTS[0]}"], max_new_tokens=6, batch_size=2)
+    ids = tokenizer(PROMPTS[1])["input_ids"]
+    assert texts[0] == texts[2]
+    assert generate_greedy(model, tokenizer, [PROMPTS[0], ids], max_new_tokens=6, batch_size=2) == texts[:2]
+
+
 def test_accuracy_of_an_untrained_model_on_word_problems(model, tokenizer):
     problems = generate(6, seed=0, split="test")
     result = measure_accuracy(

@@ -1,6 +1,7 @@
 """What a run is given of its data: held-out rows read once for two uses, and a recipe that is left as it was."""
 
 import copy
+import itertools
 import json
 
 import datasets
@@ -9,8 +10,10 @@ import pytest
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.config import load_recipe
 from matrix_llm.data.readers import Source
+from matrix_llm.data.tokens import chat_prompt_ids
 from matrix_llm.data.wordproblems import generate
 from matrix_llm.run.prepare import HeldOutProblem, prepare_data
+from tests.support.chat_templates import with_template
 from tests.support.tiny import TINY
 
 
@@ -89,6 +92,59 @@ def test_accuracy_rows_without_a_problem_are_refused(recipe, tmp_path, row):
     (tmp_path / "none.jsonl").write_text(json.dumps(row))
     with pytest.raises(RecipeError, match=r"accuracy_rows=3.*none\.jsonl.*final answer.*accuracy_rows: 0"):
         prepare(recipe(eval_dataset=str(tmp_path / "none.jsonl"), accuracy_rows=3))
+
+
+def test_problems_have_a_number_as_their_answer(recipe, tmp_path):
+    rows = [
+        {"problem": "1 + 1?", "solution": r"It is $\boxed{2}$."},
+        {"problem": "1 / 2?", "solution": r"It is $\boxed{\frac{1}{2}}$."},
+        {"problem": "x?", "solution": r"It is $\boxed{x^2 + 3}$."},
+        {"problem": "2 + 2?", "solution": r"\boxed{4}", "weight": 0},
+        {"problem": "3 + 3?", "solution": r"\boxed{1,006.50}"},
+    ]
+    (tmp_path / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = prepare(recipe(eval_dataset=str(tmp_path / "math.jsonl"), accuracy_rows=6)).problems
+    assert found == [HeldOutProblem("1 + 1?", "2"), HeldOutProblem("3 + 3?", "1006.5")]
+    with pytest.raises(RecipeError, match="accuracy_rows=6"):  # "keep": no sentence, so no final answer
+        prepare(recipe(eval_dataset=str(tmp_path / "math.jsonl"), accuracy_rows=6, boxed_answers="keep"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_questions_in_the_chat_template_of_a_tokenizer(recipe, tmp_path, tiny_tokenizer, held_out, streaming):
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    tokenizer = with_template(tiny_tokenizer, template, "</s>")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    chosen = {"tokenizer_vocab_size": None, "tokenizer_name_or_path": str(tmp_path / "tokenizer")}
+    settings = {"dataset": held_out, "prompt_template": "chat", **({"streaming": True} if streaming else {})}
+    loaded = recipe(**chosen, **settings, max_steps=2)
+    row = next(iter(prepare(loaded).train))
+    prompt = chat_prompt_ids(tokenizer, "0 + 1?")
+    ids = {tuple(each["input_ids"][: len(prompt)]) for each in itertools.islice(prepare(loaded).train, 10)}
+    assert tuple(prompt) in ids
+    assert "assistant:" not in tokenizer.decode([label for label in row["labels"] if label != -100])
+
+
+def test_settings_that_say_nothing_about_the_rows_are_named(recipe, tmp_path):
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "Two is even."}))
+    said = []
+    prepare_data(recipe(dataset=str(tmp_path / "text.jsonl"), prompt_template="plain"), say=said.append)
+    assert any("prompt_template='plain'" in line and "text" in line for line in said)
+    prepare_data(recipe(dataset="builtin", prompt_template="plain"), say=(said := []).append)
+    assert not any("prompt_template" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [("tokenizer_vocab_size", 300, "tokenizer_name_or_path"), ("response_separator", " ", "Remove response_separator")],
+)
+def test_prompt_template_chat_needs_a_chat_template_and_no_separator(recipe, tmp_path, key, value, named):
+    chosen = {"tokenizer_vocab_size": None, "tokenizer_name_or_path": str(tmp_path), "prompt_template": "chat"}
+    if key == "tokenizer_vocab_size":
+        chosen = {"prompt_template": "chat"}
+    with pytest.raises(RecipeError, match=rf"'chat'.*{key}|{key}.*'chat'") as error:
+        recipe(**{**chosen, key: value})
+    assert named in str(error.value)
 
 
 def test_the_recipe_is_left_as_it_was(recipe):
