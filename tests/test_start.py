@@ -88,5 +88,5 @@ def test_every_command_of_the_page_works(folder, environment):
             assert "TRAINED|" in done.stdout
     assert (folder / "runs/mine/adapter_model.safetensors").is_file()
     assert (folder / "runs/mine-merged/model.safetensors").is_file()
-    assert json.loads((folder / "runs/mine-merged/eval/gsm8k.json").read_text())["n_problems"] == 4
+    assert json.loads((folder / "runs/mine-merged/eval/gsm8k.json").read_text())["problems"] == 4
     assert "adapter_model.safetensors" in hub.repositories["user/name"].branches["main"]
