@@ -52,7 +52,12 @@ class DatasetEntry:
 
     def source(self, defaults: Source) -> Source:
         """Its rows, with what it does not say taken from `defaults`."""
-        said = {"config": self.config, "split": self.split, "revision": self.revision, "max_rows": self.max_rows}
+        said: dict[str, Any] = {
+            "config": self.config,
+            "split": self.split,
+            "revision": self.revision,
+            "max_rows": self.max_rows,
+        }
         if self.columns is not None:
             said["columns"] = self.columns
         elif self.path == "builtin":
@@ -82,7 +87,16 @@ def read_entries(key: str, given: Given | None, *, may_have_names: bool = False)
     return [_read_entry(key, given)]
 
 
-def map_paths(given: Given | None, change: Callable[[str], str]) -> Given | None:
+def names_of(given: Given | None) -> list[str]:
+    """The paths and Hub ids that a recipe gives, for a model card."""
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given, dict):
+        given = [given["path"]] if "path" in given else [*given.values()]
+    return [name for each in given or [] for name in names_of(each)]
+
+
+def map_paths(given: Any, change: Callable[[str], str]) -> Any:
     """`given` with each path changed."""
     if isinstance(given, str):
         return change(given)

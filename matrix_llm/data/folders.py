@@ -183,10 +183,11 @@ def _check_read_once(folder: Path, files: list[Path]) -> None:
     patterns = {(path.parent, re.sub(r"\d+", "0", stem.name)) for stem, path in stems.items()}
     for path in sorted({each for parent, _ in patterns for each in parent.iterdir()}):
         suffix = suffix_of(path)
-        stem = path.with_name(path.name[: -len(suffix)]) if suffix in UNREADABLE else None
-        if stem is None:
+        if suffix not in UNREADABLE:
             continue
-        bare = stem.name[: -len(suffix_of(stem))] if suffix_of(stem) in SUFFIXES else stem.name  # train-1 of .jsonl.bz2
+        name = path.name[: -len(suffix)]
+        inner = suffix_of(Path(name))
+        bare = name[: -len(inner)] if inner in SUFFIXES else name  # train-1 of train-1.jsonl.bz2
         if (path.parent, re.sub(r"\d+", "0", bare)) in patterns:
             raise DataError(
                 f"{path.absolute()} belongs to {files[0].name}, but is not read: {KNOWN} files are. "

@@ -14,7 +14,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import datasets
 import pyarrow as pa
@@ -32,11 +32,15 @@ Found = tuple[str, Any]  # an object's place, for error messages, and the object
 # --- opening a file ---------------------------------------------------------------------------------------------------
 
 
+def _open_gzip(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.GzipFile(path))
+
+
 def _open_zstd(path: Path) -> IO[bytes]:
     return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))  # type: ignore[arg-type]
 
 
-COMPRESSIONS: dict[str, Callable[[Path], IO[bytes]]] = {".gz": gzip.GzipFile, ".zst": _open_zstd}
+COMPRESSIONS: dict[str, Callable[[Path], IO[bytes]]] = {".gz": _open_gzip, ".zst": _open_zstd}
 
 # How files begin whose name promises something else
 SIGNATURES = {

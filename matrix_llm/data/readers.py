@@ -28,6 +28,7 @@ from matrix_llm.data.folders import find_rows, is_saved
 from matrix_llm.data.formats import SUFFIXES, UNREADABLE, Found, check_suffix, read_file, read_saved, suffix_of
 from matrix_llm.data.forms import Row, detect_form, parse_row
 
+PACKED, PACKED_SUFFIXES = 3, (".gz", ".zst", ".parquet")  # about how much larger the rows are than these files
 ENDS = 1 << 20  # bytes at each end of a file that stand for all of it where reading it all would take too long
 
 
@@ -243,6 +244,26 @@ class Source:
             raise DataError(
                 f"{self} holds no rows, so there is nothing to read. Give a file with one JSON object per line."
             )
+
+    def estimate_rows(self) -> int | None:
+        """About how many rows there are, from the size of the files and their first rows; None if it is not known."""
+        files = self.files()
+        if files is not None:
+            paths = [path for file in files for path in (file.iterdir() if file.is_dir() else [file])]
+            size = sum(path.stat().st_size * (PACKED if path.suffix in PACKED_SUFFIXES else 1) for path in paths)
+            first = [str(found) for _, found in itertools.islice(self._read_all(Slice.of(self.split).split, True), 100)]
+            count = round(size / (sum(map(len, first)) / len(first))) if first else 0
+        elif self.name == "builtin":
+            count = self.builtin_rows
+        else:
+            splits = _open_hub(self, Slice.of(self.split).split, streaming=True).info.splits or {}
+            of_split = splits.get(Slice.of(self.split).split)
+            if of_split is None or not of_split.num_examples:
+                return None
+            count = of_split.num_examples
+        start, stop = Slice.of(self.split).bounds(count)
+        count = max(min(count, count if stop is None else stop) - start, 1)
+        return count if self.max_rows is None else min(count, self.max_rows)
 
     # --- what the rows are known by -----------------------------------------------------------------------------------
 

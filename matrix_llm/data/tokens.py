@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
+import numpy as np
 from jinja2 import TemplateError
 
 from matrix_llm.base.errors import DataError
@@ -282,6 +283,10 @@ class Encoder:
             out["length"].append(length)
             out["trained"].append(len(labels[1:]) - labels[1:].count(IGNORED))
         return out
+
+    def cut(self, lengths: np.ndarray) -> np.ndarray:
+        """The lengths of rows that are kept, after the cut to max_length."""
+        return lengths if self.max_length is None else np.minimum(lengths, self.max_length)
 
     def encode_columns(self, columns: dict[str, list], row_ids: list[int]) -> dict[str, list]:
         """`encode` for Dataset.map, which passes a batch of rows as columns named after the fields of `Row`."""
