@@ -23,9 +23,10 @@ from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.gpus import GPUS
 from matrix_llm.base.reader import Settings, find_from_repository
 from matrix_llm.base.values import check_choice, check_fields, setting
+from matrix_llm.data.entries import DatasetEntry, check_columns, check_exists, map_paths, read_entries
 from matrix_llm.data.forms import BOXED_ANSWERS
 from matrix_llm.data.prompts import CHAT, TRAIN_ON, resolve_template
-from matrix_llm.data.readers import local_path, looks_local
+from matrix_llm.data.readers import Slice, Source, local_path, looks_local
 
 __all__ = ["DataArguments", "MatrixConfig", "ModelArguments", "Recipe", "RecipeError", "load_recipe"]
 
@@ -282,20 +283,24 @@ class ModelArguments:
 class DataArguments:
     """Which rows to train and evaluate on, and how a row becomes tokens. The seeds are in MatrixConfig."""
 
-    dataset: str | None = None
-    """Training rows: "builtin", a .json, .jsonl or .parquet file, a folder of them, or a Hub id."""
+    dataset: dict | str | list[str | dict] | None = None
+    """Training rows: "builtin", a file, a folder, a Hub id; or a list of these, or of {path, weight, split, ...}."""
     dataset_config: str | None = None
-    """Configuration of the Hub data set, e.g. "main" for openai/gsm8k."""
+    """Configuration of a Hub data set or of a folder, e.g. "main" for openai/gsm8k."""
     dataset_split: str = "train"
-    """Split of `dataset`, on the Hub or in a folder."""
-    eval_dataset: str | None = None
-    """Held-out rows, given in the same way as `dataset`."""
+    """Split of `dataset`, or a part of one: "train[:1000]", "train[:10%]"."""
+    dataset_revision: str | None = None
+    """Branch, tag or commit of the data set on the Hub; None: its main branch."""
+    columns: dict | None = None
+    """{our name: theirs} for fields with other names in the rows, e.g. {question: problem, answer: solution}."""
+    eval_dataset: dict | str | list[str | dict] | None = None
+    """Held-out rows, given in the same way as `dataset`; {name: data set} evaluates each by itself."""
     eval_split: str = "test"
-    """Split of `eval_dataset`."""
+    """Split of `eval_dataset`, or a part of one."""
     max_train_rows: int | None = setting(None, at_least=1)
-    """Maximum number of training rows to read; None: all."""
+    """Maximum number of training rows to read of each data set; None: all."""
     max_eval_rows: int | None = setting(None, at_least=1)
-    """Maximum number of held-out rows to read; None: all."""
+    """Maximum number of held-out rows to read of each data set; None: all."""
     builtin_rows: int = setting(20000, at_least=1)
     """Training problems generated for `dataset: builtin`."""
     builtin_eval_rows: int = setting(200, at_least=1)
@@ -349,11 +354,61 @@ class DataArguments:
                 f"accuracy_steps={self.accuracy_steps} says when to measure accuracy, but accuracy_rows is 0. Set "
                 "accuracy_rows to a number of held-out problems."
             )
-        if self.accuracy_rows > 0 and self.eval_dataset is None and self.dataset != "builtin":
+        training, held_out = self.training_entries(), self.held_out_entries()
+        if self.columns:
+            check_columns("columns", self.columns)
+        weighted = next((entry for entry in held_out if entry.weight != 1), None)
+        if weighted is not None:
+            raise RecipeError(
+                f"eval_dataset gives {weighted.path} the weight {weighted.weight}, but every held-out row counts once. "
+                "Remove the weight, or set max_rows."
+            )
+        if self.accuracy_rows > 0 and not held_out and all(entry.path != "builtin" for entry in training):
             raise RecipeError(
                 f"accuracy_rows={self.accuracy_rows} needs held-out problems, but eval_dataset is not given. Give it, "
                 "or set accuracy_rows to 0."
             )
+
+    def training_entries(self) -> list[DatasetEntry]:
+        """The data sets of `dataset`."""
+        return read_entries("dataset", self.dataset)
+
+    def held_out_entries(self) -> list[DatasetEntry]:
+        """The data sets of `eval_dataset`; with names if it gives them."""
+        return read_entries("eval_dataset", self.eval_dataset, may_have_names=True)
+
+    def training_source(self, entry: DatasetEntry, seed: int) -> Source:
+        """The rows of one of `training_entries`. The seed is that of "builtin"."""
+        return entry.source(
+            Source(
+                entry.path,
+                config=self.dataset_config,
+                split=self.dataset_split,
+                max_rows=self.max_train_rows,
+                builtin_rows=self.builtin_rows,
+                seed=seed,
+                boxed_answers=self.boxed_answers,
+                columns=self.columns or {},
+                revision=self.dataset_revision,
+            )
+        )
+
+    def held_out_source(self, entry: DatasetEntry, seed: int) -> Source:
+        """The rows of one of `held_out_entries`. A revision is that of `dataset`, so it needs the same path."""
+        is_trained_on = any(each.path == entry.path for each in self.training_entries())
+        return entry.source(
+            Source(
+                entry.path,
+                config=self.dataset_config,
+                split=self.eval_split,
+                max_rows=self.max_eval_rows,
+                builtin_rows=self.builtin_eval_rows,
+                seed=seed,
+                boxed_answers=self.boxed_answers,
+                columns=self.columns or {},
+                revision=self.dataset_revision if is_trained_on else None,
+            )
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------- recipe
@@ -406,7 +461,7 @@ _HINTS = {
 SETTINGS = Settings({"model": ModelArguments, "data": DataArguments, "training": MatrixConfig}, _HINTS)
 
 # Settings that may be relative paths
-_PATHS = ("dataset", "eval_dataset", "deepspeed", "mce_embeddings", "model_name_or_path", "tokenizer_name_or_path")
+_PATHS = ("deepspeed", "mce_embeddings", "model_name_or_path", "tokenizer_name_or_path")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run: bool = False) -> Recipe:
@@ -430,6 +485,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run: boo
     for key in _PATHS:
         if isinstance(given.get(key), str):
             given[key] = find_from_repository(given[key], path)
+    for key in ("dataset", "eval_dataset"):
+        if key in given:
+            given[key] = map_paths(given[key], lambda source: find_from_repository(source, path))
     if given.get("leakage_check"):
         given["leakage_check"] = [find_from_repository(source, path) for source in given["leakage_check"]]
 
@@ -478,6 +536,7 @@ def _build_without_hardware(given: dict[str, Any]) -> MatrixConfig:
 
 def _check_combinations(model: ModelArguments, data: DataArguments, given: Mapping[str, Any]) -> None:
     _check_paths(model, data)
+    _check_sources(data)
     _check_leakage(data, given)
     _check_streaming(data, given)
     _check_chat(model, data, given)
@@ -489,13 +548,58 @@ def _check_combinations(model: ModelArguments, data: DataArguments, given: Mappi
 
 def _check_paths(model: ModelArguments, data: DataArguments) -> None:
     """Check that each value that can only be a path exists; anything else may be a Hub id."""
-    sources = [("dataset", data.dataset), ("eval_dataset", data.eval_dataset)]
-    for key, source in [*sources, *(("leakage_check", source) for source in data.leakage_check or [])]:
-        if source is not None and looks_local(source) and local_path(source) is None:
-            raise RecipeError(f"{key}={source!r}: nothing at {Path(source).expanduser().absolute()}. Correct the path.")
+    for source in data.leakage_check or []:
+        if looks_local(source) and local_path(source) is None:
+            raise RecipeError(
+                f"leakage_check={source!r}: nothing at {Path(source).expanduser().absolute()}. Correct the path."
+            )
     name = model.model_name_or_path
     if name is not None and name.startswith((".", "/", "~")) and not (path := Path(name).expanduser()).is_dir():
         raise RecipeError(f"model_name_or_path={name!r}: no folder at {path.absolute()}. Correct the path.")
+
+
+def _check_sources(data: DataArguments) -> None:
+    """Check what can be known of each data set before a row is read, and that each setting for them has an effect."""
+    training = [("dataset", entry, data.training_source(entry, 0)) for entry in data.training_entries()]
+    held_out = [("eval_dataset", entry, data.held_out_source(entry, 0)) for entry in data.held_out_entries()]
+    # 1. Each exists, is of a known format, and has its split
+    for key, entry, source in (*training, *held_out):
+        check_exists(key, source)
+        _check_split(key, source, Slice.of(source.split), is_stream=data.streaming and key == "dataset")
+        if entry.config and (source.is_file or source.name == "builtin"):
+            raise RecipeError(
+                f"{key}: {entry.path} has no configurations, so config={entry.config!r} does nothing. Remove it."
+            )
+        if entry.revision and (source.name == "builtin" or local_path(source.name) is not None):
+            raise RecipeError(
+                f"{key}: {entry.path} is not on the Hub, so revision={entry.revision!r} does nothing. Remove it."
+            )
+    # 2. What only some kinds of data sets have
+    sources = [source for _, _, source in (*training, *held_out)]
+    folders = [source for source in sources if not source.is_file and source.name != "builtin"]
+    hub = [source for source in folders if local_path(source.name) is None]
+    idle = {
+        "dataset_config": (data.dataset_config, folders, "a Hub data set or a folder has configurations"),
+        "dataset_revision": (data.dataset_revision, hub, "a Hub data set has revisions"),
+        "columns": (data.columns, [source for source in sources if source.name != "builtin"], "builtin has our own"),
+    }
+    for key, (value, users, reason) in idle.items():
+        if value and not users:
+            raise RecipeError(f"{key}={value!r} would do nothing here: {reason}. Remove it.")
+
+
+def _check_split(key: str, source: Source, part: Slice, *, is_stream: bool) -> None:
+    setting_name = "dataset_split" if key == "dataset" else "eval_split"
+    where = f"{key}={source.name!r} with the split {source.split!r}"
+    if source.is_file and not source.has_splits and part.split not in ("train", "test"):
+        raise RecipeError(f"{where}: a file holds one split, so its name would select nothing. Remove {setting_name}.")
+    if source.name == "builtin" and part.split not in ("train", "test"):
+        raise RecipeError(f"{where}: builtin has the splits train and test. Correct {setting_name}.")
+    if is_stream and part.needs_count:
+        raise RecipeError(
+            f"{where}: the length of a stream is not known. Give numbers of rows from the start (train[:1000]), or "
+            "set streaming to false."
+        )
 
 
 def _check_leakage(data: DataArguments, given: Mapping[str, Any]) -> None:

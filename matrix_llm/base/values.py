@@ -8,6 +8,7 @@ A dataclass states the allowed values where it declares the field, and explains 
 `check_value` converts and checks one value of a recipe or the command line, `check_fields` an object built in Python.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import enum
@@ -189,10 +190,19 @@ def _convert(value: Any, kind: Any, from_text: bool, text_allowed: bool) -> Any:
         return cls(value).value
     if cls in (list, tuple) and isinstance(value, (list, tuple)):
         element = next(iter(typing.get_args(kind)), str)
-        return cls(_convert(each, element, False, text_allowed=element is str) for each in value)
+        return cls(_convert_element(each, element) for each in value)
     if cls in (bool, int, str, dict, type(None)) and type(value) is cls:  # not isinstance: True is an int in Python
         return value
     raise ValueError
+
+
+def _convert_element(value: Any, element: Any) -> Any:
+    """`value`, of a list, as the first of the element's types that takes it, or ValueError."""
+    *others, last = alternatives(element)
+    for kind in others:
+        with contextlib.suppress(ValueError, TypeError):
+            return _convert(value, kind, False, text_allowed=kind is str)
+    return _convert(value, last, False, text_allowed=last is str)
 
 
 # ------------------------------------------------------------------------------------------------------------ checks

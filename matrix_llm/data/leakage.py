@@ -41,6 +41,8 @@ class LeakageReport:
     """Row ids, as in the error messages of training, of rows that are equal or at or above `share`."""
     questions: int = 0
     """Test questions that at least one leaked row contains."""
+    rows_of_each: list[int] = field(default_factory=list)
+    """Training rows read from each data set, in the order of the recipe; row ids count through all of them."""
     examples: list[dict[str, Any]] = field(default_factory=list)
     """For the first LISTED leaked rows: the row, the test question it shares most with, and how much."""
 

@@ -8,7 +8,7 @@
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import datasets
 import numpy as np
@@ -59,8 +59,37 @@ class DataReport:
     """Rows kept that ended in the end-of-text or end-of-turn token already; one is kept."""
     sampled: bool = False
     """True for a stream, of which only the first rows are measured."""
+    weight: float = 1
+    """Of one data set among several: how often its rows are taken."""
+    rows_taken: int = 0
+    """Of one data set among several: rows that an epoch takes of it, by its weight."""
+    tokens_taken: int = 0
+    """Tokens in the rows taken, after the cut."""
+    trained_taken: int = 0
+    """Labels in the rows taken that are predicted."""
+    first_id: int = 0
+    """Of one data set among several: the id of its first row."""
+    parts: "list[DataReport]" = field(default_factory=list)
+    """One report for each data set, if there are several; `rows_kept` is then the sum of their `rows_taken`."""
 
     def lines(self) -> list[str]:
+        if self.parts:
+            return [*self._sum_lines(), *(line for part in self.parts for line in (*part.lines(), part._taken_line()))]
+        return self._own_lines()
+
+    def _sum_lines(self) -> list[str]:
+        of = "the first rows of the stream" if self.sampled else "an epoch"
+        return [
+            f"{self.name}: {self.rows_kept:,} rows in {of}, of {self.rows_in:,} read from {len(self.parts)} data sets, "
+            f"{self.tokens:,} tokens, {self.trained_tokens:,} trained"
+        ]
+
+    def _taken_line(self) -> str:
+        last_id = f"{self.first_id:,} to {self.first_id + self.rows_in - 1:,}"
+        ids = "" if self.sampled else f"; row ids {last_id}"
+        return f"{self.name}: weight {self.weight:g}: {self.rows_taken:,} rows taken{ids}"
+
+    def _own_lines(self) -> list[str]:
         of = f"of the first {self.rows_in:,} rows of the stream" if self.sampled else f"of {self.rows_in:,} rows kept"
         kept = f"{self.name}: {self.rows_kept:,} {of}, {self.tokens:,} tokens, {self.trained_tokens:,} trained"
         size = (
@@ -83,6 +112,44 @@ class DataReport:
             size,
             *(f"{self.name}: {n:,} rows {what} ({n * percent:.2f} %)" for what, n in lost.items() if n),
         ]
+
+
+def combine_reports(name: str, parts: list[DataReport], lengths: np.ndarray) -> DataReport:
+    """One report for several data sets, of the rows that are taken of them.
+
+    Args:
+        lengths: (rows,), of all rows read, before any cut.
+    """
+    # What is counted for each set is summed; what is not a count is replaced below
+    counts = {
+        each.name: sum(getattr(part, each.name) for part in parts) for each in fields(DataReport) if each.type is int
+    }
+    rows, tokens = counts["rows_taken"], counts["tokens_taken"]
+    return DataReport(
+        **counts
+        | _quantiles(lengths)
+        | {
+            "name": name,
+            "rows_kept": rows,
+            "tokens": tokens,
+            "trained_tokens": counts["trained_taken"],
+            "mean_length": tokens / max(rows, 1),
+            "first_id": 0,
+            "sampled": any(part.sampled for part in parts),
+            "parts": parts,
+        }
+    )
+
+
+def _quantiles(lengths: np.ndarray) -> dict[str, float]:
+    p50, p90, p99 = (int(np.percentile(lengths, q, method="inverted_cdf")) for q in (50, 90, 99))
+    return {
+        "longest": int(lengths.max()),
+        "mean_read": float(lengths.mean()),
+        "p50": p50,
+        "p90": p90,
+        "p99": p99,
+    }
 
 
 @dataclass(frozen=True)
@@ -150,9 +217,7 @@ def drop_unusable(
         )
 
     # 2. The report
-    cut = lengths[kept] if max_length is None else np.minimum(lengths[kept], max_length)
-    read = lengths[~is_left_out]
-    p50, p90, p99 = (int(np.percentile(read, q, method="inverted_cdf")) for q in (50, 90, 99))
+    cut = encoder.cut(lengths[kept])
     report = DataReport(
         name=name,
         rows_in=len(lengths),
@@ -162,16 +227,12 @@ def drop_unusable(
         dropped_all_masked=int(is_masked.sum()),
         tokens=int(cut.sum(dtype=np.int64)),
         trained_tokens=int(trained[kept].sum(dtype=np.int64)),
-        longest=int(lengths.max()),
         mean_length=float(cut.mean()),
-        mean_read=float(read.mean()),
-        p50=p50,
-        p90=p90,
-        p99=p99,
         dropped_leaked=len(leaked),
         dropped_weight_zero=int(is_left_out.sum()),
         had_start=int((notes[kept] & HAD_START > 0).sum()),
         had_end=int((notes[kept] & HAD_END > 0).sum()),
+        **_quantiles(lengths[~is_left_out]),  # type: ignore[arg-type]
     )
 
     # 3. The rows that stay; selecting all of them would only add a table of indices

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
+import numpy as np
 
 from matrix_llm.base.errors import DataError, RecipeError
 from matrix_llm.base.values import check_choice
@@ -393,6 +394,10 @@ class Encoder:
                 for place, each in zip(places, encoded, strict=True):
                     found[place] = each
         return found
+
+    def cut(self, lengths: np.ndarray) -> np.ndarray:
+        """The lengths of rows that are kept, after the cut to max_length."""
+        return lengths if self.max_length is None else np.minimum(lengths, self.max_length)
 
     def encode_columns(self, columns: dict[str, list], row_ids: list[int]) -> dict[str, list]:
         """`encode` for Dataset.map, which passes a batch of rows as columns named after the fields of `Row`."""

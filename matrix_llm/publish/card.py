@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.files import read_jsonl, write_text
 from matrix_llm.config import Recipe
+from matrix_llm.data.entries import names_of
 from matrix_llm.publish.finished_run import (
     CARD,
     RESULTS,
@@ -85,7 +86,7 @@ def model_card(
         base_model: the base model's name on the Hub, where the recipe names a folder.
     """
     run = recipe if isinstance(recipe, RunSettings) else RunSettings.of_recipe(recipe)
-    base, dataset = base_model or run.model_name_or_path, run.dataset or ""
+    base, datasets = base_model or run.model_name_or_path, names_of(run.dataset)
 
     # 1. the front matter: what the Hub indexes
     eval_results = _eval_results(evaluations)
@@ -102,7 +103,7 @@ def model_card(
         license=licence,
         tags=tags,
         base_model=base if is_hub_name(base) else None,
-        datasets=[dataset] if "/" in dataset and is_hub_name(dataset) else None,
+        datasets=[each for each in datasets if "/" in each and is_hub_name(each)] or None,
     )
 
     # 2. the text
@@ -113,7 +114,7 @@ def model_card(
         title=run.title,
         base_model=base,
         use_peft=run.use_peft,
-        dataset=dataset,
+        dataset=", ".join(datasets),
         mce_weight=f"{run.mce_weight:g}",
         warmup=_warmup(run.mce_warmup_steps),
         solver=_solver(run),

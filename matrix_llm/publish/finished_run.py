@@ -41,8 +41,8 @@ class RunSettings:
     use_peft: bool
     """Whether the run holds a LoRA adapter instead of a complete model."""
 
-    dataset: str | None
-    """The training rows: "builtin", a path, or a name on the Hub."""
+    dataset: str | dict | list | None
+    """The training rows, as the recipe gives them: "builtin", a path, a name on the Hub, or several of these."""
 
     mce_weight: float
     """Weight of the matrix cross-entropy, at least 0; 0 is plain cross-entropy."""

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from matrix_llm.base.errors import DataError, RecipeError
 from matrix_llm.base.files import write_text
 from matrix_llm.config import DataArguments, Recipe
 from matrix_llm.data.cache import cache_root, cached_folder, key_of
+from matrix_llm.data.entries import DatasetEntry
 from matrix_llm.data.leakage import FIELDS, LeakageReport, QuestionIndex, find_leaks, question_of
+from matrix_llm.data.mixture import TokenSet, mix
 from matrix_llm.data.readers import Source
 from matrix_llm.data.rowset import RowSet
-from matrix_llm.data.selection import DataReport, drop_unusable
-from matrix_llm.data.streaming import TokenStream
+from matrix_llm.data.selection import DataReport
+from matrix_llm.data.streaming import StreamedSet, TokenStream
 from matrix_llm.data.tokens import Encoder
 from matrix_llm.model.tokenizer import load_tokenizer
 from matrix_llm.run.decode import ANSWER_MARKER, final_answer
@@ -51,10 +53,10 @@ class Prepared:
     """input_ids, labels and row_id of the rows to train on."""
     report: DataReport
     """What became of the training rows."""
-    held_out: datasets.Dataset | None
-    """The rows for the evaluation loss, in the same form as `train`; None without eval_dataset."""
+    held_out: datasets.Dataset | dict[str, datasets.Dataset] | None
+    """The rows for the evaluation loss, in the same form as `train`; by name if eval_dataset gives names."""
     held_out_report: DataReport | None
-    """What became of the held-out rows."""
+    """What became of the held-out rows; with one part for each data set if there are several."""
     problems: list[HeldOutProblem]
     """What greedy accuracy is measured on; empty if accuracy_rows is 0."""
     dataset_kwargs: dict[str, Any] | None
@@ -84,39 +86,47 @@ def _prepare(recipe: Recipe, say: Callable[[str], None], dry_run: bool) -> Prepa
     if root is None:
         folder = datasets.config.HF_DATASETS_CACHE
         say(f"=> nothing is cached: {folder} cannot be written. Set HF_DATASETS_CACHE to a folder that can.")
-    rows = RowSet(_training_source(recipe), root, streaming=data.streaming)
-    tokenizer = _load_tokenizer(recipe, rows)
+    entries = data.training_entries()
+    sets = [RowSet(data.training_source(entry, training.seed), root, streaming=data.streaming) for entry in entries]
+    tokenizer = _load_tokenizer(recipe, sets)
 
-    for line in _idle_settings(recipe, rows):
+    for line in _idle_settings(recipe, sets):
         say(f"=> {line}")
 
     # 2. Test questions among them
-    leaked = _check_leakage(recipe, rows, say, dry_run) if data.leakage_check else []
+    leaked = _check_leakage(recipe, sets, say, dry_run) if data.leakage_check else [[] for _ in sets]
 
-    # 3. Their tokens
-    encoder = _make_encoder(recipe, tokenizer, rows)
+    # 3. Their tokens, as often as the weights say
+    seed = training.seed if training.data_seed is None else training.data_seed
     train: datasets.Dataset | datasets.IterableDataset
     if data.streaming:
-        seed = training.seed if training.data_seed is None else training.data_seed
-        stream = TokenStream(rows.source, encoder, seed, data.streaming_buffer, frozenset(leaked))
-        train, report = stream.dataset(), stream.sample("train")[1]
+        streamed = [
+            StreamedSet(rows.source, _make_encoder(recipe, tokenizer, rows), entry.weight, frozenset(of_it))
+            for rows, entry, of_it in zip(sets, entries, leaked, strict=True)
+        ]
+        stream = TokenStream(streamed, seed, data.streaming_buffer)
+        train, report = stream.dataset(), stream.sample("train")
     else:
-        tokens = rows.tokens(encoder, "train", num_proc=training.dataset_num_proc)
-        train, report = drop_unusable(tokens, encoder, "train", leaked)
+        tokens = [
+            dataclasses.replace(_tokenise(recipe, tokenizer, rows, "train"), weight=entry.weight, leaked=of_it)
+            for rows, entry, of_it in zip(sets, entries, leaked, strict=True)
+        ]
+        train, report = mix(tokens, "train", seed)
 
-    # 4. The held-out rows, read once for two uses: the evaluation loss and greedy accuracy
-    held_out, held_out_report, problems = None, None, []
-    if data.eval_dataset is not None or data.accuracy_rows:
-        eval_rows = _count_eval_rows(data)
-        others = RowSet(_held_out_source(recipe, eval_rows), root)
-        if data.accuracy_rows:
-            problems = _find_problems(others, data.accuracy_rows)
-        if data.eval_dataset is not None:
-            encoder = _make_encoder(recipe, tokenizer, others)
-            tokens = others.tokens(encoder, "held out", count=eval_rows, num_proc=training.dataset_num_proc)
-            held_out, held_out_report = drop_unusable(tokens, encoder, "held out")
-
+    # 4. The held-out rows
+    held_out, held_out_report, problems = _prepare_held_out(recipe, tokenizer, root)
     return Prepared(tokenizer, train, report, held_out, held_out_report, problems, _dataset_kwargs(recipe))
+
+
+def _tokenise(recipe: Recipe, tokenizer: Any, rows: RowSet, name: str, count: int | None = None) -> TokenSet:
+    encoder = _make_encoder(recipe, tokenizer, rows)
+    try:
+        tokens = rows.tokens(encoder, name, count=count, num_proc=recipe.training.dataset_num_proc)
+    except DataError as error:
+        if str(rows.source) in str(error):
+            raise
+        raise DataError(f"{rows.source}: {error}") from None
+    return TokenSet(str(rows.source), tokens, encoder)
 
 
 def _dataset_kwargs(recipe: Recipe) -> dict[str, Any] | None:
@@ -131,20 +141,7 @@ def _dataset_kwargs(recipe: Recipe) -> dict[str, Any] | None:
 # --- tokenizer and encoder --------------------------------------------------------------------------------------------
 
 
-def _training_source(recipe: Recipe) -> Source:
-    data = recipe.data
-    return Source(
-        name=str(data.dataset),
-        config=data.dataset_config,
-        split=data.dataset_split,
-        max_rows=data.max_train_rows,
-        builtin_rows=data.builtin_rows,
-        seed=recipe.training.seed,
-        boxed_answers=data.boxed_answers,
-    )
-
-
-def _load_tokenizer(recipe: Recipe, rows: RowSet) -> Any:
+def _load_tokenizer(recipe: Recipe, sets: Sequence[RowSet]) -> Any:
     """The recipe's tokenizer. One that is trained on the rows is cached: training it takes as long as tokenising."""
     data, model = recipe.data, recipe.model
     options: dict[str, Any] = {
@@ -155,26 +152,31 @@ def _load_tokenizer(recipe: Recipe, rows: RowSet) -> Any:
         return load_tokenizer(model, **options)
 
     def train() -> Any:
-        return load_tokenizer(model, texts=rows.texts(data.prompt_template, data.response_separator), **options)
+        texts = (rows.texts(data.prompt_template, data.response_separator) for rows in sets)
+        return load_tokenizer(model, texts=itertools.chain.from_iterable(texts), **options)
 
     def build(folder: Path) -> None:
         train().save_pretrained(str(folder))
 
-    if rows.root is None or rows.streaming:
+    root = sets[0].root
+    if root is None or data.streaming:
         return train()
-    key = key_of("tokenizer", rows.key, data.prompt_template, data.response_separator, model.tokenizer_vocab_size)
-    folder = cached_folder(rows.root, f"tokenizer-{key}", build)
+    keys = [rows.key for rows in sets]
+    key = key_of("tokenizer", keys, data.prompt_template, data.response_separator, model.tokenizer_vocab_size)
+    folder = cached_folder(root, f"tokenizer-{key}", build)
     saved = dataclasses.replace(model, tokenizer_name_or_path=str(folder), tokenizer_vocab_size=None)
     return load_tokenizer(saved, **options)
 
 
-def _idle_settings(recipe: Recipe, rows: RowSet) -> list[str]:
-    """Settings that the recipe gives, but that say nothing about rows of this layout."""
-    if rows.layout == "template":
+def _idle_settings(recipe: Recipe, sets: Sequence[RowSet]) -> list[str]:
+    """Settings that the recipe gives, but that say nothing about rows of these layouts."""
+    layouts = dict.fromkeys(rows.layout for rows in sets)
+    if "template" in layouts:
         return []
     keys = [key for key in ("prompt_template", "response_separator", "boxed_answers") if key in recipe.resolved]
     return [
-        f"{key}={recipe.resolved[key]!r} is for questions with answers; these rows are {rows.layout}" for key in keys
+        f"{key}={recipe.resolved[key]!r} is for questions with answers; these rows are {' and '.join(layouts)}"
+        for key in keys
     ]
 
 
@@ -194,29 +196,45 @@ def _make_encoder(recipe: Recipe, tokenizer: Any, rows: RowSet) -> Encoder:
 # --- held-out rows ----------------------------------------------------------------------------------------------------
 
 
-def _count_eval_rows(data: DataArguments) -> int | None:
+HeldOut = tuple[datasets.Dataset | dict[str, datasets.Dataset] | None, DataReport | None, list[HeldOutProblem]]
+
+
+def _prepare_held_out(recipe: Recipe, tokenizer: Any, root: Path | None) -> HeldOut:
+    """The rows for the evaluation loss, a report on them, and the problems for greedy accuracy.
+
+    The first data set is read once for both uses.
+    """
+    data, seed = recipe.data, recipe.training.seed
+    entries, problems = data.held_out_entries(), []
+    # 1. The problems: of the first data set, or generated, which needs no name
+    sets = []
+    for place, entry in enumerate(entries or ([DatasetEntry("builtin")] if data.accuracy_rows else [])):
+        count = _count_eval_rows(data, entry) if entries else 0
+        wanted = data.accuracy_rows if place == 0 else 0
+        sets.append((RowSet(_held_out_source(data.held_out_source(entry, seed), count, wanted), root), count))
+        if wanted:
+            problems = _find_problems(sets[0][0], wanted)
+    if not entries:
+        return None, None, problems
+    # 2. The evaluation loss of all of them together, or of each by its name
+    tokens = [_tokenise(recipe, tokenizer, rows, "held out", count) for rows, count in sets]
+    if not entries[0].name:
+        return *mix(tokens, "held out"), problems
+    names = [entry.name for entry in entries]
+    mixed = [mix([each], f"held out {name}") for name, each in zip(names, tokens, strict=True)]
+    return {name: rows for name, (rows, _) in zip(names, mixed, strict=True)}, mix(tokens, "held out")[1], problems
+
+
+def _count_eval_rows(data: DataArguments, entry: DatasetEntry) -> int | None:
     """How many held-out rows the evaluation loss is computed on; None for all."""
-    if data.eval_dataset != "builtin":
-        return data.max_eval_rows
-    return min(data.builtin_eval_rows, data.max_eval_rows or data.builtin_eval_rows)
+    limit = entry.max_rows or data.max_eval_rows
+    return min(data.builtin_eval_rows, limit or data.builtin_eval_rows) if entry.path == "builtin" else limit
 
 
-def _held_out_source(recipe: Recipe, eval_rows: int | None) -> Source:
+def _held_out_source(source: Source, count: int | None, problems: int) -> Source:
     """As many rows as the larger of the two uses needs; each use takes its own number of rows from the start."""
-    data = recipe.data
-    if data.eval_dataset is None:  # "builtin", whose test problems need no separate name
-        count: int | None = data.accuracy_rows
-    else:
-        count = None if eval_rows is None else max(eval_rows, data.accuracy_rows)
-    return Source(
-        name=str(data.eval_dataset or data.dataset),
-        config=data.dataset_config,
-        split=data.eval_split,
-        max_rows=count,
-        builtin_rows=count or data.builtin_eval_rows,
-        seed=recipe.training.seed,
-        boxed_answers=data.boxed_answers,
-    )
+    count = None if count is None else max(count, problems)
+    return dataclasses.replace(source, max_rows=count, builtin_rows=count or source.builtin_rows)
 
 
 def _find_problems(rows: RowSet, count: int) -> list[HeldOutProblem]:
@@ -270,29 +288,47 @@ def _test_questions(names: Iterable[str]) -> Iterator[tuple[str, str]]:
             )
 
 
-def _find_leaks(rows: RowSet, data: DataArguments) -> LeakageReport:
-    """Compare the rows with leakage_check's test questions; cached by the content of both sides."""
+def _find_leaks(sets: Sequence[RowSet], data: DataArguments) -> LeakageReport:
+    """Compare the rows of all data sets with leakage_check's test questions; cached by the content of both sides."""
     names = data.leakage_check or []
 
     def compare() -> LeakageReport:
         index = QuestionIndex(_test_questions(names), data.leakage_ngram)
-        return find_leaks((row.asked for row in rows), index, names, data.leakage_share)
+        counts = [0] * len(sets)
+
+        def questions() -> Iterator[str]:
+            for place, rows in enumerate(sets):
+                for row in rows:
+                    counts[place] += 1
+                    yield row.asked
+
+        report = find_leaks(questions(), index, names, data.leakage_share)
+        report.rows_of_each = counts
+        return report
 
     def build(folder: Path) -> None:
         write_text(folder / "report.json", json.dumps(asdict(compare())))
 
-    is_hub_stream = rows.streaming and rows.source.files() is None  # its content has no key before it is read
-    if rows.root is None or is_hub_stream:
+    # The content of a stream from the Hub has no key before it is read
+    is_hub_stream = data.streaming and any(rows.source.files() is None for rows in sets)
+    root = sets[0].root
+    if root is None or is_hub_stream:
         return compare()
     identities = [(name, question_source(name).identity()) for name in names]
-    key = key_of("leakage", rows.key, identities, data.leakage_ngram, data.leakage_share)
-    folder = cached_folder(rows.root, f"leakage-{key}", build)
+    key = key_of("leakage", [rows.key for rows in sets], identities, data.leakage_ngram, data.leakage_share)
+    folder = cached_folder(root, f"leakage-{key}", build)
     return LeakageReport(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
 
 
-def _check_leakage(recipe: Recipe, rows: RowSet, say: Callable[[str], None], dry_run: bool) -> list[int]:
-    """Report leaked rows, write the file or refuse, as the recipe asks, and return the ids of the rows to leave out."""
-    report = _find_leaks(rows, recipe.data)
+def _check_leakage(
+    recipe: Recipe, sets: Sequence[RowSet], say: Callable[[str], None], dry_run: bool
+) -> list[list[int]]:
+    """Report leaked rows, write the file or refuse, as the recipe asks.
+
+    Returns:
+        For each data set, the places of the rows to leave out.
+    """
+    report = _find_leaks(sets, recipe.data)
     say("\n".join(f"=> {line}" for line in report.lines()))
     path = Path(str(recipe.training.output_dir)) / LEAKAGE
     if not dry_run and recipe.training.process_index == 0:
@@ -305,4 +341,6 @@ def _check_leakage(recipe: Recipe, rows: RowSet, say: Callable[[str], None], dry
             f"the first is row {first['row']} ({first['test']}){listed}. "
             "Set leakage to drop to leave them out, or to report to train on them."
         )
-    return report.leaked if recipe.data.leakage == "drop" else []
+    leaked = report.leaked if recipe.data.leakage == "drop" else []
+    ends = list(itertools.accumulate(report.rows_of_each, initial=0))
+    return [[row - start for row in leaked if start <= row < end] for start, end in itertools.pairwise(ends)]

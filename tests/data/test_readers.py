@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from matrix_llm.base.errors import DataError
-from matrix_llm.data import readers
+from matrix_llm.data import formats
 from matrix_llm.data.forms import Row
 from matrix_llm.data.readers import Source
 
@@ -71,7 +71,7 @@ def test_builtin_rows_differ_between_splits_and_repeat_with_the_seed():
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
 @pytest.mark.parametrize("indent", [None, 2])
 def test_a_json_array_is_read_whole_wherever_a_chunk_ends(tmp_path, monkeypatch, chunk, indent):
-    monkeypatch.setattr(readers, "ARRAY_CHUNK", chunk)
+    monkeypatch.setattr(formats, "ARRAY_CHUNK", chunk)
     made = [{"query": f'say "{i}], [" \u00e9 {{', "response": "[1]"} for i in range(20)]
     (tmp_path / "a.json").write_text(" \n" + json.dumps(made, indent=indent) + "\n", encoding="utf-8-sig")
     assert [found for _, found in Source(str(tmp_path / "a.json")).read()] == made
@@ -82,7 +82,7 @@ def test_a_json_array_is_read_whole_wherever_a_chunk_ends(tmp_path, monkeypatch,
 
 def test_memory_does_not_grow_with_a_json_array(tmp_path, monkeypatch):
     """MetaMathQA is one array of 400 MB, which as Python objects takes 2 GB."""
-    monkeypatch.setattr(readers, "ARRAY_CHUNK", 1 << 14)
+    monkeypatch.setattr(formats, "ARRAY_CHUNK", 1 << 14)
     peaks = []
     for count in (1000, 4000):
         path = tmp_path / f"{count}.json"
@@ -135,9 +135,9 @@ def test_empty_and_missing_data_are_refused(tmp_path):
     assert "holds no rows" in refusal(jsonl(tmp_path / "empty.jsonl", []))
     assert "nothing at" in refusal(tmp_path / "none.jsonl")
     (tmp_path / "folder").mkdir()
-    assert "holds no .jsonl, .json, .parquet file" in refusal(tmp_path / "folder")
-    (tmp_path / "rows.csv").write_text("a,b")
-    assert "rows.csv: rows are read from" in refusal(tmp_path / "rows.csv")
+    assert "holds no .jsonl, .json" in refusal(tmp_path / "folder")
+    (tmp_path / "rows.xlsx").write_bytes(b"PK")
+    assert "rows.xlsx: rows are read from" in refusal(tmp_path / "rows.xlsx")
 
 
 def test_a_hub_id_that_cannot_be_reached_is_one_line_with_the_way_out():

@@ -15,7 +15,7 @@ import pytest
 from matrix_llm.base.errors import DataError
 from matrix_llm.base.files import read_jsonl
 from matrix_llm.data.readers import Source
-from matrix_llm.data.streaming import TokenStream, shuffle_through_buffer
+from matrix_llm.data.streaming import StreamedSet, TokenStream, shuffle_through_buffer
 from matrix_llm.data.tokens import Encoder
 from matrix_llm.run.prepare import prepare_data
 from matrix_llm.train import main
@@ -29,7 +29,7 @@ def quiet(_):
 
 def stream(path, tokenizer, buffer=1, **options):
     encoder = Encoder(tokenizer, "template", prompt_template="plain", **options)
-    return TokenStream(Source(path), encoder, seed=0, buffer=buffer)
+    return TokenStream([StreamedSet(Source(path), encoder)], seed=0, buffer=buffer)
 
 
 def take(items, count):
