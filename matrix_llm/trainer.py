@@ -284,8 +284,10 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
         metrics: defaultdict[str, list[float]] = self._metrics["train"]
 
         # 1. the window's token-weighted means; an auxiliary loss is a mean over its micro-batches
-        self._count_tokens()
+        seen = self._count_tokens()
         metrics.update({name: [value] for name, value in self._take_means("train").items()})
+        if metrics or "loss" in logs:
+            metrics["num_tokens"] = [seen]
 
         # 2. plain SFT's loss is its cross-entropy (and a mixture's auxiliary loss), unless it trains another one
         if self.args.mce_weight == 0 and self._trains_cross_entropy and "loss" in logs:
@@ -293,7 +295,6 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
 
         # 3. progress and speed
         if "loss" in logs:
-            metrics["num_tokens"] = [self._total_train_tokens]
             if self.args.mce_warmup_steps and self._matrix_head is not None:
                 metrics["mce_weight"] = [self._matrix_head.mce_weight]  # of the window's last step
             metrics.update({name: [value] for name, value in self._measure_speed().items()})
