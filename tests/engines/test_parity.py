@@ -177,6 +177,10 @@ def test_packing_that_joins_rows_is_refused(settings, said, tmp_path):
             {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_SP_SIZE": "4"},
             r"sequence parallelism \(sp_size=4\).*Remove it",
         ),
+        (
+            {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"},
+            r"context parallelism \(cp_size=2\).*ZeRO-3 or FSDP2",
+        ),
         ({"ACCELERATE_USE_FSDP": "true"}, "FSDP version 1.*--fsdp_version 2"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP version 1.*ds_configs/fsdp2.yaml"),
     ],
@@ -198,9 +202,10 @@ def test_what_the_launcher_asks_for_and_the_loss_cannot_follow_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_tensor_parallelism_given_in_python_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match="tensor parallelism"):
-        MatrixConfig(**config(tmp_path, parallelism_config=ParallelismConfig(tp_size=2)))
+@pytest.mark.parametrize(("key", "said"), [("tp_size", "tensor parallelism"), ("cp_size", "context parallelism")])
+def test_parallelism_given_in_python_is_refused(key, said, tmp_path):
+    with pytest.raises(RecipeError, match=said):
+        MatrixConfig(**config(tmp_path, parallelism_config=ParallelismConfig(**{key: 2})))
 
 
 def test_tensor_parallelism_in_a_deepspeed_file_is_refused(tmp_path, monkeypatch):
