@@ -23,6 +23,24 @@ LEAKY = {  # architectures of transformers that do not restart where the positio
     "bloom": {"model_type": "bloom", "n_layer": 2, "n_head": 2},
     "falcon": {"model_type": "falcon", "alibi": False},
     "mamba": {"model_type": "mamba", "state_size": 8},
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "head_dim": 16,
+        "num_key_value_heads": 1,
+        "layer_types": ["full_attention", "full_attention"],
+    },
+    "lfm2": {"model_type": "lfm2", "full_attn_idxs": [1], "block_multiple_of": 8, "num_key_value_heads": 1},
+    "nemotron_h": {
+        "model_type": "nemotron_h",
+        "layers_block_type": ["mamba", "attention"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 4,
+        "mamba_n_groups": 1,
+        "ssm_state_size": 16,
+        "num_key_value_heads": 1,
+    },
 }
 
 

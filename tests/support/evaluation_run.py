@@ -1,6 +1,6 @@
 """Evaluates held-out rows with MatrixTrainer in every case below, on however many processes the environment says.
 
-    python tests/support/evaluation_run.py OUT.json
+python tests/support/evaluation_run.py OUT.json
 """
 
 import json
@@ -28,6 +28,7 @@ CASES = {
     "packed": {"packing": True, "max_length": 48, "per_device_eval_batch_size": 1},
     "padding-free": {"padding_free": True, "max_length": None},
     "mixture": {"architecture": "mixtral"},
+    "streamed": {},
 }
 COUNTS = (1, 5, 11)
 
@@ -39,11 +40,16 @@ def evaluate(path: str) -> dict[str, dict[str, float]]:
     for case, changes in CASES.items():
         settings = {"per_device_eval_batch_size": 2, **changes}
         model = tiny_model(settings.pop("architecture", "llama"))
+        held_out = {str(count): rows(count, seed=3, longest=40) for count in COUNTS}
+        train_rows = rows()
+        if case == "streamed":
+            train_rows = train_rows.to_iterable_dataset()
+            held_out = {name: data.to_iterable_dataset() for name, data in held_out.items()}
         trainer = MatrixTrainer(
             model,
             MatrixConfig(**config(path, **settings)),
-            train_dataset=rows(),
-            eval_dataset={str(count): rows(count, seed=3, longest=40) for count in COUNTS},
+            train_dataset=train_rows,
+            eval_dataset=held_out,
             processing_class=tokenizer,
         )
         found[case] = trainer.evaluate()
