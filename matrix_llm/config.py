@@ -149,6 +149,12 @@ class MatrixConfig(SFTConfig):
                 "Trainer then reduces the model's own loss across processes, without the MCE term",
                 "Remove it.",
             )
+        if sharding.context_parallel > 1:
+            raise self._clash(
+                f"context parallelism (cp_size={sharding.context_parallel})",
+                "each process would hold a part of every row, and the MCE term was never shown to be right then",
+                "Remove it, and shard with ZeRO-3 or FSDP2 instead.",
+            )
         if sharding.fsdp_version == "1":
             raise self._clash(
                 "FSDP version 1",
@@ -170,7 +176,9 @@ class Sharding:
     tensor_parallel: int
     """Processes that share each layer's weights, by Accelerate's parallelism config."""
     sequence_parallel: int
-    """Processes that share each row's tokens."""
+    """Processes that share each row's tokens, by DeepSpeed."""
+    context_parallel: int
+    """Processes that share each row's tokens, by ring attention."""
     deepspeed_tensor_parallel: int
     """Processes that share each layer's weights, by the `tensor_parallel` block of the DeepSpeed config."""
     fsdp_version: str | None
@@ -185,6 +193,7 @@ class Sharding:
         return cls(
             tensor_parallel=cls._parallel_size(training, "tp_size"),
             sequence_parallel=cls._parallel_size(training, "sp_size"),
+            context_parallel=cls._parallel_size(training, "cp_size"),
             deepspeed_tensor_parallel=int(blocks.get("tensor_parallel", {}).get("autotp_size", 1)),
             fsdp_version=version if fsdp or _environment_says("ACCELERATE_USE_FSDP") else None,
         )

@@ -20,7 +20,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from matrix_llm.model.lm_head import MatrixHead, add_matrix_head, head_effective
 from matrix_llm.model.load import repair_generation_settings
 from matrix_llm.model.packing import check_isolation
 from matrix_llm.run.checkpoint_files import last_complete_checkpoint
-from matrix_llm.run.evaluation import mask_repeated_rows, weighted_mean
+from matrix_llm.run.evaluation import count_stream, mask_repeated_rows, weighted_mean
 from matrix_llm.run.saving import AtomicCheckpoints
 from matrix_llm.run.window import TokenClock, TokenSums, peak_memory_gib, training_flops_per_token
 
@@ -94,13 +94,20 @@ class WatchCallback(TrainerCallback):
 
 
 def to_matrix_config(args: MatrixConfig | TrainingArguments | None) -> MatrixConfig:
-    """The trainer's settings from whatever `SFTTrainer` takes; the mce_ settings then have their defaults."""
+    """The trainer's settings from whatever `SFTTrainer` takes; the mce_ settings then have their defaults.
+
+    What a subclass of the caller's adds to SFTConfig stays an attribute.
+    """
     if args is None:
         return MatrixConfig("runs/matrix_llm")
     if isinstance(args, MatrixConfig):
         return args
     tokens = {name: value for name, value in vars(args).items() if name.endswith("_token")}  # to_dict hides them all
-    return MatrixConfig(**{**args.to_dict(), **tokens})
+    given, known = {**args.to_dict(), **tokens}, {field.name for field in fields(MatrixConfig)}
+    config = MatrixConfig(**{name: value for name, value in given.items() if name in known})
+    for name in given.keys() - known:
+        setattr(config, name, getattr(args, name))
+    return config
 
 
 class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
@@ -284,8 +291,10 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
         metrics: defaultdict[str, list[float]] = self._metrics["train"]
 
         # 1. the window's token-weighted means; an auxiliary loss is a mean over its micro-batches
-        self._count_tokens()
+        seen = self._count_tokens()
         metrics.update({name: [value] for name, value in self._take_means("train").items()})
+        if metrics or "loss" in logs:
+            metrics["num_tokens"] = [seen]
 
         # 2. plain SFT's loss is its cross-entropy (and a mixture's auxiliary loss), unless it trains another one
         if self.args.mce_weight == 0 and self._trains_cross_entropy and "loss" in logs:
@@ -293,7 +302,6 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
 
         # 3. progress and speed
         if "loss" in logs:
-            metrics["num_tokens"] = [self._total_train_tokens]
             if self.args.mce_warmup_steps and self._matrix_head is not None:
                 metrics["mce_weight"] = [self._matrix_head.mce_weight]  # of the window's last step
             metrics.update({name: [value] for name, value in self._measure_speed().items()})
@@ -329,6 +337,12 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
 
     # -- held-out rows ------------------------------------------------------------------------------------------------
 
+    def get_eval_dataloader(self, *args, **kwargs):
+        return count_stream(super().get_eval_dataloader(*args, **kwargs))
+
+    def get_test_dataloader(self, *args, **kwargs):
+        return count_stream(super().get_test_dataloader(*args, **kwargs))
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
         """SFTTrainer's, on the rows that no other process has had."""
         # 1. rows that only complete the last batch train nothing, and so count nothing
@@ -359,6 +373,7 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
 
         # 2. the means over all batches and processes
+        assert output.metrics is not None
         loss = output.metrics.get(f"{metric_key_prefix}_loss")
         if loss is None:  # no batch, or no labels
             return output
@@ -467,8 +482,8 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
         way_out = f"resume from {last}" if last else "no checkpoint was written yet"
         raise NonFiniteLossError(
             f"The loss is {found[0][0]} at step {self.state.global_step + 1}, on the data rows "
-            f"{rows or 'unknown (packed)'}. The optimizer has not stepped, {way_out}. Look at these rows, lower "
-            "learning_rate, or set max_grad_norm."
+            f"{rows or 'unknown (packed, or no row_id)'}. The optimizer has not stepped, {way_out}. Look at these "
+            "rows, lower learning_rate, or set max_grad_norm."
         )
 
     def check_packing(self) -> None:

@@ -4,6 +4,7 @@ import copy
 import gc
 import inspect
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -368,6 +369,17 @@ def test_the_settings_of_sft_trainer_are_taken_with_the_defaults_of_mce(kind, tm
     assert (trainer.args.learning_rate, trainer.args.mce_weight, trainer.args.hub_token) == (3e-4, 1.0, "x")
     trainer.train()
     assert history(trainer, "mce")
+
+
+@dataclass
+class OwnConfig(SFTConfig):
+    flavour: str = "plain"
+
+
+def test_settings_that_a_subclass_of_sft_config_adds_are_kept(tmp_path, tiny_tokenizer):
+    args = OwnConfig(str(tmp_path), flavour="sweet", use_cpu=True, bf16=False, report_to="none")
+    trainer = MatrixTrainer(tiny_model(), args, train_dataset=rows(), processing_class=tiny_tokenizer)
+    assert (trainer.args.flavour, trainer.args.mce_weight) == ("sweet", 1.0)
 
 
 def test_the_constructor_shows_the_signature_of_sft_trainers():

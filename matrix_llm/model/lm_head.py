@@ -372,7 +372,8 @@ def add_matrix_head(model: PreTrainedModel, settings: LossSettings) -> MatrixHea
         if args:
             raise TypeError("matrix_loss=True takes keyword arguments only.")
         kwargs.pop("num_items_in_batch", None)
-        return self._matrix_head.forward(self, kwargs.pop("labels", None), kwargs.pop("shift_labels", None), kwargs)
+        head: Any = self._matrix_head  # that of the trainer whose turn it is
+        return head.forward(self, kwargs.pop("labels", None), kwargs.pop("shift_labels", None), kwargs)
 
     model.forward = types.MethodType(forward, model)
     model._matrix_head = matrix_head  # type: ignore[assignment]

@@ -5,10 +5,42 @@ Legend: B batch, T sequence, R rows that were put into the batch (B, or several 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.data_loader import IterableDatasetShard
+from torch.utils.data import DataLoader, IterableDataset
+
+
+class CountedStream(IterableDataset):
+    """A stream that tells its data loader, once it has ended, how many rows of the last batch were not seen before.
+
+    accelerate knows that of data with a length alone. Counted in this process: not with dataloader_num_workers.
+    """
+
+    def __init__(self, stream: Any, loader: Any, rows_at_once: int) -> None:
+        self.stream, self.loader, self.rows_at_once = stream, loader, rows_at_once
+
+    def __iter__(self) -> Iterator[Any]:
+        rows = 0
+        for row in self.stream:
+            rows += 1
+            yield row
+        self.loader.remainder = rows % self.rows_at_once
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.stream, "set_epoch"):
+            self.stream.set_epoch(epoch)
+
+
+def count_stream(loader: DataLoader) -> DataLoader:
+    """Count the rows of a stream that is split over processes; any other loader stays as it is."""
+    shard = loader.dataset
+    if isinstance(shard, IterableDatasetShard) and not isinstance(shard.dataset, CountedStream):
+        rows_at_once = shard.batch_size * (1 if shard.split_batches else shard.num_processes)
+        shard.dataset = CountedStream(shard.dataset, loader, rows_at_once)
+    return loader
 
 
 def mask_repeated_rows(inputs: dict[str, Any], accelerator: Accelerator) -> None:

@@ -23,6 +23,24 @@ LEAKY = {  # architectures of transformers that do not restart where the positio
     "bloom": {"model_type": "bloom", "n_layer": 2, "n_head": 2},
     "falcon": {"model_type": "falcon", "alibi": False},
     "mamba": {"model_type": "mamba", "state_size": 8},
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "head_dim": 16,
+        "num_key_value_heads": 1,
+        "layer_types": ["full_attention", "full_attention"],
+    },
+    "lfm2": {"model_type": "lfm2", "full_attn_idxs": [1], "block_multiple_of": 8, "num_key_value_heads": 1},
+    "nemotron_h": {
+        "model_type": "nemotron_h",
+        "layers_block_type": ["mamba", "attention"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 4,
+        "mamba_n_groups": 1,
+        "ssm_state_size": 16,
+        "num_key_value_heads": 1,
+    },
 }
 
 
@@ -177,6 +195,10 @@ def test_packing_that_joins_rows_is_refused(settings, said, tmp_path):
             {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_SP_SIZE": "4"},
             r"sequence parallelism \(sp_size=4\).*Remove it",
         ),
+        (
+            {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"},
+            r"context parallelism \(cp_size=2\).*ZeRO-3 or FSDP2",
+        ),
         ({"ACCELERATE_USE_FSDP": "true"}, "FSDP version 1.*--fsdp_version 2"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP version 1.*ds_configs/fsdp2.yaml"),
     ],
@@ -198,9 +220,10 @@ def test_what_the_launcher_asks_for_and_the_loss_cannot_follow_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_tensor_parallelism_given_in_python_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match="tensor parallelism"):
-        MatrixConfig(**config(tmp_path, parallelism_config=ParallelismConfig(tp_size=2)))
+@pytest.mark.parametrize(("key", "said"), [("tp_size", "tensor parallelism"), ("cp_size", "context parallelism")])
+def test_parallelism_given_in_python_is_refused(key, said, tmp_path):
+    with pytest.raises(RecipeError, match=said):
+        MatrixConfig(**config(tmp_path, parallelism_config=ParallelismConfig(**{key: 2})))
 
 
 def test_tensor_parallelism_in_a_deepspeed_file_is_refused(tmp_path, monkeypatch):
