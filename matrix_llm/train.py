@@ -96,21 +96,27 @@ def print_plan(recipe: Recipe) -> None:
 
 def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     """A complete run. One that `stop` ends early saves a checkpoint and prints how to resume."""
+    from matrix_llm.run.inputs import INPUTS, check_inputs, inputs_of
     from matrix_llm.run.preemption import resume_command
     from matrix_llm.run.prepare import prepare_data
 
     training, output = recipe.training, Path(str(recipe.training.output_dir))
     started = time.perf_counter()
 
-    # 1. Rows, then model and trainer
+    # 1. Rows, then model and trainer. A resumed run must read what it was started with.
+    resume = find_resume_checkpoint(training)
+    with training.main_process_first(desc="comparing the rows with those of the run"):
+        inputs = inputs_of(recipe)
+        if resume:
+            check_inputs(Path(resume), inputs)
     prepared = prepare_data(recipe, say=say)
     check_launch(recipe, prepared)
     trainer = make_trainer(recipe, prepared)
     report = prepared.report
     results: dict[str, Any] = {"train_rows": report.rows_kept, "data": asdict(report), "processes": training.world_size}
+    results[INPUTS] = inputs
 
     # 2. Greedy accuracy before training. A resumed run cannot measure it again, and takes it from the first start.
-    resume = find_resume_checkpoint(training)
     earlier = output / PARTIAL
     if resume and earlier.is_file():
         results |= json.loads(earlier.read_text(encoding="utf-8"))

@@ -288,7 +288,7 @@ class Source:
         digest = hashlib.sha256()
         for file in files:
             for path in sorted(file.iterdir()) if file.is_dir() else [file]:
-                digest.update(path.suffix.encode() + _file_digest(path, streaming))
+                digest.update(path.suffix.encode() + file_digest(path, streaming))
         return digest.hexdigest()
 
     def _hub_content(self, streaming: bool) -> str:
@@ -300,7 +300,8 @@ class Source:
             raise _unreadable_on_hub(self, error) from None
 
 
-def _file_digest(path: Path, ends_only: bool) -> bytes:
+def file_digest(path: Path, ends_only: bool) -> bytes:
+    """A digest of a file's bytes; of its size and its two ends, where all of it would take too long."""
     with path.open("rb") as file:
         size = path.stat().st_size
         if not ends_only or size <= 2 * ENDS:

@@ -14,7 +14,7 @@ import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple, TypeVar
 
 import datasets
@@ -98,10 +98,8 @@ class Streamed(NamedTuple):
 
     place: int
     """Which data set it is of."""
-    number: int
-    """Its place in this set, in reading order."""
-    row: Row
-    """The row itself."""
+    found: tuple[int, Row]
+    """Its place in this set, in reading order, and the row."""
 
 
 @dataclass
@@ -136,13 +134,13 @@ class TokenStream:
         """The rows of a pass, before they are shuffled through the buffer."""
         seed = f"{self.seed}/{number}/sets"
         each_set = [
-            (Streamed(place, *found) for found in each.read(random.Random(f"{seed}/{place}")))
+            map(partial(Streamed, place), each.read(random.Random(f"{seed}/{place}")))
             for place, each in enumerate(self.sets)
         ]
         return interleave(each_set, self._shares, random.Random(seed))
 
     def _row_id(self, item: Streamed) -> int:
-        return item.number * len(self.sets) + item.place
+        return item.found[0] * len(self.sets) + item.place
 
     def _pass(self, number: int) -> Iterator[dict[str, Any]]:
         mixed = shuffle_through_buffer(self._read(number), self.buffer, random.Random(f"{self.seed}/{number}"))
@@ -181,12 +179,12 @@ class TokenStream:
 
     def _encode(self, each: StreamedSet, items: Sequence[Streamed]) -> tuple[dict[str, list], Verdicts]:
         encoder = each.encoder
-        encoded = encoder.encode([item.row for item in items], [self._row_id(item) for item in items])
+        encoded = encoder.encode([item.found[1] for item in items], [self._row_id(item) for item in items])
         verdicts = judge(np.asarray(encoded["length"]), np.asarray(encoded["trained"]), encoder)
         if verdicts.is_over.any() and encoder.too_long == "error":
             first = int(verdicts.is_over.argmax())
             raise DataError(
-                f"row {items[first].number + 1} of {each.source} is {encoded['length'][first]} tokens long, "
+                f"row {items[first].found[0] + 1} of {each.source} is {encoded['length'][first]} tokens long, "
                 f"over max_length={encoder.max_length}. Raise max_length, or set too_long to drop or truncate."
             )
         return encoded, verdicts

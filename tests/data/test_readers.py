@@ -146,6 +146,59 @@ def test_a_hub_id_that_cannot_be_reached_is_one_line_with_the_way_out():
     assert "\n" not in str(error.value)
 
 
+# --- columns and slices -----------------------------------------------------------------------------------------------
+
+
+def test_columns_give_the_rows_our_names_and_hide_theirs(tmp_path):
+    path = jsonl(
+        tmp_path / "a.jsonl", [{"q": f"{i}?", "a": f"#### {i}", "query": "not this", "x": 1} for i in range(3)]
+    )
+    source = Source(path, columns={"question": "q", "answer": "a"})
+    assert next(found for _, found in source.read()) == {
+        "question": "0?",
+        "answer": "#### 0",
+        "query": "not this",
+        "x": 1,
+    }
+    assert [(row.question, row.answer) for row in source.rows()][1] == ("1?", "The answer is: 1")
+    swapped = Source(path, columns={"query": "x", "x": "query"})
+    assert next(swapped.read())[1] == {"query": 1, "x": "not this", "q": "0?", "a": "#### 0"}
+    assert len({Source(path).identity(), source.identity(), swapped.identity()}) == 3
+
+
+def test_a_column_that_the_rows_do_not_have_is_refused_with_the_nearest(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", OBJECTS)
+    message = refusal(path, columns={"question": "qurey", "answer": "response"})
+    assert message.startswith(f"{path} line 1: columns says question: qurey")
+    assert message.endswith("Did you mean query?")
+
+
+@pytest.mark.parametrize(
+    ("split", "places"),
+    [
+        ("train[:2]", [0, 1]), ("train[3:]", [3, 4]), ("train[1:3]", [1, 2]), ("train[:40%]", [0, 1]),
+        ("train[80%:]", [4]), ("train[-2:]", [3, 4]), ("train[:-4]", [0]), ("train[20%:-20%]", [1, 2, 3]),
+        ("train[:99]", [0, 1, 2, 3, 4]),
+    ],
+)  # fmt: skip
+def test_a_slice_of_a_split_is_that_of_the_hub(tmp_path, split, places):
+    path = jsonl(tmp_path / "a.jsonl", OBJECTS)
+    assert read(path, split=split) == [ROWS[place] for place in places]
+    assert Source(path, split=split).identity() != Source(path).identity()
+
+
+def test_a_slice_keeps_line_numbers_true_and_an_empty_one_is_refused(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [*OBJECTS[:4], {"query": "1"}])
+    assert "line 5: no `response`" in refusal(path, split="train[3:]")
+    assert "(split train[9:]) holds no rows" in refusal(path, split="train[9:]")
+    for wrong in ("train+test", "train[:x]", "train[:200%]", "train[1:2:3]", "train["):
+        assert "split" in refusal(path, split=wrong)
+
+
+def test_builtin_rows_can_be_sliced(tmp_path):
+    assert read("builtin", split="train[5:7]", builtin_rows=10) == read("builtin", builtin_rows=10)[5:7]
+
+
 # --- what rows are known by -------------------------------------------------------------------------------------------
 
 
