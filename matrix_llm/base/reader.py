@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from matrix_llm.base.errors import RecipeError
-from matrix_llm.base.values import alternatives, check_value, nearest, type_name
+from matrix_llm.base.values import YamlLoader, alternatives, check_value, nearest, type_name
 
 COMMAND_LINE = "on the command line"
 
@@ -104,8 +104,8 @@ class Settings:
 # -------------------------------------------------------------------------------------------------------------- YAML
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses two kinds of keys: one given twice, of which YAML readers silently take the last,
+class _StrictLoader(YamlLoader):
+    """YamlLoader that refuses two kinds of keys: one given twice, of which YAML readers silently take the last,
     and a list or a mapping, which cannot be a Python dictionary key."""
 
     def construct_mapping(self, node, deep=False):

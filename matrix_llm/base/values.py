@@ -114,6 +114,9 @@ INHERITED_RANGES = {
     "dataset_num_proc": _COUNT,
 }
 
+# Declared as text alone, although true and false mean something too: the last checkpoint, and none.
+INHERITED_TYPES: dict[str, Any] = {"resume_from_checkpoint": str | bool | None}
+
 
 def check_choice(key: str, value: Any, choices: Sequence[str], also: str = "") -> None:
     """Raise RecipeError with the nearest choice. `also` names, in words, what else is allowed."""
@@ -127,6 +130,34 @@ def nearest(name: Any, names: Iterable[str]) -> str:
     """ " Did you mean ...?" with the names closest to `name`, or "" where none is close."""
     close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+# -------------------------------------------------------------------------------------------------------------- YAML
+
+
+class YamlLoader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-6 as a number, as YAML 1.2 and JSON do, at any depth. To YAML 1.1 it is a text."""
+
+
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_numbers(value: Any) -> Any:
+    """`value` with every text that spells a number, at any depth, as that number.
+
+    >>> read_numbers({"min_lr": "1e-6", "mode": "max", "milestones": ["5", 7]})
+    {'min_lr': 1e-06, 'mode': 'max', 'milestones': [5, 7]}
+    """
+    if isinstance(value, dict):
+        return {key: read_numbers(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [read_numbers(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    number = yaml.load(value, YamlLoader) if re.fullmatch(r"[-+.\deE]+", value.strip()) else None
+    return number if type(number) in (int, float) else value
 
 
 # ------------------------------------------------------------------------------------------------------------- types
@@ -172,7 +203,7 @@ def _parse_word(word: str, cls: Any, text_allowed: bool) -> Any:
         return [part.strip() for part in word.split(",")]  # --lora_target_modules q_proj,v_proj
     if cls is type(None) and word.lower() == "none" and not text_allowed:
         return None
-    return yaml.safe_load(word)
+    return yaml.load(word, YamlLoader)
 
 
 def _convert(value: Any, kind: Any, from_text: bool, text_allowed: bool) -> Any:
@@ -208,7 +239,7 @@ def check_value(key: str, value: Any, field: dataclasses.Field, annotation: Any,
         RecipeError: another type, out of range, or not among the choices.
     """
     # 1. The types and the choices that the dataclass allows
-    kinds = alternatives(annotation)
+    kinds = alternatives(INHERITED_TYPES.get(key, annotation))
     enums = [kind for kind in kinds if issubclass(_class_of(kind), enum.Enum)]
     if enums:  # transformers writes `SchedulerType | str`, and means one of SchedulerType's values
         kinds = [kind for kind in kinds if kind is not str]
