@@ -25,7 +25,14 @@ from matrix_llm.base.reader import Settings, find_from_repository
 from matrix_llm.base.values import check_choice, check_fields, read_numbers, setting
 from matrix_llm.checks.evaluation import check_best_is_saved, check_metric, is_higher_better
 from matrix_llm.checks.keys import check_keys
-from matrix_llm.checks.machine import MissingOnThisMachineError, check_attention, check_machine, check_reports
+from matrix_llm.checks.machine import (
+    MissingOnThisMachineError,
+    check_attention,
+    check_compile,
+    check_loader,
+    check_machine,
+    check_reports,
+)
 from matrix_llm.checks.optimizer import check_optimizer, check_schedule
 from matrix_llm.data.prompts import resolve_template
 from matrix_llm.data.readers import local_path, looks_local
@@ -535,6 +542,9 @@ def _check_combinations(model: ModelArguments, data: DataArguments, given: Mappi
 def _check_training(model: ModelArguments, training: MatrixConfig, given: Mapping[str, Any]) -> None:
     """Refuse what transformers and TRL would refuse, or ignore, after the rows are read and the weights loaded."""
     check_attention(model.attn_implementation)
+    _check_template_file(training)
+    check_loader(training)
+    check_compile(training)
     check_schedule(training, given)
     check_metric(training, given)
     if training.packing and training.max_length is None:
@@ -572,6 +582,12 @@ def _check_paths(model: ModelArguments, data: DataArguments) -> None:
     name = model.model_name_or_path
     if name is not None and name.startswith((".", "/", "~")) and not (path := Path(name).expanduser()).is_dir():
         raise RecipeError(f"model_name_or_path={name!r}: no folder at {path.absolute()}. Correct the path.")
+
+
+def _check_template_file(training: MatrixConfig) -> None:
+    template = training.chat_template_path
+    if template is not None and not (file := Path(template).expanduser()).is_file():
+        raise RecipeError(f"chat_template_path={template!r}: no file at {file.absolute()}. Give a Jinja file.")
 
 
 def _check_leakage(data: DataArguments, given: Mapping[str, Any]) -> None:

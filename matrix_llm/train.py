@@ -4,7 +4,7 @@
     python matrix_llm/train.py recipes/llemma7b.yaml --dry_run
 
 1. the recipe, its overrides and the output directory are checked; nothing has been loaded yet (run/command.py)
-2. rows, tokenizer, label masks; what was dropped is printed
+2. the model's configuration; rows, tokenizer, label masks; what was dropped is printed
 3. --dry_run prints the plan and stops
 4. the model, the trainer, greedy accuracy before
 5. training; metrics.jsonl grows as it goes
@@ -64,12 +64,16 @@ GATHER = "stage3_gather_16bit_weights_on_model_save"
 
 def print_plan(recipe: Recipe) -> None:
     """Print rows and their lengths, the resolved recipe, the loss, steps, memory per GPU, and one row with its mask."""
+    from matrix_llm.model.early_checks import check_model
     from matrix_llm.model.load import load_config
     from matrix_llm.plan.memory import memory_lines
     from matrix_llm.plan.steps import describe_loss, masked_sample, plan_steps
     from matrix_llm.run.prepare import prepare_data
 
-    # 1. Rows and tokenizer; no weights
+    # 1. What a run would be refused for; then rows and tokenizer, no weights
+    check_model(recipe)
+    if recipe.missing:
+        say(f"=> a run on this machine would be refused: {recipe.missing}")
     training, processes = recipe.training, int(os.environ.get("WORLD_SIZE", "1"))
     prepared = prepare_data(recipe, say=say, dry_run=True)
     config = load_config(recipe.model, prepared.tokenizer, trust_remote_code=training.trust_remote_code)
@@ -96,13 +100,15 @@ def print_plan(recipe: Recipe) -> None:
 
 def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     """A complete run. One that `stop` ends early saves a checkpoint and prints how to resume."""
+    from matrix_llm.model.early_checks import check_model
     from matrix_llm.run.preemption import resume_command
     from matrix_llm.run.prepare import prepare_data
 
     training, output = recipe.training, Path(str(recipe.training.output_dir))
     started = time.perf_counter()
 
-    # 1. Rows, then model and trainer
+    # 1. What the model's configuration tells; rows; then model and trainer
+    check_model(recipe)
     prepared = prepare_data(recipe, say=say)
     check_launch(recipe, prepared)
     trainer = make_trainer(recipe, prepared)
@@ -172,6 +178,7 @@ def make_trainer(recipe: Recipe, prepared: "Prepared") -> "MatrixTrainer":
 
     training, tokenizer = recipe.training, prepared.tokenizer
     training.dataset_kwargs = prepared.dataset_kwargs
+    training.assistant_only_loss, training.chat_template_path = False, None  # done: TRL would do it to rows of text
 
     # 1. The plan
     for report in (prepared.report, prepared.held_out_report):

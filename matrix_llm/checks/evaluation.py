@@ -63,13 +63,15 @@ def check_metric(training: TrainingArguments, given: Mapping[str, Any]) -> None:
             f"{reader}={value!r} needs a metric to compare. Write `metric_for_best_model: eval_loss`, or another of "
             f"{', '.join(MEASURED)}."
         )
-    # 3. Whether it is one that exists
-    name = metric.removeprefix("eval_")
-    is_of_a_named_set = isinstance(given.get("eval_dataset"), dict) and any(name.endswith(f"_{m}") for m in MEASURED)
-    if name not in MEASURED and not is_of_a_named_set:
+    # 3. Whether it is one that exists: eval_ce, or eval_NAME_ce if eval_dataset names its data sets
+    sets = given.get("eval_dataset")
+    names = list(sets) if isinstance(sets, dict) and "path" not in sets else []
+    known = [f"{name}_{each}" for name in names for each in MEASURED] if names else MEASURED
+    wanted = metric.removeprefix("eval_")
+    if wanted not in known:
         raise RecipeError(
             f"metric_for_best_model={metric!r} is not measured on held-out rows. Choose one of "
-            f"{', '.join(f'eval_{each}' for each in MEASURED)}.{nearest(name, MEASURED)}"
+            f"{', '.join(f'eval_{each}' for each in known)}.{nearest(wanted, known)}"
         )
 
 

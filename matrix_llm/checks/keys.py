@@ -105,7 +105,7 @@ REFUSED = {
     "parallelism_config": Refusal("a recipe cannot hold it", "Give the sizes to `accelerate launch`."),
     "local_rank": Refusal("the launcher numbers the processes", "Remove it."),
     # checkpoints
-    "enable_jit_checkpoint": Refusal("SIGTERM and SIGUSR1 already save a checkpoint here", "Remove it."),
+    "enable_jit_checkpoint": Refusal("SIGTERM already saves a checkpoint here", "Remove it."),
     # the Hub
     "hub_always_push": Refusal("only the finished run is pushed", "Remove it."),
 }

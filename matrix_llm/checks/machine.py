@@ -4,10 +4,14 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
+from accelerate.utils import DynamoBackend
+from torch._inductor import list_mode_options
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.training_args import ParallelMode
 
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.values import check_choice
@@ -42,6 +46,32 @@ def check_attention(attention: str | None) -> None:
     check_choice("attn_implementation", attention, known, also="a kernel of the Hub, such as kernels-community/...")
 
 
+def check_loader(training: TrainingArguments) -> None:
+    """Refuse settings of the data loader that torch would refuse at the first step."""
+    try:
+        DataLoader(
+            [0],  # type: ignore[arg-type]
+            num_workers=training.dataloader_num_workers,
+            multiprocessing_context=training.dataloader_multiprocessing_context,
+            persistent_workers=training.dataloader_persistent_workers,
+            prefetch_factor=training.dataloader_prefetch_factor,
+        )
+    except ValueError as error:
+        raise RecipeError(
+            f"dataloader_num_workers={training.dataloader_num_workers} does not fit the other dataloader_ settings: "
+            f"{str(error).removesuffix('.')}. Set dataloader_num_workers to 1 or more, or remove them."
+        ) from None
+
+
+def check_compile(training: TrainingArguments) -> None:
+    """Refuse a backend or a mode of torch.compile that does not exist."""
+    if training.torch_compile_backend is not None:
+        names = [each.value.lower() for each in DynamoBackend if each.value != "NO"]
+        check_choice("torch_compile_backend", training.torch_compile_backend.lower(), names)
+    if training.torch_compile_mode is not None:
+        check_choice("torch_compile_mode", training.torch_compile_mode, list(list_mode_options()))
+
+
 def check_machine(model: Any, training: TrainingArguments) -> None:
     """Refuse what needs a package or a device that is not here.
 
@@ -51,9 +81,16 @@ def check_machine(model: Any, training: TrainingArguments) -> None:
     Raises:
         MissingOnThisMachineError: the first thing that is missing.
     """
+    # 1. Packages
     for key, value, package in _needed_packages(model, training):
         if importlib.util.find_spec(package) is None:
             raise _missing(f"{key}={value!r}", package)
+    # 2. Processes and devices
+    if training.fsdp and training.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise MissingOnThisMachineError(
+            f"fsdp={training.fsdp!r} shards over several processes, and this is one. Start it with `accelerate launch "
+            "--num_processes 2`, or remove fsdp."
+        )
     if training.device.type != "cpu":
         return
     attention = model.attn_implementation or ""

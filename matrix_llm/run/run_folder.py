@@ -96,6 +96,11 @@ def check_output_dir(training: TrainingArguments, resolved: Mapping[str, Any]) -
         )
     # 4. the checkpoint to resume from
     checkpoint = find_resume_checkpoint(training)
+    if checkpoint is not None and training.save_only_model:
+        raise RecipeError(
+            f"resume_from_checkpoint={resume!r} with save_only_model=True: {checkpoint} holds no optimizer, so the run "
+            "would go on as another one. Start again in another output_dir, without save_only_model."
+        )
     if checkpoint is not None:
         _check_resumable(Path(checkpoint), training, resolved)
     elif resume:
