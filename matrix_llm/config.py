@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer_utils import FSDPOption
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
@@ -84,6 +85,7 @@ class MatrixConfig(SFTConfig):
         if self.bf16 is None and not self.fp16 and not self.use_cpu and not is_torch_bf16_gpu_available():
             self.bf16 = False  # SFTConfig would set True, and refuse itself
         check_fields(self)
+        self.adam_beta1, self.adam_beta2 = float(self.adam_beta1), float(self.adam_beta2)  # torch refuses the integer 0
         self._check_embeddings()
         if self.mce_weight > 0:
             self._check_loss()
@@ -447,7 +449,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run: boo
     resolved.pop("hub_token", None)  # a secret: it is passed on, and never written
 
     # 2. Relative paths, and a folder for the run
-    given.setdefault("output_dir", f"runs/{path.stem}")
+    given["output_dir"] = given.get("output_dir") or f"runs/{path.stem}"
+    if given.get("report_to") is None:
+        given.pop("report_to", None)  # transformers would report to a service of the name None
     for key in _PATHS:
         if isinstance(given.get(key), str):
             given[key] = find_from_repository(given[key], path)
@@ -467,7 +471,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run: boo
         if missing and not dry_run:
             raise RecipeError(missing)
     except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from None
+        raise RecipeError(" ".join(f"{path}: {error}".splitlines())) from None
     return Recipe(model=model, data=data, training=training, path=path, resolved=resolved, missing=missing)
 
 
@@ -547,6 +551,15 @@ def _check_training(model: ModelArguments, training: MatrixConfig, given: Mappin
     check_compile(training)
     check_schedule(training, given)
     check_metric(training, given)
+    check_choice("include_num_input_tokens_seen", training.include_num_input_tokens_seen, ["no", "all", "non_padding"])
+    if isinstance(given.get("gradient_checkpointing_kwargs"), str):
+        raise RecipeError(
+            f"gradient_checkpointing_kwargs={given['gradient_checkpointing_kwargs']!r} is a text, but must be a "
+            "mapping. Write {use_reentrant: false}, for example."
+        )
+    if isinstance(given.get("fsdp"), str):
+        for word in given["fsdp"].split():
+            check_choice("fsdp", word, [each.value for each in FSDPOption])
     if training.packing and training.max_length is None:
         raise RecipeError(
             "packing=True with max_length=None: packs have no length. Write `max_length: 1024`, or remove packing."

@@ -106,8 +106,8 @@ class EarlyStopping(EarlyStoppingCallback):
         count = saved["attributes"].get("early_stopping_patience_counter", 0)
         self.early_stopping_patience_counter = count if state.global_step > 0 else 0
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        super().on_evaluate(args, state, control, **kwargs)
+    def on_evaluate(self, args, state, control, metrics, **kwargs) -> None:  # type: ignore[override]
+        super().on_evaluate(args, state, control, metrics, **kwargs)
         if control.should_training_stop:
             say(
                 f"=> early stop at step {state.global_step}: {args.metric_for_best_model} has not improved in "

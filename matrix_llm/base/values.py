@@ -82,6 +82,7 @@ class _FieldMetadata(dict):
 
 _POSITIVE, _NOT_NEGATIVE, _COUNT = Range(above=0), Range(at_least=0), Range(at_least=1)
 _FRACTION = Range(at_least=0, below=1)
+_SEED = Range(at_least=0, at_most=2**32 - 1)  # NumPy's
 
 # transformers.TrainingArguments and trl.SFTConfig declare these without a range, and would accept any number.
 # The table is here rather than in config.py because image recipes are checked against it too.
@@ -93,6 +94,7 @@ INHERITED_RANGES = {
     "per_device_eval_batch_size": _COUNT,
     "gradient_accumulation_steps": _COUNT,
     "max_length": _COUNT,
+    "pad_to_multiple_of": _COUNT,
     # optimizer
     "learning_rate": _POSITIVE,
     "warmup_steps": _NOT_NEGATIVE,
@@ -102,20 +104,27 @@ INHERITED_RANGES = {
     "adam_epsilon": _POSITIVE,
     "max_grad_norm": _NOT_NEGATIVE,
     "label_smoothing_factor": _FRACTION,
+    "neftune_noise_alpha": _NOT_NEGATIVE,
+    "router_aux_loss_coef": _NOT_NEGATIVE,
     # logging and saving
     "logging_steps": _POSITIVE,
     "eval_steps": _POSITIVE,
+    "eval_delay": _NOT_NEGATIVE,
+    "eval_accumulation_steps": _COUNT,
     "save_steps": _POSITIVE,
     "save_total_limit": _COUNT,
     # seeds and processes
-    "seed": _NOT_NEGATIVE,
-    "data_seed": _NOT_NEGATIVE,
+    "seed": _SEED,
+    "data_seed": _SEED,
     "dataloader_num_workers": _NOT_NEGATIVE,
+    "dataloader_prefetch_factor": _COUNT,
+    "ddp_bucket_cap_mb": _COUNT,
+    "ddp_timeout": _COUNT,
     "dataset_num_proc": _COUNT,
 }
 
-# Declared as text alone, although true and false mean something too: the last checkpoint, and none.
-INHERITED_TYPES: dict[str, Any] = {"resume_from_checkpoint": str | bool | None}
+# Declared as text alone, although true and false mean something too: the last checkpoint and none, all shards and none
+INHERITED_TYPES: dict[str, Any] = dict.fromkeys(["resume_from_checkpoint", "fsdp"], str | bool | None)
 
 
 def check_choice(key: str, value: Any, choices: Sequence[str], also: str = "") -> None:
@@ -211,6 +220,8 @@ def _convert(value: Any, kind: Any, from_text: bool, text_allowed: bool) -> Any:
     cls = _class_of(kind)
     if from_text and cls in (bool, dict, list, tuple, type(None)):
         value = _parse_word(value, cls, text_allowed)
+    if cls is dict and isinstance(value, str) and value.lstrip().startswith("{"):
+        value = yaml.load(value, YamlLoader)  # a mapping in quotes
     # YAML 1.1 reads 2e-5 as text, so text that spells a number is accepted where a number is wanted.
     if cls is int and isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value):
         return int(value)

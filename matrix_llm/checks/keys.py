@@ -45,7 +45,8 @@ BY_US = {
     "output_dir", "average_tokens_across_devices", "logging_nan_inf_filter", "save_total_limit",
     "greater_is_better", "data_seed", "resume_from_checkpoint", "push_to_hub", "hub_token", "hub_private_repo",
     "hub_model_id", "hub_strategy", "hub_revision", "trust_remote_code", "chat_template_path", "dataset_num_proc",
-    "eos_token", "pad_token", "max_length", "eval_packing", "completion_only_loss", "assistant_only_loss",
+    "eos_token", "pad_token", "max_length", "eval_packing", "completion_only_loss", "assistant_only_loss", "do_train",
+    "do_eval",
 }  # fmt: skip
 
 
@@ -77,13 +78,6 @@ REFUSED = {
         "the model is loaded before the trainer is built", "Write dtype, attn_implementation or model_revision."
     ),
     # evaluation
-    "do_train": Refusal(
-        "a recipe always trains", "Remove it; --dry_run trains nothing, and eval/ scores a model.", (True,)
-    ),
-    "do_eval": Refusal(
-        "eval_dataset and eval_strategy decide whether held-out rows are evaluated",
-        "Remove it, or remove eval_dataset.",
-    ),
     "do_predict": Refusal("training predicts nothing", "Remove it; the scripts in eval/ answer test questions."),
     "bf16_full_eval": Refusal(
         "evaluation after training would cast the weights before they are saved", "Write `bf16: true`."
@@ -128,7 +122,7 @@ NEEDS = {
     ),
     "project": ("report_to", "trackio"),
     "liger_kernel_config": ("use_liger_kernel", "true"),
-    "fsdp_config": ("fsdp", "full_shard"),
+    "fsdp_config": ("fsdp", "true"),
     "eval_on_start": ("eval_dataset", "..."),
     "early_stopping_threshold": ("early_stopping_patience", "3"),
     "mce_order": ("mce_solver", "taylor"),
@@ -157,12 +151,29 @@ def check_keys(given: Mapping[str, Any]) -> None:
         if refusal is not None and value is not None and value not in (defaults.get(key), *refusal.harmless):
             way_out = refusal.way_out.format(value=value)
             raise RecipeError(f"{key}={value!r} cannot be honoured: {refusal.reason}. {way_out}")
+    _check_modes(given)
     _check_needs(given, defaults)
     _check_nested(given)
 
 
 def _default(field: dataclasses.Field) -> Any:
     return field.default_factory() if callable(field.default_factory) else field.default
+
+
+def _check_modes(given: Mapping[str, Any]) -> None:
+    """do_train and do_eval may say what happens anyway."""
+    if given.get("do_train") is False:
+        raise RecipeError(
+            "do_train=False cannot be honoured: a recipe trains. Remove it; --dry_run trains nothing, and the scripts "
+            "in eval/ score a model."
+        )
+    evaluates = given.get("eval_dataset") is not None
+    if given.get("do_eval") not in (None, evaluates):
+        way_out = "remove eval_dataset" if evaluates else "give eval_dataset"
+        raise RecipeError(
+            f"do_eval={given['do_eval']!r} cannot be honoured: held-out rows are evaluated if eval_dataset names some. "
+            f"Remove do_eval, or {way_out}."
+        )
 
 
 def _check_needs(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
