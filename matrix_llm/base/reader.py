@@ -39,6 +39,11 @@ class Settings:
             name: annotation for cls in parts.values() for name, annotation in typing.get_type_hints(cls).items()
         }
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all settings."""
+        return list(self._fields)
+
     def read(self, path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         """The checked settings of a recipe file, with the overrides of the command line.
 
