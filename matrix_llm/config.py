@@ -11,18 +11,30 @@ import copy
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer_utils import FSDPOption
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.gpus import GPUS
 from matrix_llm.base.reader import Settings, find_from_repository
-from matrix_llm.base.values import check_choice, check_fields, setting
+from matrix_llm.base.values import check_choice, check_fields, read_numbers, setting
+from matrix_llm.checks.evaluation import check_best_is_saved, check_metric, is_higher_better
+from matrix_llm.checks.keys import check_keys
+from matrix_llm.checks.machine import (
+    MissingOnThisMachineError,
+    check_attention,
+    check_compile,
+    check_loader,
+    check_machine,
+    check_reports,
+)
+from matrix_llm.checks.optimizer import check_optimizer, check_schedule
 from matrix_llm.data.entries import DatasetEntry, check_columns, check_exists, map_paths, read_entries
 from matrix_llm.data.forms import BOXED_ANSWERS
 from matrix_llm.data.prompts import CHAT, TRAIN_ON, resolve_template
@@ -32,13 +44,6 @@ __all__ = ["DataArguments", "MatrixConfig", "ModelArguments", "Recipe", "RecipeE
 
 
 # ------------------------------------------------------------------------------------------------ training and loss
-
-
-# metric_for_best_model: the direction of the metrics that MatrixTrainer logs
-HIGHER_IS_BETTER = {
-    **dict.fromkeys(["ce", "mce", "entropy", "aux_loss", "peak_memory_gib"], False),
-    **dict.fromkeys(["accuracy", "mean_token_accuracy", "effective_rank", "tokens_per_second", "mfu"], True),
-}
 
 
 @dataclass
@@ -70,6 +75,10 @@ class MatrixConfig(SFTConfig):
     """Whether the gradient of the MCE term also flows through the token vectors."""
     effective_rank_steps: int = setting(0, at_least=0)
     """Steps between measurements of the LM head's effective rank; 0: at the start and the end only."""
+    early_stopping_patience: int | None = setting(None, at_least=1)
+    """Evaluations in a row without a better metric_for_best_model, after which the run ends; None: it never does."""
+    early_stopping_threshold: float = setting(0.0, at_least=0)
+    """By how much the metric must improve to count as better."""
     logging_nan_inf_filter: bool = False
     """Whether NaN and infinite losses are filtered from the log; True would log them as 0.0 and hide a failed run."""
 
@@ -78,6 +87,7 @@ class MatrixConfig(SFTConfig):
         if self.bf16 is None and not self.fp16 and not self.use_cpu and not is_torch_bf16_gpu_available():
             self.bf16 = False  # SFTConfig would set True, and refuse itself
         check_fields(self)
+        self.adam_beta1, self.adam_beta2 = float(self.adam_beta1), float(self.adam_beta2)  # torch refuses the integer 0
         self._check_embeddings()
         if self.mce_weight > 0:
             self._check_loss()
@@ -88,11 +98,13 @@ class MatrixConfig(SFTConfig):
             )
         # 2. Which way our own metrics improve: for transformers, a name that does not end in "loss" is higher-is-better
         if self.greater_is_better is None and self.metric_for_best_model is not None:
-            metric = f"_{self.metric_for_best_model}"  # eval_ce, or eval_NAME_ce of a named evaluation set
-            known = [higher for name, higher in HIGHER_IS_BETTER.items() if metric.endswith(f"_{name}")]
-            self.greater_is_better = known[0] if known else None
-        # 3. What is known once SFTConfig has read the DeepSpeed and FSDP settings
+            self.greater_is_better = is_higher_better(self.metric_for_best_model)
+        # 3. What is known once SFTConfig has read its defaults and the DeepSpeed and FSDP settings
         super().__post_init__()
+        self._check_early_stopping()
+        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") and self.greater_is_better:
+            kwargs: dict[str, Any] = self.lr_scheduler_kwargs or {}  # type: ignore[assignment]
+            self.lr_scheduler_kwargs = {"mode": "max", **kwargs}  # their default is "min"
         if self.mce_weight > 0:
             self._check_sharding()
 
@@ -113,6 +125,20 @@ class MatrixConfig(SFTConfig):
                 "not a parameter of the model, so their gradient goes nowhere. Set mce_embedding_grad to false, or "
                 "mce_embeddings to lm_head or input."
             )
+
+    def _check_early_stopping(self) -> None:
+        """Refuse early stopping without a metric to stop by."""
+        if self.early_stopping_patience is None:
+            return
+        for key, missing, way_out in (
+            ("eval_strategy", self.eval_strategy == "no", "eval_strategy: steps"),
+            ("metric_for_best_model", self.metric_for_best_model is None, "metric_for_best_model: eval_loss"),
+        ):
+            if missing:
+                raise RecipeError(
+                    f"early_stopping_patience={self.early_stopping_patience} counts evaluations without improvement, "
+                    f"but {key} is not given. Write `{way_out}`, or remove early_stopping_patience."
+                )
 
     def _check_loss(self) -> None:
         """Refuse settings that replace the loss MCE is added to, or change it in a way that has no meaning for MCE."""
@@ -437,6 +463,8 @@ class Recipe:
     """Path of the recipe file."""
     resolved: dict[str, Any]
     """The keys that were given, file and overrides merged, without hub_token; saved as recipe.yaml. Read-only."""
+    missing: str = ""
+    """For a plan: the first thing that a run on this machine would lack, such as a package."""
 
 
 # Names that people often try but that do not exist here, with what to write instead.
@@ -490,7 +518,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run: boo
     resolved.pop("hub_token", None)  # a secret: it is passed on, and never written
 
     # 2. Relative paths, and a folder for the run
-    given.setdefault("output_dir", f"runs/{path.stem}")
+    given["output_dir"] = given.get("output_dir") or f"runs/{path.stem}"
+    if given.get("report_to") is None:
+        given.pop("report_to", None)  # transformers would report to a service of the name None
     for key in _PATHS:
         if isinstance(given.get(key), str):
             given[key] = find_from_repository(given[key], path)
@@ -504,20 +534,51 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run: boo
     parts = SETTINGS.split(given)
     try:
         model, data = ModelArguments(**parts["model"]), DataArguments(**parts["data"])
+        check_keys(given)
         _check_combinations(model, data, given)
         training = _build_training(parts["training"], dry_run)
+        # 4. What the training settings ask of transformers, TRL and this machine
+        _check_training(model, training, given)
+        missing = _find_missing(model, training, given)
+        if missing and not dry_run:
+            raise RecipeError(missing)
     except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from None
-    return Recipe(model=model, data=data, training=training, path=path, resolved=resolved)
+        raise RecipeError(" ".join(f"{path}: {error}".splitlines())) from None
+    return Recipe(model=model, data=data, training=training, path=path, resolved=resolved, missing=missing)
 
 
 def _build_training(given: dict[str, Any], dry_run: bool) -> MatrixConfig:
+    """MatrixConfig; a setting that transformers or TRL refuses, in whatever way, is named."""
+    if isinstance(given.get("lr_scheduler_kwargs"), dict):
+        given["lr_scheduler_kwargs"] = read_numbers(given["lr_scheduler_kwargs"])
+    build = _build_without_hardware if dry_run else _build_with_hardware
     try:
-        return _build_without_hardware(given) if dry_run else MatrixConfig(**given)
+        return build(given)
     except RecipeError:
         raise
-    except (ValueError, NotImplementedError, OSError) as error:  # how transformers and TRL refuse a setting
-        raise RecipeError(" ".join(str(error).split())) from error
+    except _REFUSED_BY_LIBRARIES as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        culprit = next((key for key in given if key != "output_dir" and key in reason), None)
+        culprit = culprit or next((key for key in given if _is_culprit(key, given, build)), None)
+        where = f"{culprit}={given[culprit]!r} is refused: " if culprit else ""
+        way_out = f" Correct or remove {culprit}." if culprit else ""
+        raise RecipeError(f"{where}{reason.removesuffix('.')}.{way_out}") from error
+
+
+_REFUSED_BY_LIBRARIES = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, OSError, ImportError)
+
+
+def _build_with_hardware(given: dict[str, Any]) -> MatrixConfig:
+    return MatrixConfig(**given)
+
+
+def _is_culprit(key: str, given: dict[str, Any], build: Callable[[dict[str, Any]], MatrixConfig]) -> bool:
+    """Whether the settings could be built without this one."""
+    try:
+        build({name: value for name, value in given.items() if name != key})
+    except _REFUSED_BY_LIBRARIES:
+        return False
+    return True
 
 
 def _build_without_hardware(given: dict[str, Any]) -> MatrixConfig:
@@ -551,8 +612,52 @@ def _check_combinations(model: ModelArguments, data: DataArguments, given: Mappi
     _check_chat(model, data, given)
     _check_adapters(model, given)
     _check_evaluation(data, given)
+    check_best_is_saved(given)
     if isinstance(given.get("deepspeed"), str):
         _check_deepspeed_file(Path(given["deepspeed"]))
+
+
+def _check_training(model: ModelArguments, training: MatrixConfig, given: Mapping[str, Any]) -> None:
+    """Refuse what transformers and TRL would refuse, or ignore, after the rows are read and the weights loaded."""
+    check_attention(model.attn_implementation)
+    _check_template_file(training)
+    check_loader(training)
+    check_compile(training)
+    check_schedule(training, given)
+    check_metric(training, given)
+    check_choice("include_num_input_tokens_seen", training.include_num_input_tokens_seen, ["no", "all", "non_padding"])
+    if isinstance(given.get("gradient_checkpointing_kwargs"), str):
+        raise RecipeError(
+            f"gradient_checkpointing_kwargs={given['gradient_checkpointing_kwargs']!r} is a text, but must be a "
+            "mapping. Write {use_reentrant: false}, for example."
+        )
+    if isinstance(given.get("fsdp"), str):
+        for word in given["fsdp"].split():
+            check_choice("fsdp", word, [each.value for each in FSDPOption])
+    if training.packing and training.max_length is None:
+        raise RecipeError(
+            "packing=True with max_length=None: packs have no length. Write `max_length: 1024`, or remove packing."
+        )
+    if training.padding_free and not training.packing and training.max_length is not None:
+        raise RecipeError(
+            f"padding_free=True with max_length={training.max_length}: without packing, TRL cannot enforce max_length. "
+            "Write `packing: true`, or `max_length: null`."
+        )
+    if model.dtype == "float16" and training.fp16:
+        raise RecipeError(
+            "fp16=True with dtype='float16': gradients in float16 cannot be unscaled. Write `dtype: float32`."
+        )
+
+
+def _find_missing(model: ModelArguments, training: MatrixConfig, given: Mapping[str, Any]) -> str:
+    """What this machine lacks for a run: the first such thing, or nothing."""
+    try:
+        check_reports(list(training.report_to or []))
+        check_machine(model, training)
+        check_optimizer(training, given)
+    except MissingOnThisMachineError as error:
+        return str(error)
+    return ""
 
 
 def _check_paths(model: ModelArguments, data: DataArguments) -> None:
@@ -609,6 +714,12 @@ def _check_split(key: str, source: Source, part: Slice, *, is_stream: bool) -> N
             f"{where}: the length of a stream is not known. Give numbers of rows from the start (train[:1000]), or "
             "set streaming to false."
         )
+
+
+def _check_template_file(training: MatrixConfig) -> None:
+    template = training.chat_template_path
+    if template is not None and not (file := Path(template).expanduser()).is_file():
+        raise RecipeError(f"chat_template_path={template!r}: no file at {file.absolute()}. Give a Jinja file.")
 
 
 def _check_leakage(data: DataArguments, given: Mapping[str, Any]) -> None:

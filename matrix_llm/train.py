@@ -4,7 +4,7 @@
     python matrix_llm/train.py recipes/llemma7b.yaml --dry_run
 
 1. the recipe, its overrides and the output directory are checked; nothing has been loaded yet (run/command.py)
-2. rows, tokenizer, label masks; what was dropped is printed
+2. the model's configuration; rows, tokenizer, label masks; what was dropped is printed
 3. --dry_run prints the plan and stops
 4. the model, the trainer, greedy accuracy before
 5. training; metrics.jsonl grows as it goes
@@ -64,12 +64,16 @@ GATHER = "stage3_gather_16bit_weights_on_model_save"
 
 def print_plan(recipe: Recipe) -> None:
     """Print rows and their lengths, the resolved recipe, the loss, steps, memory per GPU, and one row with its mask."""
+    from matrix_llm.model.early_checks import check_model
     from matrix_llm.model.load import load_config
     from matrix_llm.plan.memory import memory_lines
     from matrix_llm.plan.steps import describe_loss, masked_sample, plan_steps
     from matrix_llm.run.prepare import prepare_data
 
-    # 1. Rows and tokenizer; no weights
+    # 1. What a run would be refused for; then rows and tokenizer, no weights
+    check_model(recipe)
+    if recipe.missing:
+        say(f"=> a run on this machine would be refused: {recipe.missing}")
     training, processes = recipe.training, int(os.environ.get("WORLD_SIZE", "1"))
     prepared = prepare_data(recipe, say=say, dry_run=True)
     config = load_config(recipe.model, prepared.tokenizer, trust_remote_code=training.trust_remote_code)
@@ -96,6 +100,7 @@ def print_plan(recipe: Recipe) -> None:
 
 def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     """A complete run. One that `stop` ends early saves a checkpoint and prints how to resume."""
+    from matrix_llm.model.early_checks import check_model
     from matrix_llm.run.inputs import INPUTS, check_inputs, inputs_of
     from matrix_llm.run.preemption import resume_command
     from matrix_llm.run.prepare import prepare_data
@@ -103,12 +108,15 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     training, output = recipe.training, Path(str(recipe.training.output_dir))
     started = time.perf_counter()
 
-    # 1. Rows, then model and trainer. A resumed run must read what it was started with.
+    # 1. What the model's configuration tells. A resumed run must read the rows it was started with.
+    check_model(recipe)
     resume = find_resume_checkpoint(training)
     with training.main_process_first(desc="comparing the rows with those of the run"):
         inputs = inputs_of(recipe)
         if resume:
             check_inputs(Path(resume), inputs)
+
+    # 2. Rows, then model and trainer
     prepared = prepare_data(recipe, say=say)
     check_launch(recipe, prepared)
     trainer = make_trainer(recipe, prepared)
@@ -116,7 +124,7 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     results: dict[str, Any] = {"train_rows": report.rows_kept, "data": asdict(report), "processes": training.world_size}
     results[INPUTS] = inputs
 
-    # 2. Greedy accuracy before training. A resumed run cannot measure it again, and takes it from the first start.
+    # 3. Greedy accuracy before training. A resumed run cannot measure it again, and takes it from the first start.
     earlier = output / PARTIAL
     if resume and earlier.is_file():
         results |= json.loads(earlier.read_text(encoding="utf-8"))
@@ -127,7 +135,7 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     if resume:
         results["resumed_from"] = Path(resume).name
 
-    # 3. Training
+    # 4. Training
     clock = time.perf_counter()
     trainer.add_callback(stop)
     trainer.train(resume_from_checkpoint=resume)
@@ -137,7 +145,7 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
         return
     results |= {"train_seconds": round(time.perf_counter() - clock, 1), "steps": trainer.state.global_step}
 
-    # 4. Accuracy after training, and the files of the run
+    # 5. Accuracy after training, and the files of the run
     if prepared.held_out is not None:
         results["evaluation"] = trainer.evaluate()
     results |= measure_accuracy_of(trainer, recipe, prepared, "after")
@@ -178,6 +186,7 @@ def make_trainer(recipe: Recipe, prepared: "Prepared") -> "MatrixTrainer":
 
     training, tokenizer = recipe.training, prepared.tokenizer
     training.dataset_kwargs = prepared.dataset_kwargs
+    training.assistant_only_loss, training.chat_template_path = False, None  # done: TRL would do it to rows of text
 
     # 1. The plan
     for report in (prepared.report, prepared.held_out_report):

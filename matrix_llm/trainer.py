@@ -27,11 +27,19 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object, is_peft_model
 from torch import Tensor, distributed, nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_peak_flops
 
+from matrix_llm.base.console import say
 from matrix_llm.base.errors import NonFiniteLossError, RecipeError
 from matrix_llm.config import MatrixConfig
 from matrix_llm.loss.settings import LossSettings
@@ -91,6 +99,25 @@ class WatchCallback(TrainerCallback):
             return
         if state.global_step in (1, state.max_steps) or (every and state.global_step % every == 0):
             self.trainer.record_effective_rank()
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' callback. A resumed run goes on counting, and a later call of train() counts from 0."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        states: Any = state.stateful_callbacks
+        saved = states.get(type(self).__name__) or {"attributes": {}}
+        count = saved["attributes"].get("early_stopping_patience_counter", 0)
+        self.early_stopping_patience_counter = count if state.global_step > 0 else 0
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs) -> None:  # type: ignore[override]
+        super().on_evaluate(args, state, control, metrics, **kwargs)
+        if control.should_training_stop:
+            say(
+                f"=> early stop at step {state.global_step}: {args.metric_for_best_model} has not improved in "
+                f"{self.early_stopping_patience_counter} evaluations, best {state.best_metric:.6g}"
+            )
 
 
 def to_matrix_config(args: MatrixConfig | TrainingArguments | None) -> MatrixConfig:
@@ -171,6 +198,8 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
             # Plain SFT needs no MCE: evaluation then reports SFTTrainer's figures alone.
             logger.warning("MCE will not be measured on held-out rows: %s", error)
         self.add_callback(WatchCallback(self))
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold))
 
     def _base_model(self) -> PreTrainedModel:
         model = self.accelerator.unwrap_model(self.model)

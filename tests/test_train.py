@@ -104,6 +104,50 @@ def test_a_bad_setting_is_one_line_and_leaves_nothing(recipe, tmp_path, capsys, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("arguments", [[], ["--dry_run"]])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_kwargs"),
+        ({"optim": "sgd", "optim_args": "momentm=0.9"}, "momentm"),
+        ({"report_to": "nonsense"}, "report_to='nonsense'"),
+        ({"attn_implementation": "sdpaa"}, "Did you mean sdpa"),
+        ({"packing": True, "max_length": "null"}, "packing"),
+        ({"model_config": {"model_type": "lama"}}, "Did you mean llama"),
+        ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef"),
+    ],
+)
+def test_what_can_be_known_is_refused_before_rows_are_read(recipe, capsys, monkeypatch, changes, words, arguments):
+    monkeypatch.setattr("matrix_llm.run.prepare.prepare_data", lambda *a, **k: pytest.fail("rows were read"))
+    overrides = [word for key, value in changes.items() if value == "null" for word in (f"--{key}", "null")]
+    assert main([recipe(**{k: v for k, v in changes.items() if v != "null"}), *overrides, *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_plan_says_what_this_machine_lacks(recipe, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
+    assert main([recipe(optim="paged_adamw_8bit"), "--dry_run"]) == 0
+    assert "=> a run on this machine would be refused: optim='paged_adamw_8bit'" in capsys.readouterr().out
+    assert main([recipe(optim="paged_adamw_8bit")]) == 2
+
+
+def test_what_was_done_to_the_rows_is_not_asked_of_trl_again(recipe, tmp_path):
+    """assistant_only_loss and chat_template_path shape the rows; TRL would look for them in rows of token ids."""
+    (tmp_path / "template.txt").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert main([recipe(output_dir=str(tmp_path / "plain"))]) == 0
+    changes = {"assistant_only_loss": True, "chat_template_path": str(tmp_path / "template.txt")}
+    assert main([recipe(output_dir=str(tmp_path / "asked"), **changes)]) == 0
+    losses = [[e.get("loss") for e in read_jsonl(tmp_path / run / "metrics.jsonl")] for run in ("plain", "asked")]
+    assert losses[0] == losses[1]
+    assert "m.content" in AutoTokenizer.from_pretrained(tmp_path / "asked").chat_template
+
+
+def test_texts_have_no_assistant_to_train_on(recipe, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"text": "Two is even."}\n' * 4)
+    assert main([recipe(dataset=str(tmp_path / "rows.jsonl"), assistant_only_loss=True)]) == 2
+    assert "assistant_only_loss=True" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("lines", "words"),
     [

@@ -11,11 +11,11 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from matrix_llm.base.errors import NonFiniteLossError
+from matrix_llm.base.errors import NonFiniteLossError, RecipeError
 from matrix_llm.config import MatrixConfig
 from matrix_llm.loss.settings import LossSettings
 from matrix_llm.model.lm_head import add_matrix_head
@@ -603,3 +603,57 @@ def test_the_load_balancing_loss_is_averaged_over_the_accumulation(tmp_path, tin
     assert len(seen) == 4
     assert added[0] == pytest.approx(0, abs=1e-5)
     assert added[1] == pytest.approx(0.5 * torch.stack(seen).mean().item(), rel=1e-4)
+
+
+# --- early stopping ---------------------------------------------------------------------------------------------------
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
+def stopping_trainer(path, tokenizer, **changes):
+    """No evaluation after the first is 100 better, so patience 3 ends the run at step 4."""
+    settings = {
+        "max_steps": 8, "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_ce",
+        "early_stopping_patience": 3, "early_stopping_threshold": 100.0, **changes,
+    }  # fmt: skip
+    args = MatrixConfig(**config(path, **settings))
+    return MatrixTrainer(tiny_model(), args, train_dataset=rows(), eval_dataset=rows(4, 1), processing_class=tokenizer)
+
+
+def test_a_run_ends_after_so_many_evaluations_without_improvement(tmp_path, tiny_tokenizer, capsys):
+    trainer = stopping_trainer(tmp_path, tiny_tokenizer)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert "=> early stop at step 4: eval_ce has not improved in 3 evaluations" in capsys.readouterr().out
+    trainer.train()  # counts from 0 again
+    assert trainer.state.global_step == 4
+    never = stopping_trainer(tmp_path, tiny_tokenizer, early_stopping_patience=None, early_stopping_threshold=0.0)
+    never.train()
+    assert never.state.global_step == 8
+
+
+def test_early_stopping_goes_on_counting_in_a_resumed_run(tmp_path, tiny_tokenizer):
+    first = stopping_trainer(tmp_path, tiny_tokenizer)
+    first.add_callback(StopAt(2))
+    first.train()
+    assert first.state.global_step == 2
+    resumed = stopping_trainer(tmp_path, tiny_tokenizer)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"), [("eval_strategy", "eval_strategy: steps"), ("metric_for_best_model", "eval_loss")]
+)
+def test_early_stopping_needs_evaluations_and_a_metric(tmp_path, missing, words):
+    given = {"eval_strategy": "steps", "metric_for_best_model": "eval_ce", "early_stopping_patience": 2}
+    del given[missing]
+    with pytest.raises(RecipeError, match=f"early_stopping_patience=2.*{missing}.*{words}"):
+        MatrixConfig(**config(tmp_path, **given))

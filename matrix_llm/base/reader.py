@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from matrix_llm.base.errors import RecipeError
-from matrix_llm.base.values import alternatives, check_value, nearest, type_name
+from matrix_llm.base.values import YamlLoader, alternatives, check_value, nearest, type_name
 
 COMMAND_LINE = "on the command line"
 
@@ -38,6 +38,11 @@ class Settings:
         self._annotations = {
             name: annotation for cls in parts.values() for name, annotation in typing.get_type_hints(cls).items()
         }
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all settings."""
+        return list(self._fields)
 
     def read(self, path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         """The checked settings of a recipe file, with the overrides of the command line.
@@ -104,8 +109,8 @@ class Settings:
 # -------------------------------------------------------------------------------------------------------------- YAML
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses two kinds of keys: one given twice, of which YAML readers silently take the last,
+class _StrictLoader(YamlLoader):
+    """YamlLoader that refuses two kinds of keys: one given twice, of which YAML readers silently take the last,
     and a list or a mapping, which cannot be a Python dictionary key."""
 
     def construct_mapping(self, node, deep=False):

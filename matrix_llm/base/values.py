@@ -83,6 +83,7 @@ class _FieldMetadata(dict):
 
 _POSITIVE, _NOT_NEGATIVE, _COUNT = Range(above=0), Range(at_least=0), Range(at_least=1)
 _FRACTION = Range(at_least=0, below=1)
+_SEED = Range(at_least=0, at_most=2**32 - 1)  # NumPy's
 
 # transformers.TrainingArguments and trl.SFTConfig declare these without a range, and would accept any number.
 # The table is here rather than in config.py because image recipes are checked against it too.
@@ -94,6 +95,7 @@ INHERITED_RANGES = {
     "per_device_eval_batch_size": _COUNT,
     "gradient_accumulation_steps": _COUNT,
     "max_length": _COUNT,
+    "pad_to_multiple_of": _COUNT,
     # optimizer
     "learning_rate": _POSITIVE,
     "warmup_steps": _NOT_NEGATIVE,
@@ -103,17 +105,27 @@ INHERITED_RANGES = {
     "adam_epsilon": _POSITIVE,
     "max_grad_norm": _NOT_NEGATIVE,
     "label_smoothing_factor": _FRACTION,
+    "neftune_noise_alpha": _NOT_NEGATIVE,
+    "router_aux_loss_coef": _NOT_NEGATIVE,
     # logging and saving
     "logging_steps": _POSITIVE,
     "eval_steps": _POSITIVE,
+    "eval_delay": _NOT_NEGATIVE,
+    "eval_accumulation_steps": _COUNT,
     "save_steps": _POSITIVE,
     "save_total_limit": _COUNT,
     # seeds and processes
-    "seed": _NOT_NEGATIVE,
-    "data_seed": _NOT_NEGATIVE,
+    "seed": _SEED,
+    "data_seed": _SEED,
     "dataloader_num_workers": _NOT_NEGATIVE,
+    "dataloader_prefetch_factor": _COUNT,
+    "ddp_bucket_cap_mb": _COUNT,
+    "ddp_timeout": _COUNT,
     "dataset_num_proc": _COUNT,
 }
+
+# Declared as text alone, although true and false mean something too: the last checkpoint and none, all shards and none
+INHERITED_TYPES: dict[str, Any] = dict.fromkeys(["resume_from_checkpoint", "fsdp"], str | bool | None)
 
 
 def check_choice(key: str, value: Any, choices: Sequence[str], also: str = "") -> None:
@@ -128,6 +140,34 @@ def nearest(name: Any, names: Iterable[str]) -> str:
     """ " Did you mean ...?" with the names closest to `name`, or "" where none is close."""
     close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+# -------------------------------------------------------------------------------------------------------------- YAML
+
+
+class YamlLoader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-6 as a number, as YAML 1.2 and JSON do, at any depth. To YAML 1.1 it is a text."""
+
+
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_numbers(value: Any) -> Any:
+    """`value` with every text that spells a number, at any depth, as that number.
+
+    >>> read_numbers({"min_lr": "1e-6", "mode": "max", "milestones": ["5", 7]})
+    {'min_lr': 1e-06, 'mode': 'max', 'milestones': [5, 7]}
+    """
+    if isinstance(value, dict):
+        return {key: read_numbers(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [read_numbers(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    number = yaml.load(value, YamlLoader) if re.fullmatch(r"[-+.\deE]+", value.strip()) else None
+    return number if type(number) in (int, float) else value
 
 
 # ------------------------------------------------------------------------------------------------------------- types
@@ -173,7 +213,7 @@ def _parse_word(word: str, cls: Any, text_allowed: bool) -> Any:
         return [part.strip() for part in word.split(",")]  # --lora_target_modules q_proj,v_proj
     if cls is type(None) and word.lower() == "none" and not text_allowed:
         return None
-    return yaml.safe_load(word)
+    return yaml.load(word, YamlLoader)
 
 
 def _convert(value: Any, kind: Any, from_text: bool, text_allowed: bool) -> Any:
@@ -181,6 +221,8 @@ def _convert(value: Any, kind: Any, from_text: bool, text_allowed: bool) -> Any:
     cls = _class_of(kind)
     if from_text and cls in (bool, dict, list, tuple, type(None)):
         value = _parse_word(value, cls, text_allowed)
+    if cls is dict and isinstance(value, str) and value.lstrip().startswith("{"):
+        value = yaml.load(value, YamlLoader)  # a mapping in quotes
     # YAML 1.1 reads 2e-5 as text, so text that spells a number is accepted where a number is wanted.
     if cls is int and isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value):
         return int(value)
@@ -218,7 +260,7 @@ def check_value(key: str, value: Any, field: dataclasses.Field, annotation: Any,
         RecipeError: another type, out of range, or not among the choices.
     """
     # 1. The types and the choices that the dataclass allows
-    kinds = alternatives(annotation)
+    kinds = alternatives(INHERITED_TYPES.get(key, annotation))
     enums = [kind for kind in kinds if issubclass(_class_of(kind), enum.Enum)]
     if enums:  # transformers writes `SchedulerType | str`, and means one of SchedulerType's values
         kinds = [kind for kind in kinds if kind is not str]

@@ -185,7 +185,7 @@ def check_head(model: PreTrainedModel) -> None:
 # -------------------------------------------------------------------------------------------------- the token vectors
 
 
-def _load_embeddings(path: str, vocabulary_size: int) -> Tensor:
+def load_embeddings(path: str, vocabulary_size: int) -> Tensor:
     """The (V, D) token vectors of a .safetensors file."""
     try:
         tensors = load_file(Path(path).expanduser())
@@ -198,6 +198,8 @@ def _load_embeddings(path: str, vocabulary_size: int) -> Tensor:
             f"mce_embeddings={path!r} holds {sorted(tensors)}, but one (V, D) tensor is needed. Save it alone."
         )
     (embeddings,) = tensors.values()
+    if not embeddings.is_floating_point():
+        raise RecipeError(f"mce_embeddings={path!r} holds {embeddings.dtype}. Save vectors of floating-point numbers.")
     if not torch.isfinite(embeddings).all():
         raise RecipeError(f"mce_embeddings={path!r} holds NaN or infinity. Save finite vectors.")
     if embeddings.ndim != 2 or embeddings.shape[0] != vocabulary_size:
@@ -238,7 +240,7 @@ class MatrixHead:
         if settings.embeddings not in ("lm_head", "input"):
             weight = lm_head_of(model).weight
             vocabulary_size = weight.shape[0] if weight.numel() else self._text_config.vocab_size  # empty under ZeRO-3
-            self._from_file = _load_embeddings(settings.embeddings, vocabulary_size)
+            self._from_file = load_embeddings(settings.embeddings, vocabulary_size)
         self._summary: VocabularySummary | None = None
         self._summarised: object = None  # what the summary was computed from
 

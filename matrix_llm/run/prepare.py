@@ -181,6 +181,11 @@ def _idle_settings(recipe: Recipe, sets: Sequence[RowSet]) -> list[str]:
 
 
 def _make_encoder(recipe: Recipe, tokenizer: Any, rows: RowSet) -> Encoder:
+    if recipe.training.assistant_only_loss and rows.layout == "text":
+        raise RecipeError(
+            f"assistant_only_loss=True, but the rows of {rows.source} are texts, without turns, and every token of "
+            "them is trained. Remove it, or give rows with messages."
+        )
     return Encoder(
         tokenizer,
         rows.layout,

@@ -52,9 +52,15 @@ def is_last_wanted(resume_from_checkpoint: str | bool | None) -> bool:
     return str(resume_from_checkpoint).lower() in ("true", "1", "yes")
 
 
+def resume_setting(training: TrainingArguments) -> str | bool | None:
+    """`resume_from_checkpoint`, with None for everything that says no: false, "false", "none", "no"."""
+    resume = training.resume_from_checkpoint
+    return None if str(resume).lower() in ("false", "none", "null", "no", "0", "") else resume
+
+
 def find_resume_checkpoint(training: TrainingArguments) -> str | None:
     """The checkpoint to resume from: the one named, or the last complete one; None to start from the beginning."""
-    resume = training.resume_from_checkpoint
+    resume = resume_setting(training)
     if is_last_wanted(resume):
         last = last_complete_checkpoint(Path(str(training.output_dir)))
         return str(last) if last else None
@@ -72,7 +78,7 @@ def check_output_dir(training: TrainingArguments, resolved: Mapping[str, Any]) -
         RecipeError: the directory cannot be written; it holds a finished run, or an interrupted one and resuming was
             not asked for; the checkpoint is incomplete; or a setting differs from those the checkpoint was made with.
     """
-    output, resume = Path(str(training.output_dir)), training.resume_from_checkpoint
+    output, resume = Path(str(training.output_dir)), resume_setting(training)
     # 1. a folder that can be written
     _check_writable(output)
     # 2. no finished run: its weights would be overwritten
@@ -90,6 +96,11 @@ def check_output_dir(training: TrainingArguments, resolved: Mapping[str, Any]) -
         )
     # 4. the checkpoint to resume from
     checkpoint = find_resume_checkpoint(training)
+    if checkpoint is not None and training.save_only_model:
+        raise RecipeError(
+            f"resume_from_checkpoint={resume!r} with save_only_model=True: {checkpoint} holds no optimizer, so the run "
+            "would go on as another one. Start again in another output_dir, without save_only_model."
+        )
     if checkpoint is not None:
         _check_resumable(Path(checkpoint), training, resolved)
     elif resume:

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 import pytest
+import yaml
 
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.reader import Settings
-from matrix_llm.base.values import Range, check_choice, check_fields, setting
+from matrix_llm.base.values import Range, YamlLoader, check_choice, check_fields, read_numbers, setting
 
 
 @dataclass
@@ -89,3 +90,15 @@ def test_a_range_holds_its_closed_ends_alone():
 def test_a_choice_may_name_what_else_is_allowed():
     with pytest.raises(RecipeError, match=r"source='lmhead'.*lm_head, input, or a path.*Did you mean lm_head"):
         check_choice("source", "lmhead", ["lm_head", "input"], also="a path")
+
+
+@pytest.mark.parametrize("text", ["1e-6", "1E-06", "+1e-6", "0.1e-5", ".1e-5", "1.e-6"])
+def test_an_exponent_without_a_point_is_a_number_at_any_depth(text):
+    assert yaml.load(f"a: [{{b: {text}}}]", YamlLoader)["a"][0]["b"] == pytest.approx(1e-6)
+    assert read_numbers({"a": [{"b": text}]})["a"][0]["b"] == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize("text", ["e6", "1e", "-", "v1e5", "1e-6x", "max", "1-2", "."])
+def test_a_text_that_spells_no_number_stays_a_text(text):
+    assert read_numbers([text]) == [text]
+    assert yaml.load(f"['{text}']", YamlLoader) == [text]

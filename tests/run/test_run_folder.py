@@ -5,9 +5,21 @@ import os
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
-from matrix_llm.run.run_folder import start_run_folder
+from matrix_llm.base.errors import RecipeError
+from matrix_llm.run.checkpoint_files import finish_checkpoint
+from matrix_llm.run.run_folder import check_output_dir, find_resume_checkpoint, start_run_folder
 from tests.support.killed_runs import RECIPE, assert_one_line, assert_same_run
+
+
+def write_checkpoint(folder):
+    """A complete checkpoint of one file."""
+    staged = folder / "staged"
+    staged.mkdir()
+    (staged / "trainer_state.json").write_text("{}")
+    finish_checkpoint(staged, folder / "checkpoint-2", processes=1)
+    return folder / "checkpoint-2"
 
 
 def test_a_read_only_folder_is_found_before_anything_is_loaded(small_disk, tmp_path, capsys, monkeypatch):
@@ -42,6 +54,33 @@ def test_resuming_with_other_settings_processes_or_half_a_checkpoint_is_refused_
     codes, shown = server.run(run, "--resume_from_checkpoint", "true")  # goes on from checkpoint-2
     assert codes == [0]
     assert_same_run(run, unbroken("single")[0])
+
+
+@pytest.mark.parametrize("flag", [None, False, "false", "none", "null", "no", "False", "0"])
+def test_no_resume_in_any_spelling_starts_a_run(tmp_path, flag):
+    training = TrainingArguments(str(tmp_path), use_cpu=True, resume_from_checkpoint=flag)
+    check_output_dir(training, {})
+    assert find_resume_checkpoint(training) is None
+    write_checkpoint(tmp_path)
+    with pytest.raises(RecipeError, match="--resume_from_checkpoint true"):  # and is not taken for a yes
+        check_output_dir(training, {})
+
+
+@pytest.mark.parametrize("flag", [True, "true", "yes", "checkpoint"])
+def test_a_resume_in_any_spelling_finds_the_checkpoint(tmp_path, flag):
+    path = str(write_checkpoint(tmp_path))
+    training = TrainingArguments(
+        str(tmp_path), use_cpu=True, resume_from_checkpoint=path if flag == "checkpoint" else flag
+    )
+    check_output_dir(training, {})
+    assert find_resume_checkpoint(training) == path
+
+
+def test_checkpoints_without_an_optimizer_are_not_resumed(tmp_path):
+    write_checkpoint(tmp_path)
+    training = TrainingArguments(str(tmp_path), use_cpu=True, resume_from_checkpoint="true", save_only_model=True)
+    with pytest.raises(RecipeError, match=r"save_only_model=True.*no optimizer.*another output_dir"):
+        check_output_dir(training, {})
 
 
 def test_the_settings_of_the_caller_are_stored_and_not_changed(tmp_path):

@@ -1,0 +1,78 @@
+"""What can be known of the model before rows are read and weights are loaded: from its configuration alone."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from matrix_llm.base.errors import RecipeError
+from matrix_llm.config import ModelArguments, Recipe
+from matrix_llm.model.lm_head import load_embeddings
+from matrix_llm.model.load import build_config, load_config
+from matrix_llm.model.pretrained import load_pretrained_config
+from matrix_llm.model.tokenizer import load_tokenizer
+
+
+class _TokenizerToTrain:
+    """Stands for the tokenizer that `tokenizer_vocab_size` trains on the rows, which have not been read yet."""
+
+    bos_token_id, eos_token_id, pad_token_id = 0, 1, 2
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def check_model(recipe: Recipe) -> None:
+    """Refuse settings that do not fit the model: its architecture, its attention, its vocabulary, its experts.
+
+    Raises:
+        RecipeError: no such model, or a setting that the model would refuse after its weights are loaded.
+    """
+    model, training = recipe.model, recipe.training
+    config = _config_before_rows(model, training.trust_remote_code)
+    if model.attn_implementation is not None and not recipe.missing:
+        _check_attention(model.attn_implementation, config, training.trust_remote_code)
+    if training.mce_embeddings not in ("lm_head", "input") and model.tokenizer_vocab_size is None:
+        load_embeddings(training.mce_embeddings, config.get_text_config().vocab_size)
+    if not hasattr(config.get_text_config(), "output_router_logits"):
+        if training.router_aux_loss_coef:
+            raise _no_experts("router_aux_loss_coef", training.router_aux_loss_coef, config)
+        if (training.metric_for_best_model or "").endswith("aux_loss"):
+            raise _no_experts("metric_for_best_model", training.metric_for_best_model, config)
+
+
+def _config_before_rows(model: ModelArguments, trust_remote_code: bool) -> PretrainedConfig:
+    if model.model_config is None:
+        return load_pretrained_config(model, trust_remote_code)
+    if model.tokenizer_vocab_size is None:
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        return load_config(model, tokenizer, trust_remote_code=trust_remote_code)
+    # The tokenizer may turn out smaller than asked for, so a smaller vocab_size is not refused yet
+    size = min(model.tokenizer_vocab_size, model.model_config.get("vocab_size") or model.tokenizer_vocab_size)
+    return build_config(model, cast(Any, _TokenizerToTrain(size)))
+
+
+def _check_attention(attention: str, config: PretrainedConfig, trust_remote_code: bool) -> None:
+    """Build the model without memory for its weights: transformers then says whether it has this attention."""
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention, trust_remote_code=trust_remote_code, dtype=torch.bfloat16
+            )
+    except (ValueError, ImportError, NotImplementedError) as error:
+        reason = " ".join(str(error).split()).removesuffix(".")
+        raise RecipeError(
+            f"attn_implementation={attention!r} does not work with a {config.model_type} model: {reason}. Remove it, "
+            "or choose sdpa or eager."
+        ) from None
+
+
+def _no_experts(key: str, value: Any, config: PretrainedConfig) -> RecipeError:
+    return RecipeError(
+        f"{key}={value!r}: a {config.model_type} model has no experts, so there is no auxiliary loss. Remove it."
+    )

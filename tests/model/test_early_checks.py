@@ -1,0 +1,70 @@
+"""What the model's configuration tells is checked before rows are read: in a run and in a plan."""
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from matrix_llm.base.errors import RecipeError
+from matrix_llm.config import load_recipe
+from matrix_llm.model.early_checks import check_model
+from tests.support.tiny import TINY
+
+BLOOM = {"model_type": "bloom", "hidden_size": 16, "n_layer": 1, "n_head": 2}
+
+
+@pytest.fixture
+def check(tmp_path):
+    def check(**settings):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**TINY, **settings}))
+        check_model(load_recipe(path, dry_run=True))
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model_config": {"model_type": "lama"}}, "model_config.*'lama'.*Did you mean llama"),
+        ({"model_config": {"model_type": "llama", "hidden_sise": 8}}, "model_config.*'hidden_sise'.*hidden_size"),
+        ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1.*llama"),
+        ({"model_config": BLOOM, "attn_implementation": "sdpa"}, "attn_implementation='sdpa'.*bloom.*eager"),
+        (
+            {"eval_dataset": "builtin", "eval_strategy": "steps", "early_stopping_patience": 1,
+             "metric_for_best_model": "eval_aux_loss"},
+            "metric_for_best_model='eval_aux_loss'.*llama",
+        ),
+    ],
+)  # fmt: skip
+def test_a_setting_that_does_not_fit_the_model_is_refused(check, settings, words):
+    with pytest.raises(RecipeError, match=words):
+        check(**settings)
+
+
+def test_settings_that_fit_the_model_are_taken(check):
+    check()
+    check(attn_implementation="sdpa")
+    check(model_config=BLOOM, attn_implementation="eager")
+    experts = {"model_type": "mixtral", "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    check(model_config=experts, router_aux_loss_coef=0.1)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "words"),
+    [
+        ({"e": torch.zeros(299, 8)}, r"\(299, 8\).*\(300, D\)"),
+        ({"e": torch.zeros(300)}, r"\(300,\).*\(300, D\)"),
+        ({"e": torch.zeros(300, 8), "f": torch.zeros(1)}, r"\['e', 'f'\].*Save it alone"),
+        ({"e": torch.full((300, 8), torch.nan)}, "NaN"),
+        ({"e": torch.zeros(300, 8, dtype=torch.int64)}, "int64"),
+    ],
+)
+def test_token_vectors_that_do_not_fit_the_vocabulary_are_refused(check, tiny_tokenizer, tmp_path, vectors, words):
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    own = {"tokenizer_vocab_size": None, "tokenizer_name_or_path": str(tmp_path / "tokenizer")}
+    save_file(vectors, tmp_path / "vectors.safetensors")
+    with pytest.raises(RecipeError, match=f"mce_embeddings=.*vectors.safetensors'.*{words}"):
+        check(mce_embeddings=str(tmp_path / "vectors.safetensors"), **own)
+    save_file({"e": torch.zeros(len(tiny_tokenizer), 8)}, tmp_path / "fits.safetensors")
+    check(mce_embeddings=str(tmp_path / "fits.safetensors"), **own)
