@@ -302,6 +302,11 @@ class ModelArguments:
             raise RecipeError(
                 f"{self.quantised_by}=True freezes the weights, so nothing is left to train. Add use_peft: true."
             )
+        if self.load_in_8bit and self.use_dora:
+            raise RecipeError(
+                "load_in_8bit=True together with use_dora=True cannot work: bitsandbytes has no scales of the weights "
+                "when DoRA needs their lengths. Set load_in_4bit instead, or remove use_dora."
+            )
         if self.use_peft:
             self._check_start()
             self._check_patterns()

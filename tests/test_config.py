@@ -198,6 +198,8 @@ REFUSED = [  # overrides of GOOD; what is said; the overrides as the message wou
     ("--load_in_8bit --use_peft", "load_in_8bit=True.*model_name_or_path", f"{PRETRAINED} --load_in_8bit --use_peft"),
     (f"{PRETRAINED} --use_peft --load_in_8bit --load_in_4bit", "load_in_4bit=True.*load_in_8bit=True.*Remove one",
      f"{PRETRAINED} --use_peft --load_in_8bit"),
+    (f"{PRETRAINED} --use_peft --load_in_8bit --use_dora", "load_in_8bit=True.*use_dora=True.*load_in_4bit",
+     f"{PRETRAINED} --use_peft --load_in_4bit --use_dora"),
     ("--use_peft --init_lora_weights pisa", "init_lora_weights='pisa'.*Did you mean pissa",
      "--use_peft --init_lora_weights pissa_niter_4"),
     ("--use_peft --init_lora_weights false", "init_lora_weights=False.*to true", "--use_peft --init_lora_weights true"),

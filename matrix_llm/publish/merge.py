@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import warnings
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,10 +30,11 @@ from matrix_llm.model.adapters import WEIGHTS, require
 from matrix_llm.model.load import repair_generation_settings, set_special_ids
 from matrix_llm.model.pretrained import load_pretrained
 from matrix_llm.model.tokenizer import check_vocabulary
-from matrix_llm.publish.finished_run import read_json
+from matrix_llm.publish.card import card_of
+from matrix_llm.publish.finished_run import read_json, read_settings
 from matrix_llm.publish.names import is_hub_name
 from matrix_llm.run.failures import cannot_write, why_not_written
-from matrix_llm.run.run_folder import CARD, RECIPE
+from matrix_llm.run.run_folder import CARD, PLOT, RECIPE, RESULTS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -100,7 +102,7 @@ def merge(run: str, out: Path, *, dtype: str | None = None, base_model: str | No
 
     # 4. its files
     line = _describe(adapter, run, merged)
-    _write(out, merged, tokenizer, _card(adapter, out.name, line))
+    _write(out, merged, tokenizer, adapter, _card(adapter, out.name, line))
     return line
 
 
@@ -284,21 +286,23 @@ def _describe(adapter: Adapter, run: str, merged: PreTrainedModel) -> str:
 
 
 def _card(adapter: Adapter, name: str, line: str) -> ModelCard:
-    """The run's own card, which tells how the adapter was trained, or else a new one, with `line` at its top."""
-    if (adapter.folder / RECIPE).is_file() and (adapter.folder / CARD).is_file():
-        card = ModelCard.load(adapter.folder / CARD, ignore_metadata_errors=True)
+    """The card of a complete model, with `line` at its top; that of a finished run tells how it was trained."""
+    if (adapter.folder / RESULTS).is_file() and (adapter.folder / RECIPE).is_file():
+        settings = dataclasses.replace(read_settings(adapter.folder), use_peft=False)
+        base = adapter.base if is_hub_name(adapter.base) else None
+        card = ModelCard(card_of(adapter.folder, settings, None, base))
         title, _, text = card.text.lstrip().partition("\n")
         card.text = f"{title}\n\n{line}\n{text}"
-    else:
-        card = ModelCard(f"---\npipeline_tag: text-generation\n---\n# {name}\n\n{line}\n")
-    card.data.library_name = "transformers"
-    card.data.tags = [tag for tag in card.data.tags or [] if tag not in ("lora", "peft")] or None
+        return card
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation")
     if is_hub_name(adapter.base):
-        card.data.base_model = adapter.base
-    return card
+        data.base_model = adapter.base
+    return ModelCard(f"---\n{data}\n---\n\n# {name}\n\n{line}\n")
 
 
-def _write(out: Path, merged: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: ModelCard) -> None:
+def _write(
+    out: Path, merged: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: Adapter, card: ModelCard
+) -> None:
     staged = out.with_name(f".{out.name}.merging")
     try:
         shutil.rmtree(staged, ignore_errors=True)
@@ -306,6 +310,8 @@ def _write(out: Path, merged: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         merged.save_pretrained(staged)
         tokenizer.save_pretrained(str(staged))
         write_text(staged / CARD, str(card))
+        if (adapter.folder / PLOT).is_file():  # shown on the card
+            shutil.copy(adapter.folder / PLOT, staged / PLOT)
         with contextlib.suppress(FileNotFoundError):
             out.rmdir()
         os.rename(staged, out)
