@@ -240,6 +240,17 @@ def _environment_says(name: str) -> bool:
 # ------------------------------------------------------------------------------------------------------------ model
 
 
+# init_lora_weights: what a text may say, and PEFT's others with the reason why they are refused
+ADAPTER_STARTS = ["gaussian", "orthogonal", "pissa", "olora"]
+_NEEDS_DATA = "it is computed from rows of data, which PEFT's own scripts must do before training"
+UNSUPPORTED_STARTS: dict[bool | str, str] = {
+    False: "adapters would start at random and change the model before it is trained. Set it to true",
+    "loftq": "it quantises the base in memory, so the adapter would not fit the saved one. Set load_in_4bit: true",
+    "mica": "PEFT freezes half of each adapter, and its scale was not tried. Set it to orthogonal",
+    **dict.fromkeys(["eva", "corda", "lora_ga"], f"{_NEEDS_DATA}. Set it to pissa"),
+}
+
+
 @dataclass
 class ModelArguments:
     """Which model and tokenizer, and which weights are trained. Give model_name_or_path or model_config, not both."""
@@ -266,12 +277,42 @@ class ModelArguments:
     """Scale of the adapters, which are multiplied by lora_alpha / lora_r."""
     lora_dropout: float = setting(0.05, at_least=0, below=1)
     """Dropout on the adapters' input."""
+    use_rslora: bool = False
+    """Whether the adapters are multiplied by lora_alpha / sqrt(lora_r) instead (rank-stabilised LoRA)."""
+    use_dora: bool = False
+    """Whether the length of each row of an adapted weight is trained apart from its direction (DoRA)."""
+    init_lora_weights: bool | str = True
+    """Start of the adapters: true (no change), "gaussian", "orthogonal", "pissa", "pissa_niter_N" or "olora"."""
     lora_target_modules: list[str] | str | None = None
     """Layers that get an adapter: names, a regular expression, or "all-linear"; None: PEFT's choice for the model."""
+    lora_exclude_modules: list[str] | str | None = None
+    """Layers among lora_target_modules that get none: names, or a regular expression."""
+    lora_target_parameters: list[str] | None = None
+    """Parameters that get an adapter where they are no layers of their own, e.g. a mixture's stacked experts."""
+    lora_layers_to_transform: list[int] | None = None
+    """Indices of the blocks that get adapters, from 0; None: all."""
+    lora_layers_pattern: list[str] | str | None = None
+    """Name of the list of blocks that lora_layers_to_transform counts in, where there are several."""
+    lora_rank_pattern: dict | None = None
+    """Other ranks for some layers: names or regular expressions, e.g. {"q_proj": 4}."""
+    lora_alpha_pattern: dict | None = None
+    """Other values of lora_alpha for some layers, in the same form."""
+    lora_bias: str = setting("none", choices=["none", "all", "lora_only"])
+    """Which biases of the model are trained as well: none, all, or those of adapted layers."""
     lora_modules_to_save: list[str] | None = None
     """Modules trained in full alongside the adapters, e.g. [lm_head]."""
+    lora_trainable_token_indices: list[int] | None = None
+    """Token ids whose embeddings are trained in full (with the LM head's vectors, if these are the same)."""
+    lora_ensure_weight_tying: bool = False
+    """Whether embeddings and LM head that are one weight stay one where they are trained."""
     load_in_4bit: bool = False
     """QLoRA: whether the frozen weights are stored in 4 bits, by bitsandbytes."""
+    bnb_4bit_quant_type: str = setting("nf4", choices=["nf4", "fp4"])
+    """The 4-bit number format."""
+    use_bnb_nested_quant: bool = True
+    """Whether the scales of 4-bit weights are quantised as well."""
+    load_in_8bit: bool = False
+    """Whether the frozen weights are stored in 8 bits, by bitsandbytes."""
     gpu: str | None = setting(None, choices=GPUS)
     """The GPU that --dry_run plans for, e.g. "h100-80gb"."""
 
@@ -290,8 +331,69 @@ class ModelArguments:
                 f"tokenizer_vocab_size={self.tokenizer_vocab_size} would give a pretrained model token ids it has "
                 "never seen. Remove it, or build the model from scratch with model_config."
             )
-        if self.load_in_4bit and not self.use_peft:
-            raise RecipeError("load_in_4bit=True freezes the weights, so nothing is left to train. Add use_peft: true.")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise RecipeError(
+                "load_in_4bit=True together with load_in_8bit=True cannot work: a weight has one format. Remove one."
+            )
+        if self.quantised_by is not None and not self.use_peft:
+            raise RecipeError(
+                f"{self.quantised_by}=True freezes the weights, so nothing is left to train. Add use_peft: true."
+            )
+        if self.load_in_8bit and self.use_dora:
+            raise RecipeError(
+                "load_in_8bit=True together with use_dora=True cannot work: bitsandbytes has no scales of the weights "
+                "when DoRA needs their lengths. Set load_in_4bit instead, or remove use_dora."
+            )
+        if self.use_peft:
+            self._check_start()
+            self._check_patterns()
+
+    @property
+    def quantised_by(self) -> str | None:
+        """The setting that stores the frozen weights in fewer bits; None: they are not quantised."""
+        return next((key for key in ("load_in_4bit", "load_in_8bit") if getattr(self, key)), None)
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the adapters start from a part of the base weights, which is taken out of them (PiSSA, OLoRA)."""
+        return str(self.init_lora_weights).startswith(("pissa", "olora"))
+
+    def _check_start(self) -> None:
+        """Refuse starts of the adapters that need what a recipe cannot give, or that could not be saved."""
+        start = self.init_lora_weights
+        if start in UNSUPPORTED_STARTS:
+            raise RecipeError(f"init_lora_weights={start!r} is not supported: {UNSUPPORTED_STARTS[start]}.")
+        if start is not True and not re.fullmatch(r"pissa_niter_\d+", str(start)):
+            check_choice("init_lora_weights", start, ADAPTER_STARTS, also="true, or pissa_niter_N with a number N")
+        if not self.changes_base:
+            return
+        if self.use_dora:
+            clash, reason = "use_dora=True", "the trained adapter could not be put back on the unchanged base"
+        elif self.quantised_by is not None:
+            clash, reason = f"{self.quantised_by}=True", "it takes a part out of weights in full precision"
+        elif self.use_rslora:
+            clash, reason = "use_rslora=True", "the saved adapter has twice the rank, and rsLoRA's scale follows it"
+        else:
+            return
+        raise RecipeError(
+            f"init_lora_weights={start!r} together with {clash} cannot work: {reason}. Set init_lora_weights: true, or "
+            f"remove {clash.partition('=')[0]}."
+        )
+
+    def _check_patterns(self) -> None:
+        """Refuse what PEFT would only find once the model is loaded: regular expressions, ranks, token ids."""
+        for key in ("lora_target_modules", "lora_exclude_modules"):
+            if isinstance(pattern := getattr(self, key), str):
+                _check_expression(key, pattern, "Give a list of module names.")
+        for key in ("lora_rank_pattern", "lora_alpha_pattern"):
+            for name, value in (getattr(self, key) or {}).items():
+                _check_expression(key, str(name), "Give the names of modules.")
+                if type(value) is not int or value < 1:
+                    raise RecipeError(f"{key}={{{name!r}: {value!r}}} cannot work: it must be an integer, at least 1.")
+        if tokens := [each for each in self.lora_trainable_token_indices or [] if each < 0]:
+            raise RecipeError(
+                f"lora_trainable_token_indices={tokens!r} cannot work: token ids are at least 0. Correct the ids."
+            )
 
     def _check_scratch(self, model_config: dict) -> None:
         if not isinstance(model_config.get("model_type"), str):
@@ -304,11 +406,18 @@ class ModelArguments:
                 "model_config builds a model from scratch, which comes without a tokenizer. Give exactly one of "
                 "tokenizer_vocab_size (train one on the training text) and tokenizer_name_or_path."
             )
-        if self.load_in_4bit:
+        if self.quantised_by is not None:
             raise RecipeError(
-                "load_in_4bit=True stores a pretrained model in 4 bits, but model_config builds one from scratch. Give "
-                "model_name_or_path instead."
+                f"{self.quantised_by}=True quantises a pretrained model, but model_config builds one from scratch. "
+                "Give model_name_or_path instead."
             )
+
+
+def _check_expression(key: str, pattern: str, way_out: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise RecipeError(f"{key}={pattern!r} is not a regular expression: {error}. {way_out}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -482,6 +591,22 @@ _HINTS = {
     "save_safetensors": "transformers 5 removed it: weights are always saved as safetensors",
     "dataset_name": "it is called dataset",
     "optimizer": "it is called optim",
+    "use_lora": "it is called use_peft",
+    "quantization": "write `load_in_4bit: true` or `load_in_8bit: true`",
+    "lora_use_dora": "it is called use_dora",
+    "lora_use_rslora": "it is called use_rslora",
+    "lora_init_lora_weights": "it is called init_lora_weights",
+    "lora_task_type": "it is always CAUSAL_LM: remove it",
+    "bnb_4bit_use_double_quant": "it is called use_bnb_nested_quant",
+    "bnb_4bit_quant_storage": "it would let FSDP split 4-bit weights, which is refused: remove it",
+    "bnb_4bit_compute_dtype": "4-bit layers always compute in bfloat16: remove it",
+    **{
+        name: f"it is called lora_{name}"
+        for name in (
+            *("target_modules", "exclude_modules", "target_parameters", "modules_to_save", "ensure_weight_tying"),
+            *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "trainable_token_indices"),
+        )
+    },
     "lr": "it is called learning_rate",
     "epochs": "it is called num_train_epochs",
     "batch_size": "it is called per_device_train_batch_size",
@@ -542,6 +667,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run: boo
         missing = _find_missing(model, training, given)
         if missing and not dry_run:
             raise RecipeError(missing)
+        _check_adapter_sharding(model, given, training)
     except RecipeError as error:
         raise RecipeError(" ".join(f"{path}: {error}".splitlines())) from None
     return Recipe(model=model, data=data, training=training, path=path, resolved=resolved, missing=missing)
@@ -773,34 +899,60 @@ def _streaming_clash(key: str, given: Mapping[str, Any], reason: str) -> RecipeE
 
 
 def _check_adapters(model: ModelArguments, given: Mapping[str, Any]) -> None:
-    idle = [key for key in given if key.startswith("lora_")]
+    others = ("use_dora", "use_rslora", "init_lora_weights")
+    idle = [key for key in given if key.startswith("lora_") or key in others]
     if idle and "use_peft" not in given:
         raise RecipeError(
             f"{', '.join(idle)} given, but use_peft is not, so they would do nothing. Add use_peft: true, or remove "
             "them."
         )
-    mce_weight = given.get("mce_weight", MatrixConfig.mce_weight)
-    lm_head = _adapted_lm_head(model.lora_target_modules) if model.use_peft else None
-    if lm_head is not None and mce_weight > 0:
+    idle = [key for key in given if key in ("bnb_4bit_quant_type", "use_bnb_nested_quant")]
+    if idle and "load_in_4bit" not in given:
         raise RecipeError(
-            f"mce_weight={mce_weight} needs the LM head, but lora_target_modules puts an adapter on `{lm_head}`, whose "
-            f"weight the loss reads directly. Remove it, or list `{lm_head}` under lora_modules_to_save."
+            f"{', '.join(idle)} given, but load_in_4bit is not, so they would do nothing. Add load_in_4bit: true, or "
+            "remove them."
+        )
+    if model.lora_layers_pattern and not model.lora_layers_to_transform:
+        raise RecipeError(
+            f"lora_layers_pattern={model.lora_layers_pattern!r} says where blocks are counted, but "
+            "lora_layers_to_transform names none. Give both, or remove lora_layers_pattern."
+        )
+    if model.lora_layers_to_transform and isinstance(model.lora_target_modules, str):
+        raise RecipeError(
+            f"lora_layers_to_transform={model.lora_layers_to_transform} together with "
+            f"lora_target_modules={model.lora_target_modules!r} cannot work: PEFT counts blocks for lists of names. "
+            "Give lora_target_modules as a list, or name the blocks in a regular expression."
         )
 
 
-def _adapted_lm_head(targets: list[str] | str | None) -> str | None:
-    """The LM head's name, if lora_target_modules selects it."""
-    names = ("lm_head", "embed_out")
-    if targets is None or targets == "all-linear":  # PEFT leaves the LM head out of all-linear
-        return None
-    if isinstance(targets, list):
-        return next((target for target in targets if target.rsplit(".", 1)[-1] in names), None)
-    try:
-        return next((name for name in names if re.fullmatch(targets, name)), None)
-    except re.error as error:
-        raise RecipeError(
-            f"lora_target_modules={targets!r} is not a regular expression: {error}. Give a list of module names."
-        ) from None
+def _check_adapter_sharding(model: ModelArguments, given: Mapping[str, Any], training: MatrixConfig) -> None:
+    """Refuse ZeRO-3 and FSDP where the frozen weights cannot be split over processes."""
+    if not model.use_peft or not (model.quantised_by or model.changes_base):
+        return
+    is_fsdp = bool(given.get("fsdp")) or _environment_says("ACCELERATE_USE_FSDP")
+    if not is_fsdp and _zero_stage(given.get("deepspeed"), training) != 3:
+        return
+    engine = "FSDP" if is_fsdp else "ZeRO stage 3"
+    if model.quantised_by:
+        what, reason = f"{model.quantised_by}=True", "quantised weights cannot be split over processes"
+    else:
+        what = f"init_lora_weights={model.init_lora_weights!r}"
+        reason = "it decomposes whole weights, and each process would hold a part"
+    raise RecipeError(
+        f"{what} together with {engine} cannot work: {reason}. Use plain data parallelism, ZeRO-1 or ZeRO-2, or remove "
+        f"{what.partition('=')[0]}."
+    )
+
+
+def _zero_stage(deepspeed: Any, training: MatrixConfig) -> int:
+    """DeepSpeed's stage by the recipe or the launcher; 0 without DeepSpeed."""
+    if training.deepspeed_plugin is not None:
+        return training.deepspeed_plugin.zero_stage
+    if isinstance(deepspeed, str):  # a plan is made without the plugin
+        deepspeed = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
+    if isinstance(deepspeed, dict):
+        return deepspeed.get("zero_optimization", {}).get("stage", 0)
+    return 0
 
 
 def _check_evaluation(data: DataArguments, given: Mapping[str, Any]) -> None:

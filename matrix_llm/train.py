@@ -64,6 +64,7 @@ GATHER = "stage3_gather_16bit_weights_on_model_save"
 
 def print_plan(recipe: Recipe) -> None:
     """Print rows and their lengths, the resolved recipe, the loss, steps, memory per GPU, and one row with its mask."""
+    from matrix_llm.model.adapter_checks import check_adapters
     from matrix_llm.model.early_checks import check_model
     from matrix_llm.model.load import load_config
     from matrix_llm.plan.memory import memory_lines
@@ -72,6 +73,7 @@ def print_plan(recipe: Recipe) -> None:
 
     # 1. What a run would be refused for; then rows and tokenizer, no weights
     check_model(recipe)
+    check_adapters(recipe.model, trust_remote_code=recipe.training.trust_remote_code)
     if recipe.missing:
         say(f"=> a run on this machine would be refused: {recipe.missing}")
     training, processes = recipe.training, int(os.environ.get("WORLD_SIZE", "1"))
@@ -100,6 +102,7 @@ def print_plan(recipe: Recipe) -> None:
 
 def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     """A complete run. One that `stop` ends early saves a checkpoint and prints how to resume."""
+    from matrix_llm.model.adapter_checks import check_adapters
     from matrix_llm.model.early_checks import check_model
     from matrix_llm.run.inputs import INPUTS, check_inputs, inputs_of
     from matrix_llm.run.preemption import resume_command
@@ -110,6 +113,7 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
 
     # 1. What the model's configuration tells. A resumed run must read the rows it was started with.
     check_model(recipe)
+    check_adapters(recipe.model, trust_remote_code=training.trust_remote_code)
     resume = find_resume_checkpoint(training)
     with training.main_process_first(desc="comparing the rows with those of the run"):
         inputs = inputs_of(recipe)

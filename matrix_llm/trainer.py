@@ -43,6 +43,7 @@ from matrix_llm.base.console import say
 from matrix_llm.base.errors import NonFiniteLossError, RecipeError
 from matrix_llm.config import MatrixConfig
 from matrix_llm.loss.settings import LossSettings
+from matrix_llm.model.adapters import keep_base_unchanged
 from matrix_llm.model.lm_head import MatrixHead, add_matrix_head, head_effective_rank
 from matrix_llm.model.load import repair_generation_settings
 from matrix_llm.model.packing import check_isolation
@@ -179,6 +180,7 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
             # The loss divides by num_items_in_batch itself, whatever the model's forward would accept.
             self.model_accepts_loss_kwargs = True
 
+        keep_base_unchanged(self.model)  # PiSSA's adapters are saved for the base that was loaded
         repair_generation_settings(self._base_model())  # or the first save would fail
 
         # 2. state

@@ -15,6 +15,7 @@ from eval.text import first_line
 from matrix_llm.base.errors import EvalError
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the sizes that vLLM can make room for
+BEYOND_VLLM = ("modules_to_save", "use_dora", "bias", "lora_bias", "trainable_token_indices")  # refused or left out
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,10 @@ def _adapter(model: str, folder: str, revision: str) -> Source:
     except EvalError as error:
         raise EvalError(f"--model {model} is an adapter of {base}, which cannot be found: {error}") from None
     if under.adapter:
-        raise EvalError(f"--model {model} is an adapter of {base}, which is itself an adapter. Merge that one first.")
+        raise EvalError(
+            f"--model {model} is an adapter of {base}, which is itself an adapter. Merge that one first: "
+            f"{_merge_command(base)}"
+        )
     return Source(model, f"{revision} on {under.revision}", under.base, under.base_commit, folder)
 
 
@@ -190,20 +194,19 @@ def context_limit(source: Source) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def _merge_command(adapter: str | None) -> str:
+    return f"python -m matrix_llm.merge {adapter} OUT"
+
+
 def lora_rank(source: Source) -> int:
     """The smallest rank that vLLM supports and that fits the adapter's."""
     config = source.adapter_config
-    if config.get("modules_to_save"):
-        raise EvalError(
-            f"the adapter {source.adapter} also holds full modules "
-            f"(modules_to_save={config['modules_to_save']}), which vLLM cannot add. "
-            "Merge it into its base, or use --engine transformers."
-        )
+    way_out = f"Use --engine transformers, or merge it: {_merge_command(source.adapter)}"
+    for key in BEYOND_VLLM:
+        if (value := config.get(key)) and value != "none":
+            raise EvalError(f"the adapter {source.adapter} has {key}={value!r}, which vLLM cannot add. {way_out}")
     needed = max([config.get("r", 8), *(config.get("rank_pattern") or {}).values()])
     rank = next((rank for rank in LORA_RANKS if rank >= needed), None)
     if rank is None:
-        raise EvalError(
-            f"the adapter has rank {needed}, and vLLM has room for {LORA_RANKS[-1]}. Use --engine transformers, "
-            "or merge it."
-        )
+        raise EvalError(f"the adapter has rank {needed}, and vLLM has room for {LORA_RANKS[-1]}. {way_out}")
     return rank

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.values import nearest
 from matrix_llm.config import ModelArguments
-from matrix_llm.model.adapters import four_bit_options
+from matrix_llm.model.adapters import quantisation_options
 from matrix_llm.model.pretrained import load_pretrained, load_pretrained_config
 from matrix_llm.model.tokenizer import check_vocabulary
 
@@ -58,12 +58,12 @@ def load_model(
         set_seed(seed)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
     else:
-        if args.load_in_4bit:
-            options |= four_bit_options()
+        options |= quantisation_options(args)
         options |= {"revision": args.model_revision, "trust_remote_code": trust_remote_code}
         model = load_pretrained(
             "model_name_or_path", args.model_name_or_path, AutoModelForCausalLM.from_pretrained, **options
         )
+        set_seed(seed)  # for the adapters, which are drawn before Trainer sets its seed
 
     # 3. model and tokenizer together. The attribute, not the weight: that one is empty here under ZeRO-3.
     if isinstance(embeddings := getattr(model.get_input_embeddings(), "num_embeddings", None), int):

@@ -3,7 +3,8 @@
 Legend:
     n   parameters, tied ones once, adapters included       g   processes, one on each GPU
     t   those that are trained                              c   bytes of a number in the forward pass: 2 under bf16
-    q   those held in 4 bits (QLoRA), at `FOUR_BIT` bytes       or fp16, else 4
+    q   those held in 4 bits (QLoRA) or 8, at `QUANTISED`       or fp16, else 4
+        bytes
                                                             m   bytes of a master weight: 2 for `dtype: bfloat16`,
                                                                 else 4
 
@@ -41,12 +42,13 @@ from transformers.training_args import OptimizerNames
 from matrix_llm.base.gpus import GIB, GPUS, usable
 from matrix_llm.config import Recipe
 from matrix_llm.mce import CHUNK_BYTES
-from matrix_llm.model.adapters import lora_config
+from matrix_llm.model.adapters import add_adapters, lora_config
 
 ENGINES = ("no sharding", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2")
 BUCKET = 500_000_000  # numbers; DeepSpeed's default
 MAX_LIVE = 1_000_000_000  # gathered numbers that ZeRO-3 keeps at a time, by default
-FOUR_BIT = 0.53  # bytes a number: half a byte, and the doubly quantised scales
+# bytes a number: half a byte and the doubly quantised scales, or a byte and one scale for each row
+QUANTISED = {None: 0.0, "load_in_4bit": 0.53, "load_in_8bit": 1.0}
 PARTS = ("weights", "copies", "gradients", "optimizer", "activations", "lm_head", "buffers")
 
 
@@ -120,6 +122,9 @@ class ParameterCounts:
     linear: int
     """Those of the linear layers except the LM head: what QLoRA holds in 4 bits."""
 
+    head: int
+    """Those of the LM head, if it is trained; else 0."""
+
 
 def count_parameters(recipe: Recipe, config: PretrainedConfig) -> ParameterCounts:
     """Counted on the model that will train, adapters and lora_modules_to_save included, built without its weights."""
@@ -130,17 +135,17 @@ def count_parameters(recipe: Recipe, config: PretrainedConfig) -> ParameterCount
         largest = max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0)
         vectors = {module.weight for module in (embeddings, head) if module is not None}  # one if they are tied
         linear = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-        if (adapter := lora_config(recipe.model)) is not None:
-            from peft import get_peft_model
-
-            model = get_peft_model(model, adapter)
+        if (adapters := lora_config(recipe.model)) is not None:
+            add_adapters(model, adapters)  # in place
     parameters = list(model.parameters())  # each tied one once
+    trained_head = {p for p in getattr(model.get_output_embeddings(), "parameters", list)() if p.requires_grad}
     return ParameterCounts(
         total=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         layer=largest,
         embeddings=sum(p.numel() for p in vectors),
         linear=sum(p.numel() for p in linear),
+        head=sum(p.numel() for p in trained_head),
     )
 
 
@@ -155,7 +160,10 @@ class Sizes:
     """n, t and the sizes of the model's parts."""
 
     quantised: int
-    """q: parameters held in 4 bits."""
+    """q: parameters held in 4 or 8 bits."""
+
+    quantised_bytes: float
+    """Bytes of each of them."""
 
     processes: int
     """g, at least 1."""
@@ -188,7 +196,7 @@ class Sizes:
     """Whether DeepSpeed fills one bucket while it sends the other."""
 
     def weight_bytes(self, bytes_per_weight: int) -> float:
-        return bytes_per_weight * (self.count.total - self.quantised) + FOUR_BIT * self.quantised
+        return bytes_per_weight * (self.count.total - self.quantised) + self.quantised_bytes * self.quantised
 
     def moment_bytes(self, bytes_per_moment: int) -> float:
         """The optimizer's state for all trained parameters."""
@@ -198,7 +206,7 @@ class Sizes:
 
 
 def plan_memory(recipe: Recipe, config: PretrainedConfig, length: int, processes: int) -> list[MemoryPlan]:
-    """One estimate for each engine. QLoRA has none for ZeRO-3 and FSDP2, which cannot shard 4-bit weights.
+    """One estimate for each engine. QLoRA has none for ZeRO-3 and FSDP2, which cannot shard quantised weights.
 
     Args:
         length: tokens in a row of a micro-batch.
@@ -206,7 +214,7 @@ def plan_memory(recipe: Recipe, config: PretrainedConfig, length: int, processes
     """
     sizes = _sizes(recipe, config, length, processes)
     plans = [_plan_unsharded(sizes), _plan_zero(sizes, 1), _plan_zero(sizes, 2)]
-    if not recipe.model.load_in_4bit:
+    if recipe.model.quantised_by is None:
         plans += [_plan_zero(sizes, 3), _plan_fsdp2(sizes)]
     return plans
 
@@ -218,14 +226,12 @@ def _sizes(recipe: Recipe, config: PretrainedConfig, length: int, processes: int
     compute_bytes = 2 if is_half else 4
     master_bytes = 2 if model.dtype in ("bfloat16", "float16") else 4
 
-    # The LM head's gradient is float32; an adapter alone leaves the head without one.
-    head = count.embeddings if config.get_text_config().tie_word_embeddings else count.embeddings / 2
-    is_head_trained = not model.use_peft or "lm_head" in (model.lora_modules_to_save or [])
     activations, logits = _activations(recipe, config, length, compute_bytes, master_bytes)
     bucket, has_two_buckets = _buckets(training.deepspeed)
     return Sizes(
         count=count,
-        quantised=count.linear if model.load_in_4bit else 0,
+        quantised=count.linear if model.quantised_by else 0,
+        quantised_bytes=QUANTISED[model.quantised_by],
         processes=processes,
         compute_bytes=compute_bytes,
         master_bytes=master_bytes,
@@ -233,7 +239,7 @@ def _sizes(recipe: Recipe, config: PretrainedConfig, length: int, processes: int
         is_checkpointed=bool(training.gradient_checkpointing),
         optim=OptimizerNames(training.optim).value,
         activations=activations,
-        lm_head=logits + (4 * head if is_head_trained else 0),
+        lm_head=logits + 4 * count.head,  # its gradient is float32
         bucket=bucket,
         has_two_buckets=has_two_buckets,
     )

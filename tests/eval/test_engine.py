@@ -311,9 +311,10 @@ def test_an_adapter_that_vllm_cannot_hold_is_refused(adapter, tmp_path):
     for file in adapter.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((adapter / "adapter_config.json").read_text())
-    for change, message in (({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"r": 1000}, "rank 1000")):
+    changes = [{"modules_to_save": ["lm_head"]}, {"use_dora": True}, {"bias": "all"}, {"trainable_token_indices": [1]}]
+    for change, message in [*((each, next(iter(each))) for each in changes), ({"r": 1000}, "rank 1000")]:
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
-        with pytest.raises(EvalError, match=message):
+        with pytest.raises(EvalError, match=rf"{message}.*matrix_llm\.merge {tmp_path}"):
             lora_rank(locate(str(tmp_path)))
 
 
