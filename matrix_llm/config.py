@@ -21,7 +21,7 @@ from trl import SFTConfig
 
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.gpus import GPUS
-from matrix_llm.base.reader import Settings, find_from_repository
+from matrix_llm.base.reader import Settings, find_from_repository, find_recipe
 from matrix_llm.base.values import check_choice, check_fields, setting
 from matrix_llm.data.prompts import resolve_template
 from matrix_llm.data.readers import local_path, looks_local
@@ -415,7 +415,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run: boo
         RecipeError: the recipe cannot be read, or a setting or a combination of settings cannot work.
     """
     # 1. What is given: names, types and ranges are checked
-    path = Path(path).expanduser()
+    path = find_recipe(path)
     resolved = SETTINGS.read(path, overrides)
     given = copy.deepcopy(resolved)  # a change to a dataclass must not change what the run writes down
     resolved.pop("hub_token", None)  # a secret: it is passed on, and never written

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from matrix_llm.base.console import command_name
 from matrix_llm.base.errors import MatrixLLMError, PushError, scrub
 from matrix_llm.publish.card import write_card
 from matrix_llm.publish.destination import Destination
@@ -26,7 +27,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="python -m matrix_llm.hub", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command_name("python -m matrix_llm.hub"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     card = commands.add_parser("card", help="render a run's README.md again")
