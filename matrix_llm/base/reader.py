@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from matrix_llm.base.console import say
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.values import alternatives, check_value, nearest, type_name
 
@@ -194,7 +195,9 @@ def find_recipe(name: str | Path, folder: str = "recipes") -> Path:
     shipped = {file.stem: file for file in (SHIPPED / folder).glob("*.yaml")}
     names = {word: file for stem, file in shipped.items() for word in (stem, file.name, f"{folder}/{file.name}")}
     if path.as_posix() in names:
-        return names[path.as_posix()]
+        path = names[path.as_posix()]
+        say(f"=> recipe           {path}, shipped with matrix_llm")
+        return path
     if not path.exists() and (not path.suffix or not any(path.parent.glob("*.y*ml"))):
         raise RecipeError(
             f"no recipe at {path.absolute()}, and none of that name is shipped.{nearest(path.stem, shipped)} "
