@@ -1,16 +1,20 @@
 # make demo   set up, generate problems, train a small model with CE + MCE, decode held-out problems before and after
 # make demo-ssl  the same for images: pre-train on scikit-learn's digits, probe against a random network and raw pixels
 # make test   set up, then lint, types and every test
-# Both create .venv first. PYTHON=python3.12 make ... chooses the interpreter.
+# make test-newest, make test-lowest   the tests that are not slow with the newest releases, and with the lowest that
+#             pyproject.toml allows, in .venv-newest and .venv-lowest; TESTS=tests runs the slow ones too
+# All create their .venv first. PYTHON=python3.12 make ... chooses the interpreter.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := 2.13.0
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
+EVERYTHING := -e '.[dev,ssl,eval,deepspeed]'
+TESTS ?= -m "not slow"
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo demo-ssl test lint setup setup-ssl setup-test clean
+.PHONY: demo demo-ssl test test-newest test-lowest lint setup setup-ssl setup-test clean
 
 demo: setup
 	rm -rf runs/tiny
@@ -25,6 +29,17 @@ demo-ssl: setup-ssl
 
 test: setup-test lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+# uv, because pip cannot ask for the lowest versions. It finds no "+cpu" build of torch where only PyPI is reached.
+test-newest: RESOLUTION := highest
+test-lowest: RESOLUTION := lowest-direct
+test-newest test-lowest: test-%:
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install -q uv
+	.venv-$*/bin/uv pip install -q --python .venv-$*/bin/python --resolution $(RESOLUTION) --torch-backend cpu $(EVERYTHING) || \
+		.venv-$*/bin/uv pip install -q --python .venv-$*/bin/python --resolution $(RESOLUTION) $(EVERYTHING)
+	.venv-$*/bin/uv pip list -q --python .venv-$*/bin/python | grep -E '^(torch|transformers|trl|accelerate|datasets|peft|numpy) '
+	PATH=$(CURDIR)/.venv-$*/bin:$$PATH HF_HUB_OFFLINE=1 .venv-$*/bin/python -m pytest $(TESTS)
 
 lint: setup-test
 	$(BIN)/ruff check .
@@ -71,4 +86,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) .venv-newest .venv-lowest runs build dist *.egg-info

@@ -1,6 +1,6 @@
 """The grader under its public name: `from eval.answers import is_correct`. The code is in `eval.grader`."""
 
-from eval.grader.answers import (
+from .grader.answers import (
     BENCHMARKS,
     CONVENTIONS,
     Verdict,

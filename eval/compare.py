@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository, not from this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "eval"
 
 import argparse
 import json
@@ -23,8 +23,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.grader.answers import CONVENTIONS, VERIFIED, extract_answer, grade
-from eval.report.comparison import describe
+from matrix_llm.base.console import command_name
 from matrix_llm.base.errors import EvalError
 from matrix_llm.base.statistics import (
     bootstrap_difference,
@@ -34,6 +33,9 @@ from matrix_llm.base.statistics import (
     wilson_interval,
 )
 from matrix_llm.base.threads import wait_passively
+
+from .grader.answers import CONVENTIONS, VERIFIED, extract_answer, grade
+from .report.comparison import describe
 
 OWN_TO_A_RUN = ("model", "revision", "model_fingerprint", "lora")  # settings that two runs are expected to differ in
 REPEATS = 10_000
@@ -243,7 +245,7 @@ def _different(
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="eval/compare.py", description="Compare two runs on the same problems, paired."
+        prog=command_name("eval/compare.py"), description="Compare two runs on the same problems, paired."
     )
     parser.add_argument("a", type=Path, metavar="A.json", help="summary of the first run, such as runs/a/gsm8k.json")
     parser.add_argument("b", type=Path, metavar="B.json", help="summary of the second run")

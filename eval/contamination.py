@@ -1,6 +1,6 @@
 r"""Are test questions in the training data? Exact matches up to spelling, and shared word n-grams.
 
-    python eval/contamination.py --train train.jsonl --test shared/data/math/test.jsonl
+    python eval/contamination.py --train train.jsonl --test test.jsonl
     python eval/contamination.py --train MetaMathQA-395K.json --test test.jsonl --n 13 --share 0.5 --out overlaps.json
 
 Exact: equal in the normal form of `matrix_llm.data.questions`, which undoes differences in spelling but none in
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository, not from this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "eval"
 
 import argparse
 import time
@@ -22,11 +22,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from eval.files import read_rows, write_json
-from eval.text import shorten, visible
 from matrix_llm.base.errors import EvalError
 from matrix_llm.base.threads import wait_passively
 from matrix_llm.data.questions import FIELDS, NGRAM, QuestionIndex, question_of
+
+from .files import read_rows, write_json
+from .text import shorten, visible
 
 SHARE = 0.5
 LISTED = 10  # training rows named for one test question

@@ -9,10 +9,11 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from eval.text import first_line
 from matrix_llm.base.errors import EvalError
 from matrix_llm.base.files import write_text
 from matrix_llm.data.jsonarray import ArrayError, iterate_array
+
+from .text import first_line
 
 CHUNK = 1 << 20  # characters of a JSON list decoded at a time
 PARQUET_ROWS = 1000  # decoded at a time

@@ -11,9 +11,16 @@ import sys
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository, not from this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "eval"
 
-from eval.generate.run import main
+from collections.abc import Sequence
+
+from .generate.run import main as run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run("math", "Score a model on MATH: generate once, grade by every convention, save everything.", arguments)
+
 
 if __name__ == "__main__":
-    sys.exit(main("math", "Score a model on MATH: generate once, grade by every convention, save everything."))
+    sys.exit(main())

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository, not from this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "eval"
 
 import argparse
 import json
@@ -20,14 +20,16 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from eval.files import write_json
-from eval.grader.answers import BENCHMARKS, CONVENTIONS
-from eval.grader.text import last_boxed
-from eval.report.scores import grade_rows, places_by_problem, score_conventions
-from eval.report.table import score_lines
-from eval.text import shorten, visible
+from matrix_llm.base.console import command_name
 from matrix_llm.base.errors import EvalError
 from matrix_llm.base.threads import wait_passively
+
+from .files import write_json
+from .grader.answers import BENCHMARKS, CONVENTIONS
+from .grader.text import last_boxed
+from .report.scores import grade_rows, places_by_problem, score_conventions
+from .report.table import score_lines
+from .text import shorten, visible
 
 FIELDS = {  # the first name that a row holds is taken
     "response": ("response", "completion", "generation", "output", "prediction"),
@@ -189,7 +191,7 @@ def _shorten_start(text: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="eval/regrade.py", description="Grade generations on file under every convention."
+        prog=command_name("eval/regrade.py"), description="Grade generations on file under every convention."
     )
     parser.add_argument("generations", type=Path, help="JSON lines with a response and a gold answer each")
     parser.add_argument("--benchmark", choices=BENCHMARKS, required=True)

@@ -2,7 +2,6 @@
 `eval.report.scores`.
 """
 
-from eval.report.scores import majority_vote
 from matrix_llm.base.statistics import (
     bootstrap_difference,
     mcnemar_exact,
@@ -11,6 +10,8 @@ from matrix_llm.base.statistics import (
     two_proportion,
     wilson_interval,
 )
+
+from .report.scores import majority_vote
 
 __all__ = [
     "bootstrap_difference",

@@ -7,7 +7,7 @@ python -m matrix_llm.checkpoints consolidate runs/x/checkpoint-20 OUT    # ZeRO 
 import argparse
 from pathlib import Path
 
-from matrix_llm.base.console import fail
+from matrix_llm.base.console import command_name, fail
 from matrix_llm.base.errors import CheckpointError
 from matrix_llm.run.checkpoint_files import (
     MANIFEST,
@@ -34,7 +34,7 @@ def print_check(run: Path) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0; 1 if `check` finds no complete checkpoint; 2, with one line on stderr, for an error."""
     parser = argparse.ArgumentParser(
-        prog="python -m matrix_llm.checkpoints",
+        prog=command_name("python -m matrix_llm.checkpoints"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -22,7 +22,7 @@ from trl import SFTConfig
 
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.gpus import GPUS
-from matrix_llm.base.reader import Settings, find_from_repository
+from matrix_llm.base.reader import Settings, find_from_repository, find_recipe
 from matrix_llm.base.values import check_choice, check_fields, read_numbers, setting
 from matrix_llm.checks.evaluation import check_best_is_saved, check_metric, is_higher_better
 from matrix_llm.checks.keys import check_keys
@@ -637,7 +637,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run: boo
         RecipeError: the recipe cannot be read, or a setting or a combination of settings cannot work.
     """
     # 1. What is given: names, types and ranges are checked
-    path = Path(path).expanduser()
+    path = find_recipe(path)
     resolved = SETTINGS.read(path, overrides)
     given = copy.deepcopy(resolved)  # a change to a dataclass must not change what the run writes down
     resolved.pop("hub_token", None)  # a secret: it is passed on, and never written

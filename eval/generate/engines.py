@@ -12,9 +12,10 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
-from eval.generate.generation import Decoding, Generation, Key, Request
-from eval.text import first_line
 from matrix_llm.base.errors import EvalError
+
+from ..text import first_line
+from .generation import Decoding, Generation, Key, Request
 
 
 class Engine(Protocol):

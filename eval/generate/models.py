@@ -11,8 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from eval.text import first_line
 from matrix_llm.base.errors import EvalError
+
+from ..text import first_line
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the sizes that vLLM can make room for
 BEYOND_VLLM = ("modules_to_save", "use_dora", "bias", "lora_bias", "trainable_token_indices")  # refused or left out

@@ -5,9 +5,10 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from eval.generate.prompts import PROMPTS
-from eval.generate.tasks import BUILTIN
 from matrix_llm.base.errors import EvalError
+
+from .prompts import PROMPTS
+from .tasks import BUILTIN
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 ENGINES = ("auto", "vllm", "transformers")

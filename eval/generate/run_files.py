@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from eval.text import say
 from matrix_llm.base.errors import EvalError
 from matrix_llm.base.files import write_text
+
+from ..text import say
 
 ROW_FIELDS = (
     "id", "sample", "prompt_sha256", "problem", "gold", "subject", "level",

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.files import read_rows
-from eval.grader.text import last_boxed
-from eval.text import first_line
 from matrix_llm.base.errors import EvalError
+
+from ..files import read_rows
+from ..grader.text import last_boxed
+from ..text import first_line
 
 BENCHMARKS = ("gsm8k", "math")
 BUILTIN = "builtin"

@@ -11,11 +11,12 @@ from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-from eval.generate.generation import Decoding, Generation, Key, Request, finish, first_stop, response_text
-from eval.generate.models import Source, load_tokenizer
-from eval.text import first_line
 from matrix_llm.base.decoding import NEUTRAL_DECODING
 from matrix_llm.base.errors import EvalError
+
+from ..text import first_line
+from .generation import Decoding, Generation, Key, Request, finish, first_stop, response_text
+from .models import Source, load_tokenizer
 
 
 class TransformersEngine:

@@ -10,10 +10,11 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.generate.generation import Decoding, Generation, Key, Request, finish
-from eval.generate.models import Source, load_tokenizer, lora_rank
-from eval.text import first_line
 from matrix_llm.base.errors import EvalError
+
+from ..text import first_line
+from .generation import Decoding, Generation, Key, Request, finish
+from .models import Source, load_tokenizer, lora_rank
 
 
 @dataclass(frozen=True)

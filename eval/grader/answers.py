@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.grader import conventions
-from eval.grader.extraction import adjoining_boxes, extract_gsm8k, extract_math
-from eval.grader.ladder import are_equal
+from . import conventions
+from .extraction import adjoining_boxes, extract_gsm8k, extract_math
+from .ladder import are_equal
 
 VERIFIED = "verified"
 CONVENTIONS = (*conventions.PUBLISHED, VERIFIED)

@@ -18,11 +18,11 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from eval.grader.equality import same
-from eval.grader.expressions import UndecidedError
-from eval.grader.latex import clean
-from eval.grader.structures import read_structure
-from eval.grader.text import last_boxed, read_rational
+from .equality import same
+from .expressions import UndecidedError
+from .latex import clean
+from .structures import read_structure
+from .text import last_boxed, read_rational
 
 PUBLISHED = ("metamath", "llemma", "minerva", "strict", "flexible")
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import chain
 
-from eval.grader.expressions import Binary, Expression, Variable, walk
-from eval.grader.structures import (
+from .expressions import Binary, Expression, Variable, walk
+from .structures import (
     Bracket,
     Equation,
     Formula,
@@ -22,7 +22,7 @@ from eval.grader.structures import (
     Union,
     names_a_quantity,
 )
-from eval.grader.values import are_proportional, equal_values
+from .values import are_proportional, equal_values
 
 MEMBERS = 60  # of a set: comparing two sets takes the square of that
 

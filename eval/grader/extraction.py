@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 
-from eval.grader.text import last_box, last_boxed, read_rational
+from .text import last_box, last_boxed, read_rational
 
 MARKER = re.compile(
     r"answers?(?: to (?:the|this) (?:question|problem))? ?"

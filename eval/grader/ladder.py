@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from eval.grader import symbolic
-from eval.grader.equality import same
-from eval.grader.expressions import LENGTH, UndecidedError
-from eval.grader.latex import NOT_A_UNIT, clean
-from eval.grader.structures import read_structure
-from eval.grader.text import read_rational
+from . import symbolic
+from .equality import same
+from .expressions import LENGTH, UndecidedError
+from .latex import NOT_A_UNIT, clean
+from .structures import read_structure
+from .text import read_rational
 
 ANSWER = 2_000  # characters; a longer answer only equals itself
 

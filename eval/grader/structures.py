@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from eval.grader.expressions import (
+from .expressions import (
     LENGTH,
     Binary,
     Constant,

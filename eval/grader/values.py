@@ -13,7 +13,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from eval.grader.expressions import (
+from .expressions import (
     THIRD,
     ZERO,
     Binary,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from eval.text import percent, shorten, visible
+from ..text import percent, shorten, visible
 
 
 def describe(result: Mapping[str, Any], *, show: int, repeats: int = 10_000) -> str:

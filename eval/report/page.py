@@ -15,11 +15,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from eval.grader.answers import extract_answer
-from eval.report.scores import Row, places_by_problem
-from eval.report.table import HEAD, score_cells
-from eval.text import percent, visible
 from matrix_llm.base.files import write_text
+
+from ..grader.answers import extract_answer
+from ..text import percent, visible
+from .scores import Row, places_by_problem
+from .table import HEAD, score_cells
 
 SHOWN_WRONG = 500  # wrong answers on the page
 SHOWN_CHARACTERS = 20_000  # of one response

@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from eval.grader.answers import CONVENTIONS, VERIFIED, Verdict, answers_equal, grade
 from matrix_llm.base.statistics import pass_at_k, wilson_interval
+
+from ..grader.answers import CONVENTIONS, VERIFIED, Verdict, answers_equal, grade
 
 Row = Mapping[str, Any]
 """A generation: at least id, sample, response and gold; see `eval.generate.files.ROW_FIELDS`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.text import percent, visible
+from ..text import percent, visible
 
 HEAD = ("accuracy", "95 % interval", "correct", "no answer found", "ungraded")
 

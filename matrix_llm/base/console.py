@@ -11,6 +11,11 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def command_name(otherwise: str) -> str:
+    """The command as the user typed it: "matrix-llm compare" (see matrix_llm/cli.py), else `otherwise`."""
+    return sys.argv[0] if sys.argv[0].startswith("matrix-llm ") else otherwise
+
+
 def say(text: str) -> None:
     """Print on the first process only."""
     if is_first_process():

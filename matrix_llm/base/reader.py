@@ -16,10 +16,14 @@ from typing import Any
 
 import yaml
 
+from matrix_llm.base.console import say
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.values import YamlLoader, alternatives, check_value, nearest, type_name
 
 COMMAND_LINE = "on the command line"
+_PACKAGE = Path(__file__).resolve().parents[1]
+SHIPPED = _PACKAGE if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent
+"""The folder of recipes/ and ds_configs/: the package where it is installed, the repository in a checkout."""
 
 
 class Settings:
@@ -182,10 +186,43 @@ def _read_text(path: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------- paths
 
 
+def find_recipe(name: str | Path, folder: str = "recipes") -> Path:
+    """The file at path `name` or, if there is none, the shipped recipe of that name.
+
+    A recipe shipped in `folder` goes by its path (recipes/tiny.yaml), its file's name, or its bare name (tiny).
+
+    Raises:
+        RecipeError: a bare name, or a path into a folder without recipes, that no shipped recipe has.
+    """
+    path = Path(name).expanduser()
+    if path.is_absolute() or (path.exists() and not path.is_dir()):
+        return path
+    shipped = {file.stem: file for file in (SHIPPED / folder).glob("*.yaml")}
+    names = {word: file for stem, file in shipped.items() for word in (stem, file.name, f"{folder}/{file.name}")}
+    if path.as_posix() in names:
+        path = names[path.as_posix()]
+        say(f"=> recipe           {path}, shipped with matrix_llm")
+        return path
+    if not path.exists() and (not path.suffix or not any(path.parent.glob("*.y*ml"))):
+        raise RecipeError(
+            f"no recipe at {path.absolute()}, and none of that name is shipped.{nearest(path.stem, shipped)} "
+            f"Give the path of a .yaml file, or one of {', '.join(sorted(shipped))}."
+        )
+    return path
+
+
 def find_from_repository(path: str, recipe: Path) -> str:
-    """Resolve a relative path from the current folder or, if it does not exist there, from the recipe's repository."""
-    if not Path(path).expanduser().exists():
+    """Resolve a relative path from the current folder or, if it does not exist there, from the recipe's repository.
+
+    Files of ds_configs/ and recipes/ are then looked for among the shipped ones.
+    """
+    if Path(path).expanduser().exists():
+        return path
+    if _PACKAGE not in recipe.resolve().parents:  # a repository around an installed package is somebody else's
         for folder in recipe.absolute().parents:
             if (folder / "pyproject.toml").exists() or (folder / ".git").exists():
-                return str(folder / path) if (folder / path).exists() else path
-    return path
+                if (folder / path).exists():
+                    return str(folder / path)
+                break
+    is_shipped = path.startswith(("ds_configs/", "recipes/")) and (SHIPPED / path).exists()
+    return str(SHIPPED / path) if is_shipped else path

@@ -75,10 +75,23 @@ def setting(default: Any, *, choices: Iterable[str] = (), **bounds: Any) -> Any:
 
 class _FieldMetadata(dict):
     """What a field knows about its values. HfArgumentParser and TrlParser hand a copy of it to argparse, as keywords:
-    the copy has only what argparse understands, and no empty list of choices, which would refuse every value."""
+    so the items are what argparse understands, without an empty list of choices, which would refuse every value. The
+    range is looked up like an item, and is in no copy."""
 
-    def copy(self) -> dict[str, Any]:
-        return {"choices": self["choices"]} if self["choices"] else {}
+    def __init__(self, choices: list[str], range: Range) -> None:
+        super().__init__({"choices": choices} if choices else {})
+        self._range = range
+
+    def __missing__(self, key: str) -> Any:
+        if key == "range":
+            return self._range
+        raise KeyError(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self._range if key == "range" else super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        return key == "range" or super().__contains__(key)
 
 
 _POSITIVE, _NOT_NEGATIVE, _COUNT = Range(above=0), Range(at_least=0), Range(at_least=1)

@@ -11,10 +11,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from matrix_llm.base.console import command_name
 from matrix_llm.base.errors import MatrixLLMError, PushError, scrub
-from matrix_llm.publish.card import write_card
-from matrix_llm.publish.destination import Destination
-from matrix_llm.publish.push import push
 
 
 class _Parser(argparse.ArgumentParser):
@@ -26,7 +24,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="python -m matrix_llm.hub", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command_name("python -m matrix_llm.hub"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     card = commands.add_parser("card", help="render a run's README.md again")
@@ -50,6 +50,10 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0; 2 if the run or the name cannot be used; 1 if the Hub cannot be reached or refuses."""
     options = _parser().parse_args(arguments)
+    from matrix_llm.publish.card import write_card  # here: --help need not wait for transformers
+    from matrix_llm.publish.destination import Destination
+    from matrix_llm.publish.push import push
+
     try:
         if options.command == "card":
             print(f"=> {write_card(options.run, licence=options.license, base_model=options.base_model)}")

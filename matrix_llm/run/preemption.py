@@ -26,6 +26,8 @@ import torch
 from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from matrix_llm.base.console import command_name
+
 LAUNCHERS = ("accelerate", "torchrun", "torch.distributed.run", "torch.distributed.launch", "deepspeed")
 PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that this process gets when its parent dies
 
@@ -131,16 +133,20 @@ def resume_command(arguments: Sequence[str], launcher: Sequence[str] = (), scrip
 
     Args:
         arguments: those that the script was started with.
-        launcher: the launcher's command line, up to its own arguments for the script; [] for `python SCRIPT`.
-        script: the script's path in the repository.
+        launcher: the launcher's command line, up to its own arguments for the script; [] without a launcher.
+        script: the script's path in the repository; its name is also that of the console command, `matrix-llm train`.
 
     >>> resume_command(["recipes/tiny.yaml", "--resume_from_checkpoint=true", "--seed", "1"])
     'python matrix_llm/train.py recipes/tiny.yaml --seed 1 --resume_from_checkpoint true'
     """
     # 1. everything up to the script, which the launcher knows by its path or its module name
     file, module = Path(script).name, script.removesuffix(".py").replace("/", ".")
-    place = next((index for index, word in enumerate(launcher) if word.endswith(file) or word == module), None)
-    start = list(launcher[: place + 1]) if place is not None else ["python", script]
+    if command_name(""):
+        place = next((i for i, word in enumerate(launcher) if Path(word).name in ("matrix-llm", "matrix_llm")), None)
+        start = [*(launcher[: place + 1] if place is not None else ["matrix-llm"]), Path(script).stem]
+    else:
+        place = next((i for i, word in enumerate(launcher) if word.endswith(file) or word == module), None)
+        start = list(launcher[: place + 1]) if place is not None else ["python", script]
     # 2. the arguments, without an earlier --resume_from_checkpoint and its value
     kept: list[str] = []
     value_follows = False

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, TrainingArguments
 
 from matrix_llm.base.errors import RecipeError
-from matrix_llm.base.reader import Settings, find_from_repository
+from matrix_llm.base.reader import Settings, find_from_repository, find_recipe
 from matrix_llm.base.values import nearest, setting
 from matrix_llm.ssl.images.settings import AugmentConfig
 from matrix_llm.ssl.methods import METHODS, check_loss_settings, find_method
@@ -220,7 +220,7 @@ def load_ssl_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run:
     Raises:
         RecipeError: a setting that cannot work.
     """
-    path = Path(path).expanduser()
+    path = find_recipe(path, "recipes/ssl")
     # 1. Names, types and ranges
     resolved = SETTINGS.read(path, overrides)
     settings = {"output_dir": f"runs/ssl/{path.stem}", **copy.deepcopy(resolved)}

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from matrix_llm.base import reader
 from matrix_llm.base.errors import RecipeError
-from matrix_llm.base.reader import Settings, find_from_repository
+from matrix_llm.base.reader import Settings, find_from_repository, find_recipe
 from matrix_llm.base.values import setting
+from tests.support.paths import ROOT
 
 
 @dataclass
@@ -187,3 +189,49 @@ def test_a_relative_path_is_found_from_the_recipes_repository(tmp_path, monkeypa
     assert find_from_repository("openai/gsm8k", recipe) == "openai/gsm8k"
     (tmp_path / "elsewhere" / "data").mkdir()
     assert find_from_repository("data", recipe) == "data"  # the current folder comes first
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny.yaml", "recipes/tiny.yaml", Path("./recipes/tiny.yaml")])
+def test_a_shipped_recipe_is_found_by_its_name_and_said(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()  # a folder is no recipe, and hides none
+    assert find_recipe(name) == ROOT / "recipes" / "tiny.yaml"
+    assert str(ROOT / "recipes" / "tiny.yaml") in capsys.readouterr().out
+    (tmp_path / "recipes").mkdir()
+    for own in (tmp_path / "tiny.yaml", tmp_path / "recipes/tiny.yaml"):
+        own.write_text("dataset: builtin")
+    assert name == "tiny" or find_recipe(name) == Path(name)  # one's own comes first
+    assert find_recipe("digits", "recipes/ssl") == ROOT / "recipes" / "ssl" / "digits.yaml"
+
+
+@pytest.mark.parametrize("name", ["tinny", "tinny.yaml", "recipes/tinny.yaml", "nowhere/tinny.yaml"])
+def test_a_recipe_of_no_name_is_refused_with_the_nearest_that_is_shipped(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=r"no recipe at .*tinny.* Did you mean tiny.*llemma7b"):
+        find_recipe(name)
+
+
+def test_a_file_of_ds_configs_is_found_among_the_shipped_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "mine.yaml"
+    assert find_from_repository("ds_configs/zero3.json", own) == str(ROOT / "ds_configs" / "zero3.json")
+    for absent in ("ds_configs/zero9.json", "eval", "docs", "zero3.json"):  # a data set may be called eval
+        assert find_from_repository(absent, own) == absent
+    (tmp_path / "ds_configs").mkdir()
+    (tmp_path / "ds_configs" / "zero3.json").write_text("{}")
+    assert find_from_repository("ds_configs/zero3.json", own) == "ds_configs/zero3.json"
+
+
+def test_a_repository_around_an_installed_package_is_not_the_recipes(tmp_path, monkeypatch):
+    """A .venv lies inside its user's repository, which may have folders of the same names."""
+    package = tmp_path / "repository" / ".venv" / "matrix_llm"
+    for folder in (package / "recipes", package / "ds_configs", tmp_path / "repository" / "ds_configs", tmp_path / "x"):
+        folder.mkdir(parents=True)
+    (tmp_path / "repository" / "pyproject.toml").touch()
+    for folder in (package, tmp_path / "repository"):
+        (folder / "ds_configs" / "zero3.json").touch()
+    monkeypatch.setattr(reader, "_PACKAGE", package)
+    monkeypatch.setattr(reader, "SHIPPED", package)
+    monkeypatch.chdir(tmp_path / "x")
+    found = find_from_repository("ds_configs/zero3.json", package / "recipes" / "r.yaml")
+    assert found == str(package / "ds_configs" / "zero3.json")

@@ -57,12 +57,10 @@ def test_missing_model_is_one_clear_line(name, tiny_tokenizer):
 
 
 def test_sampling_settings_without_do_sample_do_not_stop_the_run_from_saving(tmp_path, tiny_tokenizer):
-    """Llama-2-chat and Vicuna were published so; transformers reads such a file and refuses to write it."""
+    """Llama-2-chat and Vicuna were published so; transformers reads such a file; before 5.24 it refused to write it."""
     path = save_llama(tmp_path / "base", rows=300)
     file = Path(path, "generation_config.json")
     file.write_text(json.dumps({**json.loads(file.read_text()), "temperature": 0.9, "top_p": 0.6}))
-    with pytest.raises(ValueError, match="do_sample"):
-        AutoModelForCausalLM.from_pretrained(path).save_pretrained(tmp_path / "refused")
     model = load_model(ModelArguments(model_name_or_path=path), tiny_tokenizer)
     repair_generation_settings(model)
     model.save_pretrained(tmp_path / "saved")

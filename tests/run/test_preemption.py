@@ -155,6 +155,26 @@ def test_the_resume_command_replaces_an_earlier_resumption():
         assert command.endswith("matrix_llm/train.py r.yaml --seed 1 --resume_from_checkpoint true")
 
 
+@pytest.mark.parametrize(
+    ("argv", "launcher", "resumed"),
+    [
+        ("matrix-llm train", "", "matrix-llm train"),
+        ("matrix-llm demo", "", "matrix-llm train"),  # demo names its recipe itself
+        ("matrix-llm train", "accelerate launch -m matrix_llm train r.yaml", "accelerate launch -m matrix_llm train"),
+        ("matrix-llm demo", "accelerate launch -m matrix_llm demo", "accelerate launch -m matrix_llm train"),
+        ("train.py", "accelerate launch matrix_llm/train.py r.yaml", "accelerate launch matrix_llm/train.py"),
+        (
+            "train.py",
+            "accelerate launch --log_dir matrix_llm train.py",
+            "accelerate launch --log_dir matrix_llm train.py",
+        ),
+    ],
+)
+def test_the_resume_command_is_the_console_command_where_that_was_given(argv, launcher, resumed, monkeypatch):
+    monkeypatch.setattr("sys.argv", [argv, "r.yaml"])
+    assert resume_command(["r.yaml"], launcher.split()) == f"{resumed} r.yaml --resume_from_checkpoint true"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_one_line(engine, server, tmp_path):
