@@ -45,6 +45,7 @@ from matrix_llm.run.run_folder import (
     RESULTS,
     STAGING,
     find_resume_checkpoint,
+    finish_run_folder,
     move_into_place,
     say_stopped,
     start_run_folder,
@@ -107,6 +108,7 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     from matrix_llm.run.inputs import INPUTS, check_inputs, inputs_of
     from matrix_llm.run.preemption import resume_command
     from matrix_llm.run.prepare import prepare_data
+    from matrix_llm.run.rehearsal import describe_space
 
     training, output = recipe.training, Path(str(recipe.training.output_dir))
     started = time.perf_counter()
@@ -124,6 +126,9 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     prepared = prepare_data(recipe, say=say)
     check_launch(recipe, prepared)
     trainer = make_trainer(recipe, prepared)
+    trainer.rehearse_saving()
+    if (warning := describe_space(trainer.model, training)) is not None:
+        say(f"=> {warning}")
     report = prepared.report
     results: dict[str, Any] = {"train_rows": report.rows_kept, "data": asdict(report), "processes": training.world_size}
     results[INPUTS] = inputs
@@ -272,7 +277,7 @@ def save_run(trainer: "MatrixTrainer", recipe: Recipe, results: dict[str, Any], 
         plot_losses(entries, output / PLOT, title=output.name)
         write_text(output / RESULTS, json.dumps(results, indent=2) + "\n")
         write_text(output / CARD, str(model_card(recipe, entries, results)))
-        (output / PARTIAL).unlink(missing_ok=True)
+        finish_run_folder(output)
         say(f"=> {output}/ holds the weights, tokenizer, recipe.yaml, {METRICS}, {RESULTS}, {PLOT} and {CARD}")
     trainer.accelerator.wait_for_everyone()  # no rank leaves while another still needs it
 

@@ -28,8 +28,10 @@ import torch
 from accelerate.utils import gather_object, is_peft_model
 from torch import Tensor, distributed, nn
 from transformers import (
+    AutoConfig,
     EarlyStoppingCallback,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -46,9 +48,11 @@ from matrix_llm.loss.settings import LossSettings
 from matrix_llm.model.adapters import keep_base_unchanged
 from matrix_llm.model.lm_head import MatrixHead, add_matrix_head, head_effective_rank
 from matrix_llm.model.load import repair_generation_settings
+from matrix_llm.model.older_readers import add_older_names
 from matrix_llm.model.packing import check_isolation
 from matrix_llm.run.checkpoint_files import last_complete_checkpoint
 from matrix_llm.run.evaluation import count_stream, mask_repeated_rows, weighted_mean
+from matrix_llm.run.rehearsal import rehearse_saving
 from matrix_llm.run.saving import AtomicCheckpoints
 from matrix_llm.run.window import TokenClock, TokenSums, peak_memory_gib, training_flops_per_token
 
@@ -138,6 +142,17 @@ def to_matrix_config(args: MatrixConfig | TrainingArguments | None) -> MatrixCon
     return config
 
 
+def _use_cache_of(model: str | PreTrainedModel, args: MatrixConfig) -> bool | None:
+    """Whether the base model generates with a cache, for the saved config.json; None if it does not say."""
+    if isinstance(model, str):
+        options: Any = args.model_init_kwargs or {}
+        revision = options.get("revision", "main")
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
+    else:
+        config = getattr(model, "config", None)
+    return getattr(config, "use_cache", None)
+
+
 class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
     """Drop-in for `trl.SFTTrainer` that trains on CE + mce_weight * MCE. With mce_weight 0 it is `SFTTrainer`.
 
@@ -173,6 +188,7 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
                 f"mce_weight={args.mce_weight} with a compute_loss_func, which replaces the loss, so there would "
                 "be no MCE. Set mce_weight: 0, or remove compute_loss_func."
             )
+        self._base_use_cache = _use_cache_of(model, args)  # Trainer is about to switch it off
         super().__init__(model, args, *positional, **kwargs)
         if type(self.data_collator) is DataCollatorForLanguageModeling:  # a subclass is the caller's own, and stays
             self.data_collator = RowIdCollator(**vars(self.data_collator))
@@ -214,6 +230,8 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
             self._signature_columns = [*self._signature_columns, "row_id"]
 
     def train(self, *args, **kwargs):
+        if str(self.args.save_strategy) not in ("no", "SaveStrategy.NO"):
+            self.rehearse_saving()
         self._train_calls += 1
         try:
             return super().train(*args, **kwargs)
@@ -461,6 +479,25 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
             model.generation_config.save_pretrained(staged)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(staged)
+        self._add_older_names(staged)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self._add_older_names(Path(output_dir or str(self.args.output_dir)))
+
+    def rehearse_saving(self) -> None:
+        """Save and read back all but the weights: what would fail after training fails before its first step.
+
+        Raises:
+            RecipeError: something cannot be saved, or is not the same when it is read back.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        rehearse_saving(model, self.processing_class, self.args)
+
+    def _add_older_names(self, folder: Path) -> None:
+        tokenizer = self.processing_class if isinstance(self.processing_class, PreTrainedTokenizerBase) else None
+        add_older_names(folder, tokenizer, use_cache=self._base_use_cache)
 
     def _save_window(self, folder: Path) -> None:
         """Save this process's sums since the last log, so that a resumed run logs what an uninterrupted one does."""

@@ -26,8 +26,9 @@ from matrix_llm.base.console import fail, is_first_process, say
 from matrix_llm.base.errors import NonFiniteLossError
 from matrix_llm.base.files import write_text
 from matrix_llm.run.failures import explain_failure
+from matrix_llm.run.lock import one_run_at_a_time
 from matrix_llm.run.preemption import StopOnSignal, stop_on_signals
-from matrix_llm.run.run_folder import NON_FINITE, check_output_dir
+from matrix_llm.run.run_folder import NON_FINITE, check_output_dir, check_writable
 
 
 class RunRecipe(Protocol):
@@ -84,10 +85,12 @@ def run_command(command: Command[R], arguments: Sequence[str] | None = None) -> 
             command.print_plan(recipe)
             return 0
         # 3. the run
-        check_output_dir(recipe.training, recipe.resolved)
-        set_seed(recipe.training.seed)
-        with stop_on_signals() as stop:
-            command.train(recipe, stop, given)
+        check_writable(output)
+        with one_run_at_a_time(recipe.training):
+            check_output_dir(recipe.training, recipe.resolved)
+            set_seed(recipe.training.seed)
+            with stop_on_signals() as stop:
+                command.train(recipe, stop, given)
         # 4. the Hub: pushed here, where no other process waits at a barrier that could time out
         if destination is not None and not stop.stopped:
             say(f"=> {command.push(output, destination)}")

@@ -22,6 +22,7 @@ from matrix_llm.run.checkpoint_files import (
     read_manifest,
     what_is_missing,
 )
+from matrix_llm.run.lock import LOCK
 
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
@@ -75,26 +76,24 @@ def check_output_dir(training: TrainingArguments, resolved: Mapping[str, Any]) -
         resolved: the settings given, as recipe.yaml holds them.
 
     Raises:
-        RecipeError: the directory cannot be written; it holds a finished run, or an interrupted one and resuming was
-            not asked for; the checkpoint is incomplete; or a setting differs from those the checkpoint was made with.
+        RecipeError: the directory holds a finished run, or an interrupted one and resuming was not asked for; the
+            checkpoint is incomplete; or a setting differs from those the checkpoint was made with.
     """
     output, resume = Path(str(training.output_dir)), resume_setting(training)
-    # 1. a folder that can be written
-    _check_writable(output)
-    # 2. no finished run: its weights would be overwritten
+    # 1. no finished run: its weights would be overwritten
     is_interrupted = (output / PARTIAL).is_file()
     if any(output.glob("*.safetensors")) and not (resume and is_interrupted):
         raise RecipeError(
             f"output_dir={str(output)!r} holds the weights of a finished run. Choose another output_dir, or remove it."
         )
-    # 3. an interrupted run, and resuming was not asked for
+    # 2. an interrupted run, and resuming was not asked for
     last = last_complete_checkpoint(output)
     if last is not None and not resume:
         raise RecipeError(
             f"output_dir={str(output)!r} holds {last.name} of an earlier run. "
             "Add --resume_from_checkpoint true to resume it, or choose another output_dir."
         )
-    # 4. the checkpoint to resume from
+    # 3. the checkpoint to resume from
     checkpoint = find_resume_checkpoint(training)
     if checkpoint is not None and training.save_only_model:
         raise RecipeError(
@@ -107,11 +106,17 @@ def check_output_dir(training: TrainingArguments, resolved: Mapping[str, Any]) -
         say(f"=> no complete checkpoint in {output}, so the run starts from the beginning")
 
 
-def _check_writable(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise RecipeError(f"output_dir={str(output)!r} is a file. Choose another output_dir.")
-    parent = next(path for path in (output, *output.absolute().parents) if path.exists())
+def check_writable(output: Path) -> None:
+    """Refuse a run whose output directory cannot be written, before it loads anything.
+
+    Raises:
+        RecipeError: it is a file, its name is too long, its disk is full or read-only, or it belongs to somebody else.
+    """
+    parent = output
     try:
+        if output.exists() and not output.is_dir():
+            raise RecipeError(f"output_dir={str(output)!r} is a file. Choose another output_dir.")
+        parent = next(path for path in (output, *output.absolute().parents) if path.exists())
         # Only writing proves it: os.access ignores quotas and full disks, and is always true for root
         with tempfile.TemporaryFile(dir=parent) as probe:
             probe.write(b"x" * 4096)
@@ -192,6 +197,12 @@ def move_into_place(staging: Path, output: Path) -> None:
     for item in sorted(staging.iterdir()):
         os.replace(item, output / item.name)
     staging.rmdir()
+
+
+def finish_run_folder(output: Path) -> None:
+    """Declare the run finished: from now on, any other run there is refused for its weights, and needs no lock."""
+    (output / PARTIAL).unlink(missing_ok=True)
+    (output / LOCK).unlink(missing_ok=True)
 
 
 def say_stopped(state: TrainerState, output: Path, command: str) -> None:

@@ -36,10 +36,10 @@ from matrix_llm.run.command import Command, exit_process, run_command
 from matrix_llm.run.run_folder import (
     CARD,
     METRICS,
-    PARTIAL,
     RESULTS,
     STAGING,
     find_resume_checkpoint,
+    finish_run_folder,
     move_into_place,
     say_stopped,
     start_run_folder,
@@ -259,7 +259,7 @@ def pretrain(recipe: SSLRecipe, stop: "StopOnSignal", arguments: list[str]) -> N
         results["versions"] = versions()
         write_text(output / RESULTS, json.dumps(results, indent=2) + "\n")
         write_text(output / CARD, _card(recipe, model, read_jsonl(output / METRICS), results))
-        (output / PARTIAL).unlink(missing_ok=True)
+        finish_run_folder(output)
         say(
             f"=> {output}/ holds the backbone, preprocessor_config.json, {PRETRAINING}/, recipe.yaml, {METRICS}, "
             "results.json and README.md"

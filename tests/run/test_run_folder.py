@@ -37,6 +37,18 @@ def test_a_read_only_folder_is_found_before_anything_is_loaded(small_disk, tmp_p
     assert_one_line(capsys.readouterr().err, "output_dir=", "cannot be written", "choose another output_dir")
 
 
+@pytest.mark.parametrize(
+    ("path", "reason"), [("file", "is a file"), ("file/run", "Not a directory"), ("x" * 300, "too long")]
+)
+def test_an_output_dir_that_cannot_exist_is_one_line(path, reason, tmp_path, capsys):
+    from matrix_llm import train
+
+    (tmp_path / "file").touch()
+    (tmp_path / "r.yaml").write_text(json.dumps({**RECIPE, "output_dir": str(tmp_path / path)}))
+    assert train.main([str(tmp_path / "r.yaml")]) == 2
+    assert_one_line(capsys.readouterr().err, "output_dir=", reason, "hoose another output_dir")
+
+
 @pytest.mark.slow
 def test_resuming_with_other_settings_processes_or_half_a_checkpoint_is_refused_by_name(server, unbroken, tmp_path):
     run = tmp_path / "run"
