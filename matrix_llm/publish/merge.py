@@ -223,27 +223,19 @@ def _merge_weights(adapted: PeftModel) -> PreTrainedModel:
     Raises:
         ModelError: NaN or infinity in the result.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    model: Any = adapted.get_base_model()
-    text = model.config.get_text_config()
-
-    # 1. an adapter on tied embeddings would change the LM head too
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    adapts = [isinstance(end, BaseTunerLayer) for end in ends]
-    if text.tie_word_embeddings and adapts == [True, False]:
-        ends[1].weight = torch.nn.Parameter(ends[1].weight.detach().clone())
-
-    # 2. the weights
+    _separate_tied_ends(adapted.get_base_model())
     try:
-        merged: Any = adapted.merge_and_unload(safe_merge=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tied embeddings, which are taken care of here
+            merged: Any = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ModelError(f"the adapter cannot be merged: {' '.join(str(error).split())} Use another one.") from None
     for name, parameter in merged.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(f"the merged weight {name} holds NaN or infinity. Use another checkpoint of the run.")
 
-    # 3. embeddings and LM head that were trained apart are two weights from here on
+    # embeddings and LM head that were trained apart are two weights from here on
+    text = merged.config.get_text_config()
     head, embeddings = merged.get_output_embeddings(), merged.get_input_embeddings()
     if text.tie_word_embeddings and head.weight is not embeddings.weight:
         if torch.equal(head.weight, embeddings.weight):
@@ -251,6 +243,16 @@ def _merge_weights(adapted: PeftModel) -> PreTrainedModel:
         else:
             merged.config.tie_word_embeddings = text.tie_word_embeddings = False
     return merged
+
+
+def _separate_tied_ends(model: Any) -> None:
+    """Give the LM head its own weight where only the embeddings tied to it have an adapter: merging would change it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    head = model.get_output_embeddings()
+    adapts = [isinstance(end, BaseTunerLayer) for end in (model.get_input_embeddings(), head)]
+    if model.config.get_text_config().tie_word_embeddings and adapts == [True, False]:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
 
 
 def _few_logits(model: Any) -> Tensor:

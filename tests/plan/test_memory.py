@@ -93,20 +93,36 @@ def test_lora_trains_what_peft_says(recipe, targets):
     assert (plan.gradients, plan.optimizer) == (4 * adapters, 8 * adapters)
 
 
-def test_qlora_holds_linear_layers_in_half_a_byte_and_is_not_sharded(recipe, tmp_path):
+def test_what_is_trained_besides_the_adapters_is_counted(recipe):
+    lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj"]}
+    plain, plan = (count_parameters(recipe(**lora), small()).trained, plan_memory(recipe(**lora), small(), 128, 1)[0])
+    for more, numbers in (
+        ({"use_dora": True}, 2 * 64),
+        ({"lora_modules_to_save": ["model.norm"]}, 64),
+        ({"lora_trainable_token_indices": [1, 2, 3]}, 3 * 64),
+        ({"lora_rank_pattern": {"q_proj": 2}}, -2 * 2 * (64 + 64)),
+        ({"init_lora_weights": "pissa"}, 0),
+    ):
+        assert count_parameters(recipe(**lora, **more), small()).trained - plain == numbers, more
+    head = {"lora_modules_to_save": ["model.embed_tokens", "head"]}  # by any name
+    assert plan_memory(recipe(**lora, **head), small(), 128, 1)[0].lm_head - plan.lm_head == 4 * 300 * 64
+
+
+@pytest.mark.parametrize(("key", "bytes_a_number"), [("load_in_4bit", 0.53), ("load_in_8bit", 1)])
+def test_qlora_holds_linear_layers_in_few_bytes_and_is_not_sharded(recipe, tmp_path, key, bytes_a_number):
     small().save_pretrained(tmp_path / "base")
     loaded = recipe(
         model_config=None,
         tokenizer_vocab_size=None,
         model_name_or_path=str(tmp_path / "base"),
         use_peft=True,
-        load_in_4bit=True,
+        **{key: True},
     )
     plans = plan_memory(loaded, small(), 128, 1)
     assert [plan.engine for plan in plans] == ["no sharding", "ZeRO-1", "ZeRO-2"]
     linear = 2 * (4 * 64 * 64 + 3 * 64 * 96)
     rest = count_parameters(loaded, small()).total - linear
-    assert plans[0].weights == pytest.approx(4 * rest + 0.53 * linear)
+    assert plans[0].weights == pytest.approx(4 * rest + bytes_a_number * linear)
 
 
 def test_the_headline_fits_eight_gpus_of_80_gb_only_sharded(recipe):
