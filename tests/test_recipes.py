@@ -51,7 +51,7 @@ def test_every_recipe_plans_a_run(path, tiny_llama, tiny_tokenizer, tmp_path, ca
     assert main([str(path), "--dry_run", *overrides]) == 0
     shown = capsys.readouterr().out
     assert "effective batch" in shown
-    quantised = load_recipe(path, dry_run=True).model.load_in_4bit
+    quantised = load_recipe(path, overrides, dry_run=True).model.load_in_4bit
     assert ("ZeRO-3" in shown) == (not quantised)  # 4-bit weights are not sharded
     assert "TRAINED|" in shown
 
