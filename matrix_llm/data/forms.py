@@ -279,8 +279,8 @@ def _with_columns(row: Row, found: dict[str, Any], where: str) -> Row:
     for name in MASKS:
         if is_given(found.get(name)):
             raise DataError(
-                f"{where}: `{name}` says what is trained, but is not understood. Use `weight` (0 or 1) on the row or on "
-                "its messages, or remove the column."
+                f"{where}: `{name}` says what is trained, but is not understood. Use `weight` (0 or 1) on the row or "
+                "on its messages, or remove the column."
             )
     # 2. What no text model can be shown, and what this layout has no place for
     given = [name for name in (*CONTEXT, *LOST) if is_given(found.get(name))]
