@@ -105,6 +105,7 @@ class Form:
 # Columns of any row that change what is trained: they are honoured where the row's layout can, else refused
 CONTEXT = ("system", "history", "tools", "functions", "chat_template_kwargs")
 LOST = ("image", "images", "video", "videos", "audio", "audios", "documents")
+MASKS = ("loss_weight", "sample_weight", "loss_mask", "completion_mask", "assistant_masks", "train_detail")
 
 
 def parse_row(found: Any, where: str, form: str | None = None, *, boxed_answers: str = "sentence") -> Row:
@@ -275,6 +276,12 @@ def _with_columns(row: Row, found: dict[str, Any], where: str) -> Row:
     weight = read_flag(found, ("weight",), where, "a row is trained or left out")
     if weight is not None:
         row = replace(row, weight=int(weight))
+    for name in MASKS:
+        if is_given(found.get(name)):
+            raise DataError(
+                f"{where}: `{name}` says what is trained, but is not understood. Use `weight` (0 or 1) on the row or "
+                "on its messages, or remove the column."
+            )
     # 2. What no text model can be shown, and what this layout has no place for
     given = [name for name in (*CONTEXT, *LOST) if is_given(found.get(name))]
     for name in given:

@@ -140,6 +140,14 @@ def test_a_row_of_weight_0_says_so_and_other_weights_are_refused(form):
         assert "0 or 1" in said
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["loss_weight", "sample_weight", "loss_mask", "completion_mask", "assistant_masks"])
+def test_other_columns_that_say_what_is_trained_are_refused(form, name):
+    found, row = EXAMPLES[form]
+    assert re.search(rf"`{name}`.*`weight`", refusal({**found, name: [0, 1]}))
+    assert parse_row({**found, name: None}, "here") == row
+
+
 CONTEXT = {
     "system": "Be brief.", "history": [["0 + 1?", "1"]], "tools": [{"name": "add"}],
     "chat_template_kwargs": {"style": "dry"},
