@@ -51,8 +51,11 @@ WINDOW = "log_window_{}.json"  # in a checkpoint, one for each process
 class RowIdCollator(DataCollatorForLanguageModeling):
     """TRL's collator, with the `row_id` of each row in the batch, for error messages.
 
-    A column of that name which does not hold numbers is somebody else's, and is dropped like any unknown column. Rows
-    flattened into one sequence come with their `row_lengths`, so that they can still be told apart.
+    A column of that name which does not hold numbers is somebody else's, and is dropped like any unknown column.
+
+    Args:
+        keep_lengths: whether rows that are flattened into one sequence come with their `row_lengths`, so that those
+            which several processes repeat can be told apart.
 
     >>> collator = RowIdCollator(pad_token_id=0)
     >>> batch = collator([{"input_ids": [1, 2], "labels": [-100, 2], "row_id": 7}])
@@ -60,12 +63,14 @@ class RowIdCollator(DataCollatorForLanguageModeling):
     tensor([7])
     """
 
+    keep_lengths: bool = False
+
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
         ids = [example.get("row_id") for example in examples]
         if all(isinstance(each, int) for each in ids):
             batch["row_id"] = torch.tensor(ids)
-        if self.padding_free:
+        if self.padding_free and self.keep_lengths:
             batch["row_lengths"] = torch.tensor([len(example["input_ids"]) for example in examples])
         return batch
 
@@ -147,7 +152,8 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
             )
         super().__init__(model, args, *positional, **kwargs)
         if type(self.data_collator) is DataCollatorForLanguageModeling:  # a subclass is the caller's own, and stays
-            self.data_collator = RowIdCollator(**vars(self.data_collator))
+            several = self.accelerator.num_processes > 1
+            self.data_collator = RowIdCollator(**vars(self.data_collator), keep_lengths=several)
         if args.mce_weight > 0:
             # The loss divides by num_items_in_batch itself, whatever the model's forward would accept.
             self.model_accepts_loss_kwargs = True
