@@ -32,7 +32,7 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_peak_flops
 
-from matrix_llm.base.errors import NonFiniteLossError, RecipeError
+from matrix_llm.base.errors import DataError, NonFiniteLossError, RecipeError
 from matrix_llm.config import MatrixConfig
 from matrix_llm.loss.settings import LossSettings
 from matrix_llm.model.lm_head import MatrixHead, add_matrix_head, head_effective_rank
@@ -216,7 +216,15 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         self._set_step(mode)
-        outputs = model(**inputs, use_cache=False, matrix_loss=True)
+        try:
+            outputs = model(**inputs, use_cache=False, matrix_loss=True)
+        except ValueError as error:
+            if "Image features and image tokens do not match" in str(error) and self.args.max_length is not None:
+                raise DataError(
+                    f"max_length={self.args.max_length} cuts image tokens off a row, whose image then has no place in "
+                    "it. Set a larger max_length, or null."
+                ) from error
+            raise
 
         # 3. divided once, by the trained tokens of the full accumulated batch over all ranks
         tokens = outputs.label_mask.sum()

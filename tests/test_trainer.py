@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from matrix_llm.base.errors import NonFiniteLossError
+from matrix_llm.base.errors import DataError, NonFiniteLossError
 from matrix_llm.config import MatrixConfig
 from matrix_llm.loss.settings import LossSettings
 from matrix_llm.model.lm_head import add_matrix_head
@@ -371,6 +371,17 @@ def test_the_settings_of_sft_trainer_are_taken_with_the_defaults_of_mce(kind, tm
     assert (trainer.args.learning_rate, trainer.args.mce_weight, trainer.args.hub_token) == (3e-4, 1.0, "x")
     trainer.train()
     assert history(trainer, "mce")
+
+
+def test_an_image_that_max_length_cuts_off_is_named_by_that_setting(tmp_path, tiny_tokenizer):
+    trainer = make(tmp_path, tiny_tokenizer, max_length=12)
+
+    def refuse(*args, **kwargs):
+        raise ValueError("Image features and image tokens do not match, tokens: 3, features: 4")
+
+    trainer.model.model.forward = refuse
+    with pytest.raises(DataError, match=r"max_length=12.*larger max_length"):
+        trainer.train()
 
 
 @dataclass
