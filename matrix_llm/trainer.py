@@ -42,7 +42,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_peak_flops
 
 from matrix_llm.base.console import say
-from matrix_llm.base.errors import NonFiniteLossError, RecipeError
+from matrix_llm.base.errors import DataError, NonFiniteLossError, RecipeError
 from matrix_llm.config import MatrixConfig
 from matrix_llm.loss.settings import LossSettings
 from matrix_llm.model.adapters import keep_base_unchanged
@@ -64,8 +64,11 @@ WINDOW = "log_window_{}.json"  # in a checkpoint, one for each process
 class RowIdCollator(DataCollatorForLanguageModeling):
     """TRL's collator, with the `row_id` of each row in the batch, for error messages.
 
-    A column of that name which does not hold numbers is somebody else's, and is dropped like any unknown column. Rows
-    flattened into one sequence come with their `row_lengths`, so that they can still be told apart.
+    A column of that name which does not hold numbers is somebody else's, and is dropped like any unknown column.
+
+    Args:
+        keep_lengths: whether rows that are flattened into one sequence come with their `row_lengths`, so that those
+            which several processes repeat can be told apart.
 
     >>> collator = RowIdCollator(pad_token_id=0)
     >>> batch = collator([{"input_ids": [1, 2], "labels": [-100, 2], "row_id": 7}])
@@ -73,12 +76,14 @@ class RowIdCollator(DataCollatorForLanguageModeling):
     tensor([7])
     """
 
+    keep_lengths: bool = False
+
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
         ids = [example.get("row_id") for example in examples]
         if all(isinstance(each, int) for each in ids):
             batch["row_id"] = torch.tensor(ids)
-        if self.padding_free:
+        if self.padding_free and self.keep_lengths:
             batch["row_lengths"] = torch.tensor([len(example["input_ids"]) for example in examples])
         return batch
 
@@ -191,7 +196,8 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
         self._base_use_cache = _use_cache_of(model, args)  # Trainer is about to switch it off
         super().__init__(model, args, *positional, **kwargs)
         if type(self.data_collator) is DataCollatorForLanguageModeling:  # a subclass is the caller's own, and stays
-            self.data_collator = RowIdCollator(**vars(self.data_collator))
+            several = self.accelerator.num_processes > 1
+            self.data_collator = RowIdCollator(**vars(self.data_collator), keep_lengths=several)
         if args.mce_weight > 0:
             # The loss divides by num_items_in_batch itself, whatever the model's forward would accept.
             self.model_accepts_loss_kwargs = True
@@ -259,7 +265,15 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         self._set_step(mode)
-        outputs = model(**inputs, use_cache=False, matrix_loss=True)
+        try:
+            outputs = model(**inputs, use_cache=False, matrix_loss=True)
+        except ValueError as error:
+            if "Image features and image tokens do not match" in str(error) and self.args.max_length is not None:
+                raise DataError(
+                    f"max_length={self.args.max_length} cuts image tokens off a row, whose image then has no place in "
+                    "it. Set a larger max_length, or null."
+                ) from error
+            raise
 
         # 3. divided once, by the trained tokens of the full accumulated batch over all ranks
         tokens = outputs.label_mask.sum()

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArgument
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from matrix_llm.base.errors import NonFiniteLossError, RecipeError
+from matrix_llm.base.errors import DataError, NonFiniteLossError, RecipeError
 from matrix_llm.config import MatrixConfig
 from matrix_llm.loss.settings import LossSettings
 from matrix_llm.model.lm_head import add_matrix_head
@@ -246,10 +246,12 @@ def test_every_name_that_sft_trainer_logs_is_logged(kind, mce_weight, tmp_path, 
         for name in {"aux_loss", "num_tokens", "eval_num_tokens", "eval_rows"} & set(his):
             assert mine[name] == pytest.approx(his[name], rel=1e-5)
     if kind == "mixture":
-        names = ("eval_loss", "eval_ce", "eval_mce", "eval_aux_loss")
-        loss, ce, mce, aux = (history(ours, name)[0] for name in names)
-        assert loss == pytest.approx(ce + mce_weight * mce + ours.router_aux_loss_coef * aux, rel=1e-6)
-        assert history(ours, "aux_loss")
+        for prefix in ("", "eval_"):
+            entry = next(each for each in ours.state.log_history if f"{prefix}aux_loss" in each)
+            mce, aux = (entry.get(f"{prefix}{name}", 0.0) for name in ("mce", "aux_loss"))
+            added = mce_weight * mce + ours.router_aux_loss_coef * aux
+            assert entry[f"{prefix}loss"] == pytest.approx(entry[f"{prefix}ce"] + added, rel=1e-6)
+            assert aux > 0
 
 
 def test_packed_rows_have_the_same_per_token_loss(tmp_path, tiny_tokenizer):
@@ -369,6 +371,17 @@ def test_the_settings_of_sft_trainer_are_taken_with_the_defaults_of_mce(kind, tm
     assert (trainer.args.learning_rate, trainer.args.mce_weight, trainer.args.hub_token) == (3e-4, 1.0, "x")
     trainer.train()
     assert history(trainer, "mce")
+
+
+def test_an_image_that_max_length_cuts_off_is_named_by_that_setting(tmp_path, tiny_tokenizer):
+    trainer = make(tmp_path, tiny_tokenizer, max_length=12)
+
+    def refuse(*args, **kwargs):
+        raise ValueError("Image features and image tokens do not match, tokens: 3, features: 4")
+
+    trainer.model.model.forward = refuse
+    with pytest.raises(DataError, match=r"max_length=12.*larger max_length"):
+        trainer.train()
 
 
 @dataclass

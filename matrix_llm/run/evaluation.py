@@ -36,7 +36,7 @@ class CountedStream(IterableDataset):
 
 def count_stream(loader: DataLoader) -> DataLoader:
     """Count the rows of a stream that is split over processes; any other loader stays as it is."""
-    shard = loader.dataset
+    shard = getattr(loader, "dataset", None)  # of a caller's own loader, perhaps without one
     if isinstance(shard, IterableDatasetShard) and not isinstance(shard.dataset, CountedStream):
         rows_at_once = shard.batch_size * (1 if shard.split_batches else shard.num_processes)
         shard.dataset = CountedStream(shard.dataset, loader, rows_at_once)
