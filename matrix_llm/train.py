@@ -65,6 +65,7 @@ GATHER = "stage3_gather_16bit_weights_on_model_save"
 def print_plan(recipe: Recipe) -> None:
     """Print rows and their lengths, the resolved recipe, the loss, steps, memory per GPU, and one row with its mask."""
     from matrix_llm.model.adapter_checks import check_adapters
+    from matrix_llm.model.adapters import check_quantisation
     from matrix_llm.model.load import load_config
     from matrix_llm.plan.memory import memory_lines
     from matrix_llm.plan.steps import describe_loss, masked_sample, plan_steps
@@ -73,6 +74,10 @@ def print_plan(recipe: Recipe) -> None:
     # 1. Rows and tokenizer; no weights
     training, processes = recipe.training, int(os.environ.get("WORLD_SIZE", "1"))
     check_adapters(recipe.model, trust_remote_code=training.trust_remote_code)
+    try:
+        check_quantisation(recipe.model)
+    except RecipeError as error:  # a machine that only plans need not be able to train
+        say(f"=> not on this machine: {error}")
     prepared = prepare_data(recipe, say=say, dry_run=True)
     config = load_config(recipe.model, prepared.tokenizer, trust_remote_code=training.trust_remote_code)
     longest = max(prepared.report.longest, 1)
@@ -99,6 +104,7 @@ def print_plan(recipe: Recipe) -> None:
 def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     """A complete run. One that `stop` ends early saves a checkpoint and prints how to resume."""
     from matrix_llm.model.adapter_checks import check_adapters
+    from matrix_llm.model.adapters import check_quantisation
     from matrix_llm.run.preemption import resume_command
     from matrix_llm.run.prepare import prepare_data
 
@@ -106,7 +112,12 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     started = time.perf_counter()
 
     # 1. Rows, then model and trainer
+    check_quantisation(recipe.model)
     check_adapters(recipe.model, trust_remote_code=training.trust_remote_code)
+    try:
+        check_quantisation(recipe.model)
+    except RecipeError as error:  # a machine that only plans need not be able to train
+        say(f"=> not on this machine: {error}")
     prepared = prepare_data(recipe, say=say)
     check_launch(recipe, prepared)
     trainer = make_trainer(recipe, prepared)

@@ -45,6 +45,12 @@ def require(package: str, setting: str) -> None:
         raise RecipeError(f"{setting} needs the package {package}, which is not installed. Run: pip install {package}")
 
 
+def check_quantisation(args: ModelArguments) -> None:
+    """Refuse a base in fewer bits where bitsandbytes is not installed."""
+    if args.quantised_by is not None:
+        require("bitsandbytes", f"{args.quantised_by}=True")
+
+
 def lora_config(args: ModelArguments) -> LoraConfig | None:
     """The settings of the adapters as a `peft.LoraConfig`, or None without use_peft.
 
@@ -100,7 +106,7 @@ def quantisation_options(args: ModelArguments) -> dict[str, Any]:
     """
     if args.quantised_by is None:
         return {}
-    require("bitsandbytes", f"{args.quantised_by}=True")
+    check_quantisation(args)
     from accelerate import PartialState
     from transformers import BitsAndBytesConfig
 
