@@ -351,7 +351,9 @@ class ModelArguments:
     @property
     def quantised_by(self) -> str | None:
         """The setting that stores the frozen weights in fewer bits; None: they are not quantised."""
-        return next((key for key in ("load_in_4bit", "load_in_8bit") if getattr(self, key)), None)
+        if self.load_in_4bit:
+            return "load_in_4bit"
+        return "load_in_8bit" if self.load_in_8bit else None
 
     @property
     def changes_base(self) -> bool:

@@ -333,7 +333,7 @@ def documented_settings() -> dict[str, tuple[str, str]]:
     found = {}
     for line in (ROOT / "docs" / "training.md").read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 4 and cells[0].startswith("`"):
+        if len(cells) == 4 and re.fullmatch(r"`\w+`", cells[0]):
             found[cells[0].strip("`")] = (cells[1].strip("`"), cells[2])
     return found
 

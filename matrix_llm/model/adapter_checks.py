@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from matrix_llm.base.errors import ModelError, RecipeError
 from matrix_llm.base.values import nearest
 from matrix_llm.config import ModelArguments
-from matrix_llm.model.adapters import add_adapters, lora_config, require
+from matrix_llm.model.adapters import add_adapters, lora_config
 from matrix_llm.model.pretrained import load_pretrained_config
 
 
@@ -27,20 +27,13 @@ def check_adapters(args: ModelArguments, *, trust_remote_code: bool = False) -> 
     """Refuse adapters that cannot be made, that match nothing, or that lie on the LM head.
 
     Raises:
-        RecipeError, ModelError: with the key, the name that matches nothing and the nearest that exist; or a package
-            that is not installed.
+        RecipeError, ModelError: with the key, the name that matches nothing and the nearest that exist; or peft is not
+            installed.
     """
-    if not args.use_peft:
-        return
-    # 1. packages
+    # 1. the model without its weights, and its adapters
     settings = lora_config(args)
-    assert settings is not None
-    if args.quantised_by is not None:
-        require("bitsandbytes", f"{args.quantised_by}=True")
-
-    # 2. the model without its weights, and its adapters
-    config = _configuration(args, trust_remote_code)
-    if config is None:
+    config = None if settings is None else _configuration(args, trust_remote_code)
+    if settings is None or config is None:
         return
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -54,7 +47,7 @@ def check_adapters(args: ModelArguments, *, trust_remote_code: bool = False) -> 
                 reason += " Set lora_dropout: 0."
             raise RecipeError(f"the lora_ settings do not fit {type(model).__name__}: {reason}") from None
 
-    # 3. what they adapt
+    # 2. what they adapt
     tuner: Any = adapted.base_model
     names.check(args, adapted.peft_config["default"], [*tuner.targeted_module_names, *tuner.targeted_parameter_names])
     _check_lm_head(model)

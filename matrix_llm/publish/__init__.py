@@ -2,6 +2,6 @@
 
 Reading order: `finished_run` (what a run's folder holds), `markdown` and `card` (README.md), `names` and `checks`
 (what is refused without a network), `client` (requests, retries and their errors), `destination` (where a recipe's run
-goes), `push`, and `command` (`python -m matrix_llm.hub`). `merge` (`python -m matrix_llm.merge`) makes a plain model of a LoRA
-run.
+goes), `push`, and `command` (`python -m matrix_llm.hub`). `merge` (`python -m matrix_llm.merge`) makes a plain model of
+a LoRA run.
 """

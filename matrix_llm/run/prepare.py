@@ -132,10 +132,9 @@ def _tokenise(recipe: Recipe, tokenizer: Any, rows: RowSet, name: str, count: in
 def _dataset_kwargs(recipe: Recipe) -> dict[str, Any] | None:
     """Settings that stop TRL, without packing or shuffling, from cutting each row again and writing a second copy."""
     training = recipe.training
-    given: dict[str, Any] | None = training.dataset_kwargs  # type: ignore[assignment]
     if training.packing or training.eval_packing or training.shuffle_dataset:
-        return given
-    return {**(given or {}), "skip_prepare_dataset": True}
+        return None
+    return {"skip_prepare_dataset": True}
 
 
 # --- tokenizer and encoder --------------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """Adapters that cannot be made, match nothing or lie on the LM head are refused without weights or rows."""
 
+import importlib.util
+import sys
+
 import pytest
 import torch
 
@@ -8,7 +11,7 @@ from matrix_llm.config import ModelArguments
 from matrix_llm.model.adapter_checks import check_adapters
 from matrix_llm.train import main
 from tests.support.checkpoints import TINY
-from tests.support.tiny import ARCHITECTURES
+from tests.support.tiny import ARCHITECTURES, tiny_model
 
 
 def check(architecture="llama", **settings):
@@ -87,6 +90,30 @@ def test_a_run_refuses_them_before_rows_are_read_or_weights_loaded(arguments, tm
     errors = capsys.readouterr().err.strip().splitlines()
     assert len(errors) == 1
     assert "'v_prj'" in errors[0]
+
+
+@pytest.mark.parametrize("key", ["load_in_4bit", "load_in_8bit"])
+def test_a_run_without_bitsandbytes_stops_before_rows_and_a_plan_says_so(key, tmp_path, capsys, monkeypatch):
+    from matrix_llm.run import prepare
+
+    find_spec = importlib.util.find_spec
+    hidden = lambda name, *rest: None if name == "bitsandbytes" else find_spec(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", hidden)
+    tiny_model().save_pretrained(tmp_path / "base")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"model_name_or_path: {tmp_path}/base\ndataset: builtin\n"
+        f"use_peft: true\nuse_cpu: true\nbf16: false\n{key}: true\n"
+    )
+    arguments = [str(recipe), "--output_dir", str(tmp_path / "run")]
+    monkeypatch.setattr(prepare, "prepare_data", lambda *a, **k: pytest.fail("rows were read"))
+    assert main(arguments) == 2
+    assert f"{key}=True needs the package bitsandbytes" in capsys.readouterr().err
+
+    monkeypatch.setattr(prepare, "prepare_data", lambda *a, **k: sys.exit(0))
+    with pytest.raises(SystemExit):
+        main([*arguments, "--dry_run"])
+    assert f"a run on this machine would be refused: {key}=True needs" in capsys.readouterr().out
 
 
 def test_no_weight_is_made_to_look_at_the_adapters(monkeypatch):

@@ -268,9 +268,7 @@ def test_pissa_that_could_not_be_saved_is_refused_before_training(change, tmp_pa
         ("mixtral", {"lora_target_parameters": ["mlp.experts.gate_up_proj"], "lora_dropout": 0.0}),
     ],
 )
-def test_a_saved_adapter_gives_the_trained_logits_and_the_loss_reads_them(
-    name, settings, base, tmp_path, tiny_tokenizer
-):
+def test_a_saved_adapter_gives_the_logits_that_the_loss_reads(name, settings, base, tmp_path, tiny_tokenizer):
     model = trained(tmp_path / "run", base(name), tiny_tokenizer, lora_target_modules=["q_proj"], **settings)
     expected = logits(model)
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base(name)), tmp_path / "run")
