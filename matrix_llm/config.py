@@ -557,7 +557,7 @@ def _check_sources(data: DataArguments) -> None:
     # 1. Each exists, is of a known format, and has its split
     for key, entry, source in (*training, *held_out):
         check_exists(key, source)
-        _check_split(key, source, Slice.of(source.split), is_stream=data.streaming and key == "dataset")
+        _check_split(key, entry, source, is_stream=data.streaming and key == "dataset")
         if entry.config and (source.is_file or source.name == "builtin"):
             raise RecipeError(
                 f"{key}: {entry.path} has no configurations, so config={entry.config!r} does nothing. Remove it."
@@ -580,8 +580,10 @@ def _check_sources(data: DataArguments) -> None:
             raise RecipeError(f"{key}={value!r} would do nothing here: {reason}. Remove it.")
 
 
-def _check_split(key: str, source: Source, part: Slice, *, is_stream: bool) -> None:
-    setting_name = "dataset_split" if key == "dataset" else "eval_split"
+def _check_split(key: str, entry: DatasetEntry, source: Source, *, is_stream: bool) -> None:
+    part = Slice.of(source.split)
+    of_all = "dataset_split" if key == "dataset" else "eval_split"
+    setting_name = of_all if entry.split is None else "split"
     where = f"{key}={source.name!r} with the split {source.split!r}"
     if source.is_file and not source.has_splits and part.split not in ("train", "test"):
         raise RecipeError(f"{where}: a file holds one split, so its name would select nothing. Remove {setting_name}.")

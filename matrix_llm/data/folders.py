@@ -25,6 +25,7 @@ SPLITS = {
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
+LISTED = 6  # names in an error message
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # written by save_to_disk
 NOT_ROWS = {SAVED, SAVED_SPLITS, "dataset_info.json", "dataset_infos.json"}
 
@@ -160,7 +161,7 @@ def _files_of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
     chosen = [path for path in files if split_of[path] == (wanted, best)]
     names = sorted({re.sub(r"\d+", "0", _stem(path)) for path in chosen}) if best != ABOVE else []
     if len(names) > 1:  # train.jsonl and train_socratic.jsonl: the same problems, written in two ways
-        listed = ", ".join(sorted(path.name for path in chosen)[:6])
+        listed = ", ".join(sorted(path.name for path in chosen)[:LISTED])
         raise DataError(
             f"{folder.absolute()} holds several sets of rows for the split {split!r}: {listed}. "
             "Give one of these files, or a list of them."
@@ -180,7 +181,8 @@ def _check_one_configuration(folder: Path, files: list[Path]) -> None:
         at_split = says_split.index(True) if True in says_split else len(parts)
         above.add("/".join(parts[:at_split]))
     if len(above) > 1:
-        names = ", ".join(sorted(each or "files beside these folders" for each in above))
+        listed = sorted(each or "files beside these folders" for each in above)
+        names = ", ".join(listed[:LISTED]) + (", ..." if len(listed) > LISTED else "")
         raise DataError(
             f"{folder.absolute()} holds several configurations: {names}. "
             "Choose one with dataset_config, or give a list of data sets."
