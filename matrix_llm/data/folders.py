@@ -68,6 +68,11 @@ def is_saved(path: Path) -> bool:
     return (path / SAVED).is_file()
 
 
+def saved_files(folder: Path) -> list[Path]:
+    """The files that save_to_disk wrote, without those in which `datasets` keeps the results of later calls."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(("cache-", "tmp")))
+
+
 def _saved(folder: Path, split: str) -> Path | None:
     if is_saved(folder):
         return folder
