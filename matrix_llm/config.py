@@ -23,9 +23,9 @@ from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.gpus import GPUS
 from matrix_llm.base.reader import Settings, find_from_repository
 from matrix_llm.base.values import check_choice, check_fields, setting
-from matrix_llm.data.entries import DatasetEntry, check_columns, check_exists, map_paths, read_entries
+from matrix_llm.data.entries import DatasetEntry, check_columns, check_exists, map_paths, question_source, read_entries
 from matrix_llm.data.prompts import resolve_template
-from matrix_llm.data.readers import Slice, Source, local_path, looks_local
+from matrix_llm.data.readers import Slice, Source, local_path
 
 __all__ = ["DataArguments", "MatrixConfig", "ModelArguments", "Recipe", "RecipeError", "load_recipe"]
 
@@ -541,10 +541,7 @@ def _check_combinations(model: ModelArguments, data: DataArguments, given: Mappi
 def _check_paths(model: ModelArguments, data: DataArguments) -> None:
     """Check that each value that can only be a path exists; anything else may be a Hub id."""
     for source in data.leakage_check or []:
-        if looks_local(source) and local_path(source) is None:
-            raise RecipeError(
-                f"leakage_check={source!r}: nothing at {Path(source).expanduser().absolute()}. Correct the path."
-            )
+        check_exists("leakage_check", question_source(source))
     name = model.model_name_or_path
     if name is not None and name.startswith((".", "/", "~")) and not (path := Path(name).expanduser()).is_dir():
         raise RecipeError(f"model_name_or_path={name!r}: no folder at {path.absolute()}. Correct the path.")

@@ -89,6 +89,14 @@ def read_entries(key: str, given: Given | None, *, may_have_names: bool = False)
     return [_read_entry(key, given)]
 
 
+def question_source(name: str) -> Source:
+    """The rows of one entry of leakage_check: a path or a Hub id, with a configuration after a colon."""
+    source, colon, config = name.partition(":")
+    if colon and not Path(name).expanduser().exists():
+        return Source(source, config, split="test")
+    return Source(name, split="test")
+
+
 def names_of(given: Given | None) -> list[str]:
     """The paths and Hub ids that a recipe gives, for a model card."""
     if isinstance(given, str):
