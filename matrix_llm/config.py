@@ -35,7 +35,7 @@ from matrix_llm.checks.machine import (
     check_reports,
 )
 from matrix_llm.checks.optimizer import check_optimizer, check_schedule
-from matrix_llm.data.entries import DatasetEntry, check_columns, check_exists, map_paths, read_entries
+from matrix_llm.data.entries import DatasetEntry, check_columns, check_exists, map_paths, question_source, read_entries
 from matrix_llm.data.forms import BOXED_ANSWERS
 from matrix_llm.data.prompts import CHAT, TRAIN_ON, resolve_template
 from matrix_llm.data.readers import Slice, Source, local_path, looks_local
@@ -791,10 +791,7 @@ def _find_missing(model: ModelArguments, training: MatrixConfig, given: Mapping[
 def _check_paths(model: ModelArguments, data: DataArguments) -> None:
     """Check that each value that can only be a path exists; anything else may be a Hub id."""
     for source in data.leakage_check or []:
-        if looks_local(source) and local_path(source) is None:
-            raise RecipeError(
-                f"leakage_check={source!r}: nothing at {Path(source).expanduser().absolute()}. Correct the path."
-            )
+        check_exists("leakage_check", question_source(source))
     name = model.model_name_or_path
     if name is not None and name.startswith((".", "/", "~")) and not (path := Path(name).expanduser()).is_dir():
         raise RecipeError(f"model_name_or_path={name!r}: no folder at {path.absolute()}. Correct the path.")
@@ -807,7 +804,7 @@ def _check_sources(data: DataArguments) -> None:
     # 1. Each exists, is of a known format, and has its split
     for key, entry, source in (*training, *held_out):
         check_exists(key, source)
-        _check_split(key, source, Slice.of(source.split), is_stream=data.streaming and key == "dataset")
+        _check_split(key, entry, source, is_stream=data.streaming and key == "dataset")
         if entry.config and (source.is_file or source.name == "builtin"):
             raise RecipeError(
                 f"{key}: {entry.path} has no configurations, so config={entry.config!r} does nothing. Remove it."
@@ -830,8 +827,10 @@ def _check_sources(data: DataArguments) -> None:
             raise RecipeError(f"{key}={value!r} would do nothing here: {reason}. Remove it.")
 
 
-def _check_split(key: str, source: Source, part: Slice, *, is_stream: bool) -> None:
-    setting_name = "dataset_split" if key == "dataset" else "eval_split"
+def _check_split(key: str, entry: DatasetEntry, source: Source, *, is_stream: bool) -> None:
+    part = Slice.of(source.split)
+    of_all = "dataset_split" if key == "dataset" else "eval_split"
+    setting_name = of_all if entry.split is None else "split"
     where = f"{key}={source.name!r} with the split {source.split!r}"
     if source.is_file and not source.has_splits and part.split not in ("train", "test"):
         raise RecipeError(f"{where}: a file holds one split, so its name would select nothing. Remove {setting_name}.")

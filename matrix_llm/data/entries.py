@@ -35,7 +35,7 @@ class DatasetEntry:
 
     path: str = setting("")
     """A file, a folder, a Hub id, or "builtin"."""
-    weight: float = setting(1, above=0)
+    weight: float = setting(1, above=0, at_most=1000)
     """How often its rows are taken: 0.5 draws half of them, 2 takes each twice."""
     split: str | None = setting(None)
     """A split, or a part of one: "train", "train[:1000]", "train[10%:]"."""
@@ -78,6 +78,8 @@ def read_entries(key: str, given: Given | None, *, may_have_names: bool = False)
     """
     if given is None:
         return []
+    if given == {}:
+        raise RecipeError(f"{key}={{}} names no data set. Give at least one.")
     if isinstance(given, dict) and "path" not in given and may_have_names:
         return [_named(key, name, each) for name, each in given.items()]
     if isinstance(given, list):
@@ -85,6 +87,14 @@ def read_entries(key: str, given: Given | None, *, may_have_names: bool = False)
             raise RecipeError(f"{key}=[] names no data set. Give at least one.")
         return [_read_entry(f"{key}[{place}]", each) for place, each in enumerate(given)]
     return [_read_entry(key, given)]
+
+
+def question_source(name: str) -> Source:
+    """The rows of one entry of leakage_check: a path or a Hub id, with a configuration after a colon."""
+    source, colon, config = name.partition(":")
+    if colon and not Path(name).expanduser().exists():
+        return Source(source, config, split="test")
+    return Source(name, split="test")
 
 
 def names_of(given: Given | None) -> list[str]:
@@ -161,6 +171,10 @@ def _named(key: str, name: Any, given: Any) -> DatasetEntry:
 
 def _read_entry(where: str, given: Any) -> DatasetEntry:
     if isinstance(given, str):
+        if given.lstrip().startswith(("[", "{")):  # on the command line, what is not YAML stays a text
+            raise RecipeError(
+                f"{where}={given!r} is not a list of data sets. Write '[a.jsonl, {{path: b.csv, weight: 2}}]'."
+            )
         given = {"path": given}
     fields = [each.name for each in dataclasses.fields(DatasetEntry) if each.init]
     if not isinstance(given, dict):

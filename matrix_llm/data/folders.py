@@ -25,6 +25,7 @@ SPLITS = {
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
+LISTED = 6  # names in an error message
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # written by save_to_disk
 NOT_ROWS = {SAVED, SAVED_SPLITS, "dataset_info.json", "dataset_infos.json"}
 
@@ -65,6 +66,11 @@ def find_rows(folder: Path, config: str | None, split: str) -> list[Path]:
 def is_saved(path: Path) -> bool:
     """Whether the folder is one that save_to_disk wrote for one data set."""
     return (path / SAVED).is_file()
+
+
+def saved_files(folder: Path) -> list[Path]:
+    """The files that save_to_disk wrote, without those in which `datasets` keeps the results of later calls."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(("cache-", "tmp")))
 
 
 def _saved(folder: Path, split: str) -> Path | None:
@@ -119,35 +125,53 @@ def _words(name: str) -> list[str]:
     return re.split(r"[-_. ]+", name.lower())
 
 
-def _split_of(path: Path, folder: Path) -> str | None:
-    """The split that a file says it holds, in its own name or in that of a folder above it.
+IN_FRONT, IN_NAME, ABOVE = range(
+    3
+)  # where a file says its split, best first: train-0.jsonl, gsm8k_train.jsonl, train/0
+
+
+def _stem(path: Path) -> str:
+    return path.name[: -len(suffix_of(path))]
+
+
+def _split_of(path: Path, folder: Path) -> tuple[str | None, int]:
+    """The split that a file says it holds, in its own name or in that of a folder above it, and which of these.
 
     As the Hub names them: train-00000-of-00002.parquet, train_sft-00000-of-00002.parquet. As people do: train.jsonl,
     gsm8k_test.jsonl, train/algebra/1.json.
     """
-    stem = path.name[: -len(suffix_of(path))]
-    part_of = re.fullmatch(r"(.+)-\d{5}-of-\d{5}", stem)
-    for part in (part_of[1] if part_of else stem, *path.relative_to(folder).parts[-2::-1]):
-        words = _words(part)
-        found = [word for word in words if word in SPLITS]
-        if found and part_of and part == part_of[1]:
-            return part
-        if found:
-            return words[0] if words[0] in SPLITS else found[-1]
-    return None
+    part_of = re.fullmatch(r"(.+)-\d{5}-of-\d{5}", _stem(path))
+    words = _words(part_of[1] if part_of else _stem(path))
+    if words[0] in SPLITS:
+        return part_of[1] if part_of else words[0], IN_FRONT
+    found = [word for word in words if word in SPLITS]
+    if found:
+        return found[-1], IN_NAME
+    above = [word for part in path.relative_to(folder).parts[-2::-1] for word in _words(part) if word in SPLITS]
+    return above[0] if above else None, ABOVE
 
 
 def _files_of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
     """The files of the split, or all if none says which split it holds."""
-    exact = [path for path in files if split not in SPLITS and path.name[: -len(suffix_of(path))] == split]
+    exact = [path for path in files if split not in SPLITS and _stem(path) == split]  # train_sft.jsonl
     split_of = {path: _split_of(path, folder) for path in files}
-    said = sorted({each for each in split_of.values() if each is not None})
-    if not said:
-        return files
+    said = sorted({each for each, _ in split_of.values() if each is not None})
+    if exact or not said:
+        return exact or files
     wanted = _choose_split(said, split)
-    if wanted is None and not exact:  # files of other splits must not be mistaken for this one
+    if wanted is None:  # files of other splits must not be mistaken for this one
         raise _no_split(folder, said, split)
-    return exact or [path for path in files if split_of[path] == wanted]
+    # test.jsonl is the test split, where backward_test.jsonl only has something to do with it
+    best = min(where for each, where in split_of.values() if each == wanted)
+    chosen = [path for path in files if split_of[path] == (wanted, best)]
+    names = sorted({re.sub(r"\d+", "0", _stem(path)) for path in chosen}) if best != ABOVE else []
+    if len(names) > 1:  # train.jsonl and train_socratic.jsonl: the same problems, written in two ways
+        listed = ", ".join(sorted(path.name for path in chosen)[:LISTED])
+        raise DataError(
+            f"{folder.absolute()} holds several sets of rows for the split {split!r}: {listed}. "
+            "Give one of these files, or a list of them."
+        )
+    return chosen
 
 
 def _check_one_configuration(folder: Path, files: list[Path]) -> None:
@@ -162,7 +186,8 @@ def _check_one_configuration(folder: Path, files: list[Path]) -> None:
         at_split = says_split.index(True) if True in says_split else len(parts)
         above.add("/".join(parts[:at_split]))
     if len(above) > 1:
-        names = ", ".join(sorted(each or "files beside these folders" for each in above))
+        listed = sorted(each or "files beside these folders" for each in above)
+        names = ", ".join(listed[:LISTED]) + (", ..." if len(listed) > LISTED else "")
         raise DataError(
             f"{folder.absolute()} holds several configurations: {names}. "
             "Choose one with dataset_config, or give a list of data sets."
@@ -173,7 +198,7 @@ def _check_read_once(folder: Path, files: list[Path]) -> None:
     """Refuse rows that are there in two formats, and parts in a format that is not read."""
     stems: dict[Path, Path] = {}
     for path in files:
-        stem = path.parent / path.name[: -len(suffix_of(path))]
+        stem = path.parent / _stem(path)
         if stem in stems:
             raise DataError(
                 f"{folder.absolute()} holds both {stems[stem].name} and {path.name}, and reading both may take every "

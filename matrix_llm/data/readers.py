@@ -24,7 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from matrix_llm.base.errors import DataError
 from matrix_llm.base.values import nearest
 from matrix_llm.data import wordproblems
-from matrix_llm.data.folders import find_rows, is_saved
+from matrix_llm.data.folders import find_rows, is_saved, saved_files
 from matrix_llm.data.formats import SUFFIXES, UNREADABLE, Found, check_suffix, read_file, read_saved, suffix_of
 from matrix_llm.data.forms import Row, detect_form, parse_row
 
@@ -251,7 +251,7 @@ class Source:
         """About how many rows there are, from the size of the files and their first rows; None if it is not known."""
         files = self.files()
         if files is not None:
-            paths = [path for file in files for path in (file.iterdir() if file.is_dir() else [file])]
+            paths = [path for file in files for path in (saved_files(file) if file.is_dir() else [file])]
             size = sum(path.stat().st_size * (PACKED if path.suffix in PACKED_SUFFIXES else 1) for path in paths)
             first = [str(found) for _, found in itertools.islice(self._read_all(Slice.of(self.split).split, True), 100)]
             count = round(size / (sum(map(len, first)) / len(first))) if first else 0
@@ -287,7 +287,7 @@ class Source:
             return "" if self.name == "builtin" else self._hub_content(streaming)
         digest = hashlib.sha256()
         for file in files:
-            for path in sorted(file.iterdir()) if file.is_dir() else [file]:
+            for path in saved_files(file) if file.is_dir() else [file]:
                 digest.update(path.suffix.encode() + file_digest(path, streaming))
         return digest.hexdigest()
 

@@ -80,7 +80,8 @@ class DataReport:
     def _sum_lines(self) -> list[str]:
         of = "the first rows of the stream" if self.sampled else "an epoch"
         return [
-            f"{self.name}: {self.rows_kept:,} rows in {of}, of {self.rows_in:,} read from {len(self.parts)} data sets, "
+            f"{self.name}: {self.rows_kept:,} rows in {of}, of {self.rows_in:,} read from {len(self.parts)} data "
+            f"set{'s' if len(self.parts) > 1 else ''}, "
             f"{self.tokens:,} tokens, {self.trained_tokens:,} trained"
         ]
 

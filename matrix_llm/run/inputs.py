@@ -14,9 +14,8 @@ from typing import Any
 
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.config import Recipe
-from matrix_llm.data.entries import names_of
+from matrix_llm.data.entries import names_of, question_source
 from matrix_llm.data.readers import file_digest
-from matrix_llm.run.prepare import question_source
 from matrix_llm.run.run_folder import PARTIAL, RESULTS
 
 INPUTS = "inputs"

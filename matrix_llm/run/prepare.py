@@ -19,7 +19,7 @@ from matrix_llm.base.errors import DataError, RecipeError
 from matrix_llm.base.files import write_text
 from matrix_llm.config import DataArguments, Recipe
 from matrix_llm.data.cache import cache_root, cached_folder, key_of
-from matrix_llm.data.entries import DatasetEntry
+from matrix_llm.data.entries import DatasetEntry, question_source
 from matrix_llm.data.leakage import FIELDS, LeakageReport, QuestionIndex, find_leaks, question_of
 from matrix_llm.data.mixture import TokenSet, mix
 from matrix_llm.data.readers import Source
@@ -264,14 +264,6 @@ def _ends_in_number(answer: str) -> bool:
 
 
 # --- leakage ----------------------------------------------------------------------------------------------------------
-
-
-def question_source(name: str) -> Source:
-    """The rows of one entry of leakage_check: a path, or a Hub id with its configuration ("openai/gsm8k:main")."""
-    source, colon, config = name.partition(":")
-    if colon and not Path(name).expanduser().exists():
-        return Source(source, config, split="test")
-    return Source(name, split="test")
 
 
 def _test_questions(names: Iterable[str]) -> Iterator[tuple[str, str]]:

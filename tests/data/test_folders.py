@@ -45,6 +45,13 @@ def test_a_configuration_is_chosen_and_two_are_never_mixed(folder):
     assert "test, train" in refusal(gsm, "main", "dev")
 
 
+def test_a_configuration_may_be_part_of_the_files_names(folder):
+    gsm = folder("main_train.jsonl", "main_test.jsonl", "socratic_train.jsonl")
+    assert found(gsm, "main") == ["main_train.jsonl"]
+    assert found(gsm, "socratic") == ["socratic_train.jsonl"]
+    assert "nothing for the configuration 'other'" in refusal(gsm, "other")
+
+
 @pytest.mark.parametrize(
     "names",
     [
@@ -67,6 +74,8 @@ def test_rows_of_several_folders_are_refused_wherever_the_folders_stand(folder, 
         (("train/algebra/1.json", "train/geometry/1.json", "test/algebra/1.json"), "train",
          ["train/algebra/1.json", "train/geometry/1.json"]),
         (("train/0.jsonl", "test/0.jsonl"), "test", ["test/0.jsonl"]),
+        (("test.jsonl", "backward_test.jsonl"), "test", ["test.jsonl"]),
+        (("train-0.jsonl", "train-1.jsonl"), "train", ["train-0.jsonl", "train-1.jsonl"]),
         (("train.jsonl", "dev.jsonl"), "validation", ["dev.jsonl"]),
         (("data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/test-00000-of-00001.jsonl"),
          "train", ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"]),
@@ -85,6 +94,8 @@ def test_a_split_is_found_by_the_names_of_files_and_folders(folder, names, split
     [
         (("gsm8k_test.jsonl",), "train", "files for test"),
         (("train_sft-00000-of-00001.jsonl", "train_gen-00000-of-00001.jsonl"), "train", "train_gen, train_sft"),
+        (("train.jsonl", "train_socratic.jsonl"), "train", "train.jsonl, train_socratic.jsonl.*list of them"),
+        (("main_train.jsonl", "socratic_train.jsonl"), "train", "main_train.jsonl, socratic_train.jsonl"),
         (("dev.jsonl", "valid.jsonl"), "validation", "dev, valid"),
         (("train.jsonl", "train.jsonl.gz"), "train", "both train.jsonl and train.jsonl.gz"),
         (("train-0.jsonl", "train-1.jsonl.bz2"), "train", r"train-1.jsonl.bz2.*is not read"),

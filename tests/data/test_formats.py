@@ -79,6 +79,9 @@ def test_save_to_disk_folders_are_read_by_split(tmp_path):
     assert found(tmp_path / "one", split="train[1:3]") == OBJECTS[1:3]
     assert "train, validation" in refusal(tmp_path / "two", split="test")
     before = Source(str(tmp_path / "one")).identity()
+    (tmp_path / "one" / "cache-1.arrow").write_bytes(b"what a later map() wrote")
+    (tmp_path / "one" / "folder").mkdir()
+    assert Source(str(tmp_path / "one")).identity() == before
     rows.select(range(4)).save_to_disk(str(tmp_path / "one"))
     assert Source(str(tmp_path / "one")).identity() != before
     (tmp_path / "two" / "train" / "state.json").unlink()

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from matrix_llm.base.errors import DataError
+from matrix_llm.data.entries import question_source
 from matrix_llm.data.leakage import QuestionIndex, find_leaks
 from matrix_llm.data.readers import Source
 from matrix_llm.run import prepare
-from matrix_llm.run.prepare import prepare_data, question_source
+from matrix_llm.run.prepare import prepare_data
 from matrix_llm.train import main
 from tests.support.tiny import TINY
 
@@ -135,6 +136,10 @@ def test_a_hub_test_set_names_its_configuration(tmp_path, monkeypatch):
     assert question_source("openai/gsm8k") == Source("openai/gsm8k", split="test")
     (tmp_path / "a:b.jsonl").write_text("")
     assert question_source(str(tmp_path / "a:b.jsonl")).config is None
+    for config in ("main", "socratic"):
+        (tmp_path / "gsm" / config).mkdir(parents=True)
+        (tmp_path / "gsm" / config / "test.jsonl").write_text(json.dumps({"question": config}))
+    assert [row for _, row in question_source(f"{tmp_path}/gsm:main").read()] == [{"question": "main"}]
 
 
 def test_memory_of_the_check_does_not_grow_with_the_rows(tmp_path):

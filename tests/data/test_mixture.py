@@ -168,6 +168,10 @@ def test_named_held_out_sets_are_evaluated_apart_and_a_list_together(recipe, thr
     ("settings", "said"),
     [
         ({"dataset": []}, r"dataset=\[\].*at least one"),
+        ({"dataset": "[a.jsonl, null]"}, r"dataset='\[a.jsonl, null\]' is not a list.*Write"),
+        ({"dataset": "builtin", "eval_dataset": {}}, r"eval_dataset=\{\}.*at least one"),
+        ({"dataset": [{"path": "builtin", "weight": 1e9}]}, r"weight=1000000000.0.*at most 1000"),
+        ({"dataset": [{"path": "builtin", "split": "dev"}]}, r"split 'dev'.*Correct split"),
         ({"dataset": [{"weight": 2}]}, r"dataset\[0\].*no path"),
         ({"dataset": [{"path": "builtin", "wieght": 2}]}, r"dataset\[0\] has 'wieght'.*Did you mean weight"),
         ({"dataset": [{"path": "builtin", "weight": 0}]}, r"dataset\[0\]: weight=0.*above 0"),

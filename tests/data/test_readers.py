@@ -4,6 +4,7 @@ import json
 import os
 import tracemalloc
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -144,6 +145,20 @@ def test_a_hub_id_that_cannot_be_reached_is_one_line_with_the_way_out():
     with pytest.raises(DataError, match=r"'nobody/nothing', split 'dev'.*give a local file") as error:
         read("nobody/nothing", split="dev")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_data_set_is_asked_for_its_configuration_revision_and_slice(monkeypatch, streaming):
+    asked = []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *words, **options: asked.append((words, options)) or iter(OBJECTS)
+    )
+    source = Source("org/rows", "main", split="train[1:3]", revision="v1")
+    found = [row for _, row in source.read(streaming=streaming)]
+    # `datasets` cuts the slice itself, but not that of a stream
+    split = "train" if streaming else "train[1:3]"
+    assert asked == [(("org/rows", "main"), {"split": split, "revision": "v1", "streaming": streaming})]
+    assert found == (OBJECTS[1:3] if streaming else OBJECTS)
 
 
 # --- columns and slices -----------------------------------------------------------------------------------------------

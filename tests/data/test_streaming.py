@@ -77,11 +77,14 @@ def losses(folder):
     return {entry["step"]: entry["loss"] for entry in read_jsonl(folder / "metrics.jsonl") if "loss" in entry}
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_a_resumed_stream_goes_on_as_the_unbroken_one(tmp_path, packing):
+SEVERAL = ["builtin", {"path": "builtin", "split": "test", "weight": 0.5, "max_rows": 10}]
+
+
+@pytest.mark.parametrize("changes", [{}, {"packing": True}, {"dataset": SEVERAL, "builtin_rows": 12}], ids=str)
+def test_a_resumed_stream_goes_on_as_the_unbroken_one(tmp_path, changes):
     """From step 3 of pass 1, over the end of the pass: five batches of 4 are 20 rows."""
     path = tmp_path / "r.yaml"
-    path.write_text(json.dumps({**STREAM, "packing": packing, "output_dir": str(tmp_path / "run")}))
+    path.write_text(json.dumps({**STREAM, **changes, "output_dir": str(tmp_path / "run")}))
     assert main([str(path)]) == 0
     whole = losses(tmp_path / "run")
     for each in (tmp_path / "run").iterdir():  # as if killed after step 4
