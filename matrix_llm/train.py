@@ -68,10 +68,11 @@ def print_plan(recipe: Recipe) -> None:
     from matrix_llm.model.load import load_config
     from matrix_llm.plan.memory import memory_lines
     from matrix_llm.plan.steps import describe_loss, masked_sample, plan_steps
-    from matrix_llm.run.prepare import prepare_data
+    from matrix_llm.run.prepare import limit_max_length, prepare_data
 
     # 1. Rows and tokenizer; no weights
     training, processes = recipe.training, int(os.environ.get("WORLD_SIZE", "1"))
+    limit_max_length(recipe, say=say)
     prepared = prepare_data(recipe, say=say, dry_run=True)
     config = load_config(recipe.model, prepared.tokenizer, trust_remote_code=training.trust_remote_code)
     longest = max(prepared.report.longest, 1)
@@ -98,13 +99,14 @@ def print_plan(recipe: Recipe) -> None:
 def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     """A complete run. One that `stop` ends early saves a checkpoint and prints how to resume."""
     from matrix_llm.run.preemption import resume_command
-    from matrix_llm.run.prepare import prepare_data
+    from matrix_llm.run.prepare import limit_max_length, prepare_data
     from matrix_llm.run.rehearsal import describe_space
 
     training, output = recipe.training, Path(str(recipe.training.output_dir))
     started = time.perf_counter()
 
     # 1. Rows, then model and trainer
+    limit_max_length(recipe, say=say)
     prepared = prepare_data(recipe, say=say)
     check_launch(recipe, prepared)
     trainer = make_trainer(recipe, prepared)

@@ -19,11 +19,13 @@ from matrix_llm.base.files import write_text
 from matrix_llm.config import DataArguments, Recipe
 from matrix_llm.data.cache import cache_root, cached_folder, key_of
 from matrix_llm.data.leakage import FIELDS, LeakageReport, QuestionIndex, find_leaks, question_of
+from matrix_llm.data.prompts import resolve_template
 from matrix_llm.data.readers import Source
 from matrix_llm.data.rowset import RowSet
 from matrix_llm.data.selection import DataReport, drop_unusable
 from matrix_llm.data.streaming import TokenStream
 from matrix_llm.data.tokens import Encoder
+from matrix_llm.model.load import load_config, position_limit
 from matrix_llm.model.tokenizer import load_tokenizer
 from matrix_llm.run.decode import final_answer
 
@@ -107,6 +109,7 @@ def _prepare(recipe: Recipe, say: Callable[[str], None], dry_run: bool) -> Prepa
         others = RowSet(_held_out_source(recipe, eval_rows), root)
         if data.accuracy_rows:
             problems = _find_problems(others, data.accuracy_rows)
+            _check_room(recipe, tokenizer, problems)
         if data.eval_dataset is not None:
             encoder = _make_encoder(recipe, tokenizer, others)
             tokens = others.tokens(encoder, "held out", count=eval_rows, num_proc=training.dataset_num_proc)
@@ -145,18 +148,19 @@ def _load_tokenizer(recipe: Recipe, rows: RowSet) -> Any:
     options: dict[str, Any] = {
         "trust_remote_code": recipe.training.trust_remote_code,
         "chat_template_path": recipe.training.chat_template_path,
+        "eos_token": recipe.training.eos_token,
+        "pad_token": recipe.training.pad_token,
     }
     if model.tokenizer_vocab_size is None:
         return load_tokenizer(model, **options)
 
-    def train() -> Any:
-        return load_tokenizer(model, texts=rows.texts(data.prompt_template, data.response_separator), **options)
-
-    def build(folder: Path) -> None:
-        train().save_pretrained(str(folder))
-
+    texts = rows.texts(data.prompt_template, data.response_separator)
     if rows.root is None or rows.streaming:
-        return train()
+        return load_tokenizer(model, texts=texts, **options)
+
+    def build(folder: Path) -> None:  # without the options, which the key does not cover
+        load_tokenizer(model, texts=texts).save_pretrained(str(folder))
+
     key = key_of("tokenizer", rows.key, data.prompt_template, data.response_separator, model.tokenizer_vocab_size)
     folder = cached_folder(rows.root, f"tokenizer-{key}", build)
     saved = dataclasses.replace(model, tokenizer_name_or_path=str(folder), tokenizer_vocab_size=None)
@@ -214,6 +218,47 @@ def _find_problems(rows: RowSet, count: int) -> list[HeldOutProblem]:
             "answer ('The answer is: 7' or '#### 7'). Set accuracy_rows: 0."
         )
     return problems
+
+
+# --- the model's positions --------------------------------------------------------------------------------------------
+
+
+def limit_max_length(recipe: Recipe, *, say: Callable[[str], None]) -> None:
+    """Keep rows within the model's positions: sets training.max_length where the recipe leaves it open.
+
+    Called before rows are read; it needs the model's configuration alone.
+
+    Raises:
+        RecipeError: the recipe's own max_length is beyond them.
+    """
+    training, scratch = recipe.training, recipe.model.model_config is not None
+    limit = position_limit(load_config(recipe.model, None, trust_remote_code=training.trust_remote_code))
+    if limit is None or (training.max_length is not None and training.max_length <= limit):
+        return
+    if recipe.resolved.get("max_length") is not None:
+        more = ", or max_position_embeddings in model_config" if scratch else ""
+        raise RecipeError(
+            f"{recipe.path}: max_length={training.max_length}, but the model has {limit} positions, and cannot read "
+            f"further. Set max_length to at most {limit}{more}."
+        )
+    say(f"=> max_length       {limit}, the model's number of positions, instead of {training.max_length or 'no limit'}")
+    training.max_length = limit
+
+
+def _check_room(recipe: Recipe, tokenizer: Any, problems: list[HeldOutProblem]) -> None:
+    """Refuse greedy answers that would run beyond the model's positions."""
+    limit = position_limit(load_config(recipe.model, None, trust_remote_code=recipe.training.trust_remote_code))
+    if limit is None:
+        return
+    template = resolve_template(recipe.data.prompt_template)
+    prompts = tokenizer([template.replace("{instruction}", problem.query) for problem in problems])["input_ids"]
+    longest, wanted = max(map(len, prompts)), recipe.data.accuracy_max_new_tokens
+    if longest + wanted > limit:
+        room = f"Set accuracy_max_new_tokens to at most {limit - longest}, or " if longest < limit else "Set "
+        raise RecipeError(
+            f"accuracy_max_new_tokens={wanted} after a prompt of {longest} tokens, the longest of accuracy_rows="
+            f"{recipe.data.accuracy_rows}, is beyond the model's {limit} positions. {room}accuracy_rows to 0."
+        )
 
 
 # --- leakage ----------------------------------------------------------------------------------------------------------
