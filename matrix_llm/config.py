@@ -38,7 +38,7 @@ from matrix_llm.checks.optimizer import check_optimizer, check_schedule
 from matrix_llm.data.entries import DatasetEntry, check_columns, check_exists, map_paths, question_source, read_entries
 from matrix_llm.data.forms import BOXED_ANSWERS
 from matrix_llm.data.prompts import CHAT, TRAIN_ON, resolve_template
-from matrix_llm.data.readers import Slice, Source, local_path, looks_local
+from matrix_llm.data.readers import Slice, Source, local_path
 
 __all__ = ["DataArguments", "MatrixConfig", "ModelArguments", "Recipe", "RecipeError", "load_recipe"]
 
@@ -815,10 +815,8 @@ def _check_sources(data: DataArguments) -> None:
             )
     # 2. What only some kinds of data sets have
     sources = [source for _, _, source in (*training, *held_out)]
-    folders = [source for source in sources if not source.is_file and source.name != "builtin"]
-    hub = [source for source in folders if local_path(source.name) is None]
+    hub = [source for source in sources if source.name != "builtin" and local_path(source.name) is None]
     idle = {
-        "dataset_config": (data.dataset_config, folders, "a Hub data set or a folder has configurations"),
         "dataset_revision": (data.dataset_revision, hub, "a Hub data set has revisions"),
         "columns": (data.columns, [source for source in sources if source.name != "builtin"], "builtin has our own"),
     }

@@ -70,7 +70,7 @@ def print_plan(recipe: Recipe) -> None:
     from matrix_llm.model.load import load_config
     from matrix_llm.plan.memory import memory_lines
     from matrix_llm.plan.steps import describe_loss, masked_sample, plan_steps
-    from matrix_llm.run.prepare import prepare_data
+    from matrix_llm.run.prepare import limit_max_length, prepare_data
 
     # 1. What a run would be refused for; then rows and tokenizer, no weights
     check_model(recipe)
@@ -78,6 +78,7 @@ def print_plan(recipe: Recipe) -> None:
     if recipe.missing:
         say(f"=> a run on this machine would be refused: {recipe.missing}")
     training, processes = recipe.training, int(os.environ.get("WORLD_SIZE", "1"))
+    limit_max_length(recipe, say=say)
     prepared = prepare_data(recipe, say=say, dry_run=True)
     config = load_config(recipe.model, prepared.tokenizer, trust_remote_code=training.trust_remote_code)
     longest = max(prepared.report.longest, 1)
@@ -107,7 +108,7 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     from matrix_llm.model.early_checks import check_model
     from matrix_llm.run.inputs import INPUTS, check_inputs, inputs_of
     from matrix_llm.run.preemption import resume_command
-    from matrix_llm.run.prepare import prepare_data
+    from matrix_llm.run.prepare import limit_max_length, prepare_data
     from matrix_llm.run.rehearsal import describe_space
 
     training, output = recipe.training, Path(str(recipe.training.output_dir))
@@ -123,6 +124,7 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
             check_inputs(Path(resume), inputs)
 
     # 2. Rows, then model and trainer
+    limit_max_length(recipe, say=say)
     prepared = prepare_data(recipe, say=say)
     check_launch(recipe, prepared)
     trainer = make_trainer(recipe, prepared)

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import itertools
 import json
+import re
 import shlex
 from pathlib import Path
 

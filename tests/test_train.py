@@ -12,9 +12,12 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from matrix_llm.base.files import read_jsonl
+from matrix_llm.model.tokenizer import train_tokenizer
 from matrix_llm.run.run_folder import NON_FINITE
 from matrix_llm.train import main
+from tests.support.checkpoints import save_llama
 from tests.support.paths import ROOT
+from tests.support.sentences import SENTENCES
 from tests.support.tiny import TINY
 
 
@@ -309,3 +312,42 @@ def test_accuracy_during_training_is_logged_and_changes_no_weight(recipe, tmp_pa
 def test_accuracy_steps_without_rows_is_refused(recipe, capsys):
     assert main([recipe(accuracy_rows=0, accuracy_steps=5)]) == 2
     assert "accuracy_steps=5" in capsys.readouterr().err
+
+
+def test_the_recipes_eos_token_ends_the_rows_and_is_saved_everywhere_and_the_old_one_is_not(recipe, tmp_path):
+    """It pads as well here: the labels of real ends are trained all the same."""
+    from matrix_llm.trainer import MatrixTrainer
+
+    tokenizer = train_tokenizer(SENTENCES, 300)
+    tokenizer.save_pretrained(tmp_path / "base")
+    save_llama(tmp_path / "base", rows=300, max_position_embeddings=256, eos_token_id=1)
+    batches, original = [], MatrixTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        batches.append(inputs["labels"].clone())
+        return original(self, model, inputs, *args, **kwargs)
+
+    base = {"model_config": None, "tokenizer_vocab_size": None, "model_name_or_path": str(tmp_path / "base")}
+    changes = {**base, "eos_token": "<pad>", "pad_token": "<pad>", "max_steps": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MatrixTrainer, "compute_loss", compute_loss)
+        assert main([recipe(**changes)]) == 0
+    assert [(labels == 2).sum().item() for labels in batches] == [4]  # one for each row, and none for its padding
+    assert not (batches[0] == 1).any()
+    run = tmp_path / "run"
+    saved = AutoTokenizer.from_pretrained(run)
+    assert (saved.eos_token, saved.pad_token, len(saved)) == ("<pad>", "<pad>", 300)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((run / name).read_text())["eos_token_id"] == 2
+    assert main([recipe(**{**changes, "eos_token": "<pa>", "output_dir": str(tmp_path / "other")})]) == 2
+
+
+@pytest.mark.parametrize("too_long", ["drop", "truncate"])
+def test_rows_longer_than_a_learned_position_table_are_counted_and_do_not_reach_it(too_long, recipe, tmp_path, capsys):
+    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 1, "n_positions": 160}
+    assert main([recipe(model_config=config)]) == 2
+    assert "max_length=256, but the model has 160 positions" in capsys.readouterr().err
+    assert main([recipe(model_config=config, too_long=too_long, max_length=None)]) == 0
+    shown = capsys.readouterr().out
+    assert "=> max_length       160, the model's number of positions, instead of 1024" in shown
+    assert "of 64 rows kept" in shown

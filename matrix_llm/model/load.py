@@ -33,6 +33,12 @@ logger = logging.get_logger(__name__)
 
 # still understood by transformers, though no longer fields of the configuration classes
 LEGACY_CONFIG_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}
+# these have max_position_embeddings, and no positions
+WITHOUT_POSITIONS = {"jamba", "nemotron_h", "rwkv", "zamba"}
+# the first position of these is pad_token_id + 1
+FIRST_POSITION_AFTER_PADDING = {
+    "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
 
 
 def load_model(
@@ -100,16 +106,42 @@ def repair_generation_settings(model: PreTrainedModel) -> None:
 
 
 def load_config(
-    args: ModelArguments, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False
+    args: ModelArguments, tokenizer: PreTrainedTokenizerBase | None, *, trust_remote_code: bool = False
 ) -> PretrainedConfig:
-    """The configuration alone, of a checkpoint or from scratch: all that a plan needs, without weights."""
+    """The configuration alone, of a checkpoint or from scratch: all that a plan needs, without weights.
+
+    Without a tokenizer, that of a model from scratch has its vocabulary and special ids by default.
+    """
     if args.model_config is not None:
         return build_config(args, tokenizer)
     return load_pretrained_config(args, trust_remote_code)
 
 
-def build_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
-    """The configuration of a from-scratch model (`model_config`), with the tokenizer's special ids.
+def position_limit(config: PretrainedConfig) -> int | None:
+    """The longest row that the model can read, in tokens; None if its positions have no end (ALiBi, recurrent models).
+
+    Scaled rotary embeddings reach as far as their scaling says, whether or not max_position_embeddings includes it.
+    """
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)  # GPT-2's n_positions and others answer to it, too
+    if not isinstance(limit, int) or limit < 1 or text.model_type in WITHOUT_POSITIONS:
+        return None
+    if getattr(text, "alibi", False) or getattr(text, "position_embedding_type", None) == "nope":
+        return None
+    if text.model_type in FIRST_POSITION_AFTER_PADDING:
+        return limit - (text.pad_token_id or 0) - 1
+    rope = getattr(text, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    kind, factor = rope.get("rope_type"), rope.get("factor") or 1
+    if kind in ("linear", "dynamic"):
+        return int(limit * factor)
+    if kind == "yarn":
+        return max(limit, int((rope.get("original_max_position_embeddings") or limit) * factor))
+    return limit
+
+
+def build_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase | None) -> PretrainedConfig:
+    """The configuration of a from-scratch model (`model_config`), with the tokenizer's special ids if it is there.
 
     Strict, unlike transformers, which stores and ignores a misspelt key.
 
@@ -131,13 +163,14 @@ def build_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> Pr
             raise RecipeError(
                 f"model_config: {key!r} is not a setting of a {model_type} model.{nearest(key, sorted(known))}"
             )
-    vocabulary_size = settings.setdefault("vocab_size", len(tokenizer))
-    if vocabulary_size < len(tokenizer):
+    ids: dict[str, int | None] = {}
+    if tokenizer is not None:
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    if tokenizer is not None and settings.setdefault("vocab_size", len(tokenizer)) < len(tokenizer):
         raise RecipeError(
-            f"model_config: vocab_size={vocabulary_size} is less than the tokenizer's {len(tokenizer)} tokens. Remove "
-            "vocab_size: it then follows the tokenizer."
+            f"model_config: vocab_size={settings['vocab_size']} is less than the tokenizer's {len(tokenizer)} tokens. "
+            "Remove vocab_size: it then follows the tokenizer."
         )
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     try:
         return AutoConfig.for_model(model_type, **{**settings, **ids})
     except (ValueError, TypeError, StrictDataclassError) as error:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.utils import logging
 
 from matrix_llm.base.errors import RecipeError
+from matrix_llm.base.values import nearest
 from matrix_llm.config import ModelArguments
 from matrix_llm.model.pretrained import load_pretrained, load_pretrained_config
 
@@ -58,6 +59,8 @@ def load_tokenizer(
     texts: Iterable[str] | None = None,
     trust_remote_code: bool = False,
     chat_template_path: str | None = None,
+    eos_token: str | None = None,
+    pad_token: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a recipe, ready for training.
 
@@ -65,9 +68,12 @@ def load_tokenizer(
         args: the recipe's model settings.
         texts: what a new tokenizer (`tokenizer_vocab_size`) is trained on.
         chat_template_path: a Jinja file that replaces the tokenizer's chat template.
+        eos_token: the token that ends a row, in place of the tokenizer's own; one of its vocabulary.
+        pad_token: the same for padding.
 
     Raises:
-        RecipeError: no tokenizer under this name, no end-of-text token, tokens without an embedding, no such template.
+        RecipeError: no tokenizer under this name, no end-of-text token, tokens without an embedding, no such template;
+            or an eos_token or pad_token that the tokenizer does not know.
     """
     # 1. train it or load it
     if args.tokenizer_vocab_size is not None:
@@ -81,10 +87,15 @@ def load_tokenizer(
         tokenizer = _load_pretrained_tokenizer(args, trust_remote_code)
 
     # 2. special tokens and padding
+    if eos_token is not None:
+        _set_eos_token(tokenizer, eos_token)
+    if pad_token is not None:
+        _check_known(tokenizer, "pad_token", pad_token)
+        tokenizer.pad_token = pad_token
     if tokenizer.eos_token_id is None:
         raise RecipeError(
             f"the tokenizer of {args.tokenizer_name_or_path or args.model_name_or_path!r} has no end-of-text token, so "
-            "a model could not learn where to stop. Set eos_token in its tokenizer_config.json."
+            "a model could not learn where to stop. Set eos_token to one of its tokens."
         )
     if tokenizer.pad_token_id is None:  # use an existing token: a new one would need a new embedding
         tokenizer.pad_token = tokenizer.unk_token if tokenizer.unk_token_id is not None else tokenizer.eos_token
@@ -118,6 +129,36 @@ def _load_pretrained_tokenizer(args: ModelArguments, trust_remote_code: bool) ->
             tokenizer = load_pretrained(key, name, AutoTokenizer.from_pretrained, fill_token=None, **options)
         check_vocabulary(tokenizer, embeddings)
     return tokenizer
+
+
+def _set_eos_token(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
+    """Make `token` the one that ends a row, in texts, in the saved files and where generation stops.
+
+    Raises:
+        RecipeError: the vocabulary does not hold it; or the tokenizer goes on ending texts in another one.
+    """
+    _check_known(tokenizer, "eos_token", token)
+    before = tokenizer.eos_token_id
+    tokenizer.eos_token = token
+    last = tokenizer("a")["input_ids"][-1:]
+    if last == [before] and before != tokenizer.eos_token_id:
+        raise RecipeError(
+            f"eos_token={token!r}, but the tokenizer itself ends every text in {tokenizer.decode(last)!r}, which would "
+            "stand before it and at the end of prompts. Set add_eos_token to false in its tokenizer_config.json, or "
+            "remove eos_token."
+        )
+
+
+def _check_known(tokenizer: PreTrainedTokenizerBase, key: str, token: str) -> None:
+    vocabulary = tokenizer.get_vocab()
+    if token in vocabulary:
+        return
+    marks = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    listed = f"Its special tokens are {', '.join(sorted(marks)[:12])}. Give one of its tokens." if marks else ""
+    raise RecipeError(
+        f"{key}={token!r} is not in the tokenizer's vocabulary of {len(vocabulary)} tokens, and a new token would need "
+        f"a new embedding.{nearest(token, marks) or nearest(token, vocabulary)} {listed}".rstrip()
+    )
 
 
 def _tokens_beyond(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> dict[str, int]:

@@ -148,6 +148,13 @@ def generate_greedy(
     return texts
 
 
+def prompts_of(tokenizer, template: str, problems: Sequence[Question]) -> list[str | list[int]]:
+    """The prompt of each problem, as training lays it out: a text, or the ids of a chat template."""
+    if template == CHAT:
+        return [chat_prompt_ids(tokenizer, each.query) for each in problems]
+    return [template.replace("{instruction}", each.query) for each in problems]
+
+
 def measure_accuracy(
     model: PreTrainedModel,
     tokenizer,
@@ -185,14 +192,10 @@ def measure_accuracy(
                 f"problem {index} has the answer {problem.answer!r}, which holds no number to compare with."
             )
     # 2. the model's responses
-    prompts: list[str | list[int]] = [
-        chat_prompt_ids(tokenizer, each.query) if template == CHAT else template.replace("{instruction}", each.query)
-        for each in problems
-    ]
     responses = generate_greedy(
         model,
         tokenizer,
-        prompts,
+        prompts_of(tokenizer, template, problems),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )

@@ -22,13 +22,15 @@ from matrix_llm.data.cache import cache_root, cached_folder, key_of
 from matrix_llm.data.entries import DatasetEntry, question_source
 from matrix_llm.data.leakage import FIELDS, LeakageReport, QuestionIndex, find_leaks, question_of
 from matrix_llm.data.mixture import TokenSet, mix
+from matrix_llm.data.prompts import resolve_template
 from matrix_llm.data.readers import Source
 from matrix_llm.data.rowset import RowSet
 from matrix_llm.data.selection import DataReport
 from matrix_llm.data.streaming import StreamedSet, TokenStream
 from matrix_llm.data.tokens import Encoder
+from matrix_llm.model.load import load_config, position_limit
 from matrix_llm.model.tokenizer import load_tokenizer
-from matrix_llm.run.decode import ANSWER_MARKER, final_answer
+from matrix_llm.run.decode import ANSWER_MARKER, final_answer, prompts_of
 
 LEAKAGE = "leakage.json"
 
@@ -146,20 +148,20 @@ def _load_tokenizer(recipe: Recipe, sets: Sequence[RowSet]) -> Any:
     options: dict[str, Any] = {
         "trust_remote_code": recipe.training.trust_remote_code,
         "chat_template_path": recipe.training.chat_template_path,
+        "eos_token": recipe.training.eos_token,
+        "pad_token": recipe.training.pad_token,
     }
     if model.tokenizer_vocab_size is None:
         return load_tokenizer(model, **options)
 
-    def train() -> Any:
-        texts = (rows.texts(data.prompt_template, data.response_separator) for rows in sets)
-        return load_tokenizer(model, texts=itertools.chain.from_iterable(texts), **options)
-
-    def build(folder: Path) -> None:
-        train().save_pretrained(str(folder))
-
+    texts = itertools.chain.from_iterable(rows.texts(data.prompt_template, data.response_separator) for rows in sets)
     root = sets[0].root
     if root is None or data.streaming:
-        return train()
+        return load_tokenizer(model, texts=texts, **options)
+
+    def build(folder: Path) -> None:  # without the options, which the key does not cover
+        load_tokenizer(model, texts=texts).save_pretrained(str(folder))
+
     keys = [rows.key for rows in sets]
     key = key_of("tokenizer", keys, data.prompt_template, data.response_separator, model.tokenizer_vocab_size)
     folder = cached_folder(root, f"tokenizer-{key}", build)
@@ -168,12 +170,18 @@ def _load_tokenizer(recipe: Recipe, sets: Sequence[RowSet]) -> Any:
 
 
 def _idle_settings(recipe: Recipe, sets: Sequence[RowSet]) -> list[str]:
-    """Settings that the recipe gives, but that say nothing about rows of these layouts."""
+    """Settings that the recipe gives, but that say nothing about these data sets or rows of these layouts.
+
+    They are not refused: a recipe for the Hub is often tried on a local file.
+    """
+    idle = []
+    if recipe.data.dataset_config and all(rows.source.is_file or rows.source.name == "builtin" for rows in sets):
+        idle.append(f"dataset_config={recipe.data.dataset_config!r} is for the Hub and for folders; it does nothing here")
     layouts = dict.fromkeys(rows.layout for rows in sets)
     if "template" in layouts:
-        return []
+        return idle
     keys = [key for key in ("prompt_template", "response_separator", "boxed_answers") if key in recipe.resolved]
-    return [
+    return idle + [
         f"{key}={recipe.resolved[key]!r} is for questions with answers; these rows are {' and '.join(layouts)}"
         for key in keys
     ]
@@ -218,6 +226,7 @@ def _prepare_held_out(recipe: Recipe, tokenizer: Any, root: Path | None) -> Held
         sets.append((RowSet(_held_out_source(data.held_out_source(entry, seed), count, wanted), root), count))
         if wanted:
             problems = _find_problems(sets[0][0], wanted)
+            _check_room(recipe, tokenizer, problems)
     if not entries:
         return None, None, problems
     # 2. The evaluation loss of all of them together, or of each by its name
@@ -261,6 +270,47 @@ def _ends_in_number(answer: str) -> bool:
     r"""Whether the final answer is a number alone, perhaps with a unit: not \frac{1}{2}, x + 1 or (3, 4)."""
     said = answer.rpartition(ANSWER_MARKER)[2].strip().split("\n")[0]
     return re.fullmatch(r"[-+$\s]*[\d,]*\.?\d*(/\d+)?[%$]?(\s[a-zA-Z ]+)?\.?", said) is not None
+
+
+# --- the model's positions --------------------------------------------------------------------------------------------
+
+
+def limit_max_length(recipe: Recipe, *, say: Callable[[str], None]) -> None:
+    """Keep rows within the model's positions: sets training.max_length where the recipe leaves it open.
+
+    Called before rows are read; it needs the model's configuration alone.
+
+    Raises:
+        RecipeError: the recipe's own max_length is beyond them.
+    """
+    training, scratch = recipe.training, recipe.model.model_config is not None
+    limit = position_limit(load_config(recipe.model, None, trust_remote_code=training.trust_remote_code))
+    if limit is None or (training.max_length is not None and training.max_length <= limit):
+        return
+    if recipe.resolved.get("max_length") is not None:
+        more = ", or max_position_embeddings in model_config" if scratch else ""
+        raise RecipeError(
+            f"{recipe.path}: max_length={training.max_length}, but the model has {limit} positions, and cannot read "
+            f"further. Set max_length to at most {limit}{more}."
+        )
+    say(f"=> max_length       {limit}, the model's number of positions, instead of {training.max_length or 'no limit'}")
+    training.max_length = limit
+
+
+def _check_room(recipe: Recipe, tokenizer: Any, problems: list[HeldOutProblem]) -> None:
+    """Refuse greedy answers that would run beyond the model's positions."""
+    limit = position_limit(load_config(recipe.model, None, trust_remote_code=recipe.training.trust_remote_code))
+    if limit is None:
+        return
+    prompts = prompts_of(tokenizer, resolve_template(recipe.data.prompt_template), problems)
+    lengths = [len(tokenizer(each)["input_ids"] if isinstance(each, str) else each) for each in prompts]
+    longest, wanted = max(lengths), recipe.data.accuracy_max_new_tokens
+    if longest + wanted > limit:
+        room = f"Set accuracy_max_new_tokens to at most {limit - longest}, or " if longest < limit else "Set "
+        raise RecipeError(
+            f"accuracy_max_new_tokens={wanted} after a prompt of {longest} tokens, the longest of accuracy_rows="
+            f"{recipe.data.accuracy_rows}, is beyond the model's {limit} positions. {room}accuracy_rows to 0."
+        )
 
 
 # --- leakage ----------------------------------------------------------------------------------------------------------

@@ -183,7 +183,6 @@ def test_named_held_out_sets_are_evaluated_apart_and_a_list_together(recipe, thr
         ({"dataset": ["builtin", "none/rows.csv"]}, "none/rows.csv'.*nothing at.*Correct"),
         ({"dataset": "builtin", "columns": {"question": "problem"}}, "columns=.*would do nothing"),
         ({"dataset": "builtin", "dataset_revision": "main"}, "dataset_revision='main' would do nothing"),
-        ({"dataset": "builtin", "dataset_config": "main"}, "dataset_config='main' would do nothing"),
         ({"dataset": "x/y", "columns": {"qestion": "problem"}}, "columns has qestion.*Did you mean question"),
         ({"dataset": "x/y", "columns": {"prompt": "text", "completion": "text"}}, "'text' two names.*Keep one"),
         ({"dataset": "x/y", "columns": {"prompt": 1}}, "'prompt': 1.*in quotes"),

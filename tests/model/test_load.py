@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from matrix_llm.config import ModelArguments, RecipeError
-from matrix_llm.model.load import build_config, load_model, repair_generation_settings
+from matrix_llm.model.load import build_config, load_model, position_limit, repair_generation_settings
 from matrix_llm.model.tokenizer import load_tokenizer
 from tests.support.checkpoints import save_llama, scratch
 
@@ -74,3 +74,47 @@ def test_generation_settings_that_cannot_be_saved_are_refused_before_training(tm
     file.write_text(json.dumps({**json.loads(file.read_text()), "length_penalty": 2.0}))
     with pytest.raises(RecipeError, match=r"generation_config\.json.*length_penalty.*Correct the file"):
         repair_generation_settings(load_model(ModelArguments(model_name_or_path=path), tiny_tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "expected"),
+    [
+        ("gpt2", {"n_positions": 77}, 77),
+        ("llama", {"max_position_embeddings": 77}, 77),
+        ("mistral", {"max_position_embeddings": 77, "sliding_window": 8}, 77),
+        ("roberta", {"max_position_embeddings": 77}, 75),
+        ("llama", {"max_position_embeddings": 64, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 256),
+        ("llama", {"max_position_embeddings": 64, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, 256),
+        ("qwen2", {"max_position_embeddings": 64, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 256),
+        (  # it may hold the scaling already
+            "qwen2",
+            {
+                "max_position_embeddings": 256,
+                "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+            },
+            256,
+        ),
+        (
+            "llama",
+            {
+                "max_position_embeddings": 512,
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                },
+            },
+            512,
+        ),
+        ("bloom", {}, None),
+        ("mpt", {}, None),
+        ("mamba", {}, None),
+        ("nemotron_h", {}, None),
+        ("falcon", {"alibi": True}, None),
+        ("falcon", {"max_position_embeddings": 77}, 77),
+    ],
+)
+def test_the_number_of_positions_is_found_under_every_name_and_with_its_scaling(model_type, settings, expected):
+    assert position_limit(AutoConfig.for_model(model_type, **settings)) == expected

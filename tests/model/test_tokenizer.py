@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer, CodeLlamaTokenizer, PreTrainedTokenizerFast
 
 from matrix_llm.config import ModelArguments, RecipeError
@@ -79,3 +79,47 @@ def test_token_ids_beyond_the_embedding_are_refused_by_name(tmp_path, tiny_token
         load_tokenizer(args)
     with pytest.raises(RecipeError, match="299 embeddings"):
         load_model(args, tiny_tokenizer)
+
+
+def with_end_marks(folder, **options):
+    """A word-level tokenizer of a chat model: rows may end in </s> or <|im_end|>."""
+    words = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "a", "b"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"], **options,
+    )  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    return ModelArguments(model_name_or_path=save_llama(folder, rows=len(words)))
+
+
+def test_eos_and_pad_token_of_the_recipe_replace_the_tokenizers_own_everywhere(tmp_path):
+    args = with_end_marks(tmp_path)
+    tokenizer = load_tokenizer(args, eos_token="<|im_end|>", pad_token="<unk>")
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (4, 0, 7)
+    model = load_model(args, tokenizer)
+    for config in (model.config, model.generation_config):
+        assert (config.eos_token_id, config.pad_token_id) == (4, 0)
+    tokenizer.save_pretrained(tmp_path / "out")
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (again.eos_token, again.pad_token, len(again)) == ("<|im_end|>", "<unk>", 7)
+
+
+@pytest.mark.parametrize("key", ["eos_token", "pad_token"])
+def test_an_unknown_eos_or_pad_token_is_refused_with_the_nearest(key, tmp_path):
+    with pytest.raises(RecipeError, match=rf"{key}='<im_end>' is not in .*Did you mean <\|im_end\|>"):
+        load_tokenizer(with_end_marks(tmp_path), **{key: "<im_end>"})
+    with pytest.raises(RecipeError, match=rf"{key}='<\|im_end\|>' is not in .*special tokens are </s>"):
+        load_tokenizer(scratch(), texts=["12 pens"], **{key: "<|im_end|>"})
+
+
+def test_an_eos_token_after_a_tokenizers_own_is_refused(tmp_path):
+    args = with_end_marks(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 2)]
+    )
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(args).eos_token == "</s>"
+    with pytest.raises(RecipeError, match=r"eos_token='<\|im_end\|>'.*ends every text in '</s>'.*add_eos_token"):
+        load_tokenizer(args, eos_token="<|im_end|>")

@@ -12,7 +12,7 @@ from matrix_llm.config import load_recipe
 from matrix_llm.data.readers import Source
 from matrix_llm.data.tokens import chat_prompt_ids
 from matrix_llm.data.wordproblems import generate
-from matrix_llm.run.prepare import HeldOutProblem, prepare_data
+from matrix_llm.run.prepare import HeldOutProblem, limit_max_length, prepare_data
 from tests.support.chat_templates import with_template
 from tests.support.tiny import TINY
 
@@ -159,3 +159,60 @@ def test_the_recipe_is_left_as_it_was(recipe):
 def test_trl_prepares_the_rows_only_where_it_packs_or_shuffles_them(recipe, key):
     assert prepare(recipe()).dataset_kwargs == {"skip_prepare_dataset": True}
     assert prepare(recipe(**{key: True})).dataset_kwargs is None
+
+
+def test_the_rows_end_in_the_recipes_eos_token_and_it_is_trained_even_where_it_pads(recipe):
+    """From a tokenizer that the cache already holds, with and without a chat template and an eos_token of its own."""
+    assert prepare(recipe()).tokenizer.eos_token == "</s>"
+    for changes, end in (({"eos_token": "<pad>", "pad_token": "<pad>"}, "<pad>"), ({}, "</s>")):
+        prepared = prepare(recipe(**changes))
+        assert prepared.tokenizer.eos_token == end
+        for row in prepared.train:
+            assert row["input_ids"][-1] == row["labels"][-1] == prepared.tokenizer.convert_tokens_to_ids(end)
+        assert prepared.tokenizer.pad_token == "<pad>"
+
+
+def test_a_chat_template_does_not_stay_in_the_cached_tokenizer(recipe, tmp_path):
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    assert prepare(recipe(chat_template_path=str(tmp_path / "chat.jinja"))).tokenizer.chat_template
+    assert prepare(recipe()).tokenizer.chat_template is None
+
+
+def positions(count):
+    return {"model_config": {**TINY["model_config"], "max_position_embeddings": count}}
+
+
+def test_a_max_length_beyond_the_models_positions_is_refused_and_an_open_one_is_set(recipe, capsys):
+    with pytest.raises(
+        RecipeError, match=r"max_length=256, but the model has 100 positions.*at most 100.*model_config"
+    ):
+        limit_max_length(recipe(**positions(100)), say=print)
+    for given in ({"max_length": None}, {"max_length": 100}):
+        loaded = recipe(**positions(100), **given)
+        limit_max_length(loaded, say=print)
+        assert loaded.training.max_length == 100
+        assert ("100, the model's number of positions, instead of no limit" in capsys.readouterr().out) == (
+            given["max_length"] is None
+        )
+    loaded = recipe(**positions(160), max_length=None)
+    limit_max_length(loaded, say=print)
+    prepared = prepare(loaded)
+    assert prepared.report.rows_kept < prepared.report.rows_in == 20
+    assert max(len(row["input_ids"]) for row in prepared.train) <= 160
+
+
+def test_the_default_max_length_gives_way_to_the_models_positions(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({k: v for k, v in {**TINY, **positions(512)}.items() if k != "max_length"}))
+    loaded = load_recipe(path)
+    limit_max_length(loaded, say=print)
+    assert loaded.training.max_length == 512
+    assert "instead of 1024" in capsys.readouterr().out
+
+
+def test_answers_beyond_the_models_positions_are_refused_with_what_fits(recipe):
+    with pytest.raises(
+        RecipeError, match=r"accuracy_max_new_tokens=250 after a prompt of \d+ tokens.*256 positions.*most"
+    ):
+        prepare(recipe(**positions(256), accuracy_rows=4, accuracy_max_new_tokens=250))
+    assert prepare(recipe(**positions(256), accuracy_rows=4, accuracy_max_new_tokens=20)).problems

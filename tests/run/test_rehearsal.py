@@ -27,7 +27,7 @@ def test_what_could_not_be_saved_stops_the_run_before_its_first_step(tmp_path, t
     """On the command line, and in a trainer that will save checkpoints."""
     from transformers import PreTrainedTokenizerBase
 
-    base = save_llama(tmp_path / "base", rows=300)
+    base = save_llama(tmp_path / "base", rows=300, max_position_embeddings=256)
     tiny_tokenizer.save_pretrained(base)
     original = PreTrainedTokenizerBase.save_pretrained
 
