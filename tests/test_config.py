@@ -5,7 +5,6 @@ import dataclasses
 import inspect
 import itertools
 import json
-import re
 import shlex
 from pathlib import Path
 
@@ -334,7 +333,7 @@ def documented_settings() -> dict[str, tuple[str, str]]:
     found = {}
     for line in (ROOT / "docs" / "training.md").read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 4 and re.fullmatch(r"`\w+`", cells[0]):
+        if len(cells) == 4 and cells[0].startswith("`") and "::" not in cells[3]:  # not the table of refusals
             found[cells[0].strip("`")] = (cells[1].strip("`"), cells[2])
     return found
 

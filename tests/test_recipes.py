@@ -41,7 +41,7 @@ def test_every_recipe_plans_a_run(path, tiny_llama, tiny_tokenizer, tmp_path, ca
     """`--dry_run` itself, with tiny stand-ins for pretrained models and data on the Hub."""
     overrides = ["--dataset", "builtin", "--builtin_rows", "40"]
     if path in PRETRAINED:
-        tiny_llama(512).save_pretrained(tmp_path)
+        tiny_llama(1024).save_pretrained(tmp_path)
         tokenizer = copy.deepcopy(tiny_tokenizer)
         tokenizer.chat_template = "{% for message in messages %}{{ message.content }}</s>{% endfor %}"
         tokenizer.save_pretrained(tmp_path)
