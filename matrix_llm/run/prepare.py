@@ -176,7 +176,7 @@ def _idle_settings(recipe: Recipe, sets: Sequence[RowSet]) -> list[str]:
     """
     idle = []
     if recipe.data.dataset_config and all(rows.source.is_file or rows.source.name == "builtin" for rows in sets):
-        idle.append(f"dataset_config={recipe.data.dataset_config!r} is for the Hub and for folders; it does nothing here")
+        idle.append(f"dataset_config={recipe.data.dataset_config!r} is for the Hub and folders, and does nothing")
     layouts = dict.fromkeys(rows.layout for rows in sets)
     if "template" in layouts:
         return idle
