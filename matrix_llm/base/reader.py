@@ -9,6 +9,7 @@
 """
 
 import dataclasses
+import os
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -179,7 +180,11 @@ def _read_text(path: Path) -> str:
 
 def find_from_repository(path: str, recipe: Path) -> str:
     """Resolve a relative path from the current folder or, if it does not exist there, from the recipe's repository."""
-    if not Path(path).expanduser().exists():
+    try:
+        is_here = Path(os.path.expanduser(path)).exists()  # Path.expanduser would raise for a ~ that stands for nobody
+    except OSError:  # longer than a path can be
+        return path
+    if not is_here:
         for folder in recipe.absolute().parents:
             if (folder / "pyproject.toml").exists() or (folder / ".git").exists():
                 return str(folder / path) if (folder / path).exists() else path

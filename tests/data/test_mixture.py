@@ -180,6 +180,8 @@ def test_named_held_out_sets_are_evaluated_apart_and_a_list_together(recipe, thr
         ({"dataset": {"a": "builtin"}}, r"dataset has 'a', but a data set has path"),
         ({"dataset": "builtin", "eval_dataset": [{"path": "builtin", "weight": 2}]}, "builtin the weight 2.*max_rows"),
         ({"dataset": "builtin", "eval_dataset": {"a b": "builtin"}}, "the name 'a b'.*letters"),
+        ({"dataset": "~nobody/rows.csv"}, "~nobody/rows.csv'.*nothing at.*Correct"),
+        ({"dataset": "x" * 300 + ".csv"}, "nothing at.*Correct"),
         ({"dataset": ["builtin", "none/rows.csv"]}, "none/rows.csv'.*nothing at.*Correct"),
         ({"dataset": "builtin", "columns": {"question": "problem"}}, "columns=.*would do nothing"),
         ({"dataset": "builtin", "dataset_revision": "main"}, "dataset_revision='main' would do nothing"),
