@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from matrix_llm.base.errors import DataError, RecipeError
+from matrix_llm.config import load_recipe
 from matrix_llm.data.mixture import draw
 from matrix_llm.data.readers import Source
 from matrix_llm.data.rowset import RowSet
@@ -202,3 +203,14 @@ def test_what_cannot_be_a_data_set_is_refused_before_a_row_is_read(recipe, setti
     with pytest.raises(RecipeError, match=said) as error:
         recipe(**settings)
     assert "\n" not in str(error.value)
+
+
+def test_what_a_recipe_says_of_its_own_data_set_does_not_refuse_one_in_its_place(recipe, rows, tmp_path):
+    path = rows()
+    recipe(
+        dataset="org/rows", dataset_config="main", dataset_split="train_sft", eval_dataset="org/rows", eval_split="dev"
+    )
+    loaded = load_recipe(tmp_path / "recipe.yaml", ["--dataset", path, "--eval_dataset", path])
+    assert loaded.data.dataset == path
+    with pytest.raises(RecipeError, match="dataset_config='other' would do nothing"):
+        load_recipe(tmp_path / "recipe.yaml", ["--dataset", path, "--eval_dataset", path, "--dataset_config", "other"])
