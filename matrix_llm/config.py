@@ -11,7 +11,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -663,6 +663,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run: boo
         model, data = ModelArguments(**parts["model"]), DataArguments(**parts["data"])
         check_keys(given)
         _check_combinations(model, data, given)
+        _check_sources(data, replaced=SETTINGS.read_overrides(overrides).keys())
         training = _build_training(parts["training"], dry_run)
         # 4. What the training settings ask of transformers, TRL and this machine
         _check_training(model, training, given)
@@ -734,7 +735,6 @@ def _build_without_hardware(given: dict[str, Any]) -> MatrixConfig:
 
 def _check_combinations(model: ModelArguments, data: DataArguments, given: Mapping[str, Any]) -> None:
     _check_paths(model, data)
-    _check_sources(data)
     _check_leakage(data, given)
     _check_streaming(data, given)
     _check_chat(model, data, given)
@@ -797,14 +797,21 @@ def _check_paths(model: ModelArguments, data: DataArguments) -> None:
         raise RecipeError(f"model_name_or_path={name!r}: no folder at {path.absolute()}. Correct the path.")
 
 
-def _check_sources(data: DataArguments) -> None:
-    """Check what can be known of each data set before a row is read, and that each setting for them has an effect."""
+def _check_sources(data: DataArguments, replaced: Collection[str]) -> None:
+    """Check what can be known of each data set before a row is read, and that each setting for them has an effect.
+
+    Args:
+        replaced: the settings given on the command line. What a recipe says of its own data set may have no effect on
+            one that stands in for it: recipes/gsm8k_small.yaml has dataset_config, and --dataset may give a file.
+    """
     training = [("dataset", entry, data.training_source(entry, 0)) for entry in data.training_entries()]
     held_out = [("eval_dataset", entry, data.held_out_source(entry, 0)) for entry in data.held_out_entries()]
     # 1. Each exists, is of a known format, and has its split
     for key, entry, source in (*training, *held_out):
         check_exists(key, source)
-        _check_split(key, entry, source, is_stream=data.streaming and key == "dataset")
+        _check_part(key, source, is_stream=data.streaming and key == "dataset")
+        if key not in replaced:
+            _check_split(key, entry, source)
         if entry.config and (source.is_file or source.name == "builtin"):
             raise RecipeError(
                 f"{key}: {entry.path} has no configurations, so config={entry.config!r} does nothing. Remove it."
@@ -815,17 +822,19 @@ def _check_sources(data: DataArguments) -> None:
             )
     # 2. What only some kinds of data sets have
     sources = [source for _, _, source in (*training, *held_out)]
-    hub = [source for source in sources if source.name != "builtin" and local_path(source.name) is None]
+    folders = [source for source in sources if not source.is_file and source.name != "builtin"]
+    hub = [source for source in folders if local_path(source.name) is None]
     idle = {
+        "dataset_config": (data.dataset_config, folders, "a Hub data set or a folder has configurations"),
         "dataset_revision": (data.dataset_revision, hub, "a Hub data set has revisions"),
         "columns": (data.columns, [source for source in sources if source.name != "builtin"], "builtin has our own"),
     }
     for key, (value, users, reason) in idle.items():
-        if value and not users:
+        if value and not users and (key in replaced or "dataset" not in replaced):
             raise RecipeError(f"{key}={value!r} would do nothing here: {reason}. Remove it.")
 
 
-def _check_split(key: str, entry: DatasetEntry, source: Source, *, is_stream: bool) -> None:
+def _check_split(key: str, entry: DatasetEntry, source: Source) -> None:
     part = Slice.of(source.split)
     of_all = "dataset_split" if key == "dataset" else "eval_split"
     setting_name = of_all if entry.split is None else "split"
@@ -834,7 +843,11 @@ def _check_split(key: str, entry: DatasetEntry, source: Source, *, is_stream: bo
         raise RecipeError(f"{where}: a file holds one split, so its name would select nothing. Remove {setting_name}.")
     if source.name == "builtin" and part.split not in ("train", "test"):
         raise RecipeError(f"{where}: builtin has the splits train and test. Correct {setting_name}.")
-    if is_stream and part.needs_count:
+
+
+def _check_part(key: str, source: Source, *, is_stream: bool) -> None:
+    where = f"{key}={source.name!r} with the split {source.split!r}"
+    if is_stream and Slice.of(source.split).needs_count:
         raise RecipeError(
             f"{where}: the length of a stream is not known. Give numbers of rows from the start (train[:1000]), or "
             "set streaming to false."

@@ -9,6 +9,7 @@
 """
 
 import dataclasses
+import os
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -216,7 +217,10 @@ def find_from_repository(path: str, recipe: Path) -> str:
 
     Files of ds_configs/ and recipes/ are then looked for among the shipped ones.
     """
-    if Path(path).expanduser().exists():
+    try:
+        if Path(os.path.expanduser(path)).exists():  # Path.expanduser would raise for a ~ that stands for nobody
+            return path
+    except OSError:  # longer than a path can be
         return path
     if _PACKAGE not in recipe.resolve().parents:  # a repository around an installed package is somebody else's
         for folder in recipe.absolute().parents:

@@ -18,7 +18,7 @@ from typing import Any
 from matrix_llm.base.errors import DataError, RecipeError
 from matrix_llm.base.values import check_fields, nearest, setting
 from matrix_llm.data.forms import FORMS
-from matrix_llm.data.readers import Slice, Source, local_path, looks_local
+from matrix_llm.data.readers import Slice, Source, as_path, local_path, looks_local
 
 # What a recipe may give as a data set
 Given = str | dict | list
@@ -144,12 +144,11 @@ def check_exists(where: str, source: Source) -> None:
         RecipeError: there is nothing at the path, it is not of a known format, or its split or configuration is not
             there.
     """
-    path = local_path(source.name)
     try:
         Slice.of(source.split)
-        if path is None and looks_local(source.name):
+        if local_path(source.name) is None and looks_local(source.name):
             comma = ". For several data sets, write '[a, b]'" if "," in source.name else ""
-            raise DataError(f"nothing at {Path(source.name).expanduser().absolute()}. Correct the path{comma}.")
+            raise DataError(f"nothing at {as_path(source.name).absolute()}. Correct the path{comma}.")
         source.files()
     except DataError as error:
         raise RecipeError(f"{where}={source.name!r}: {error}") from None

@@ -52,7 +52,8 @@ def find_rows(folder: Path, config: str | None, split: str) -> list[Path]:
         if not named:
             names = sorted({path.relative_to(folder).parts[0] for path in files})
             raise DataError(
-                f"{folder.absolute()} has nothing for the configuration {config!r}. It holds {', '.join(names)}."
+                f"{folder.absolute()} has nothing for the configuration {config!r}. It holds "
+                f"{', '.join(names[:LISTED])}. Correct or remove dataset_config, or give a file."
                 f"{nearest(config, names)}"
             )
         files = named

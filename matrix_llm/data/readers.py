@@ -10,6 +10,7 @@ Rows are read one at a time, so memory does not grow with the file.
 import dataclasses
 import hashlib
 import itertools
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -37,10 +38,17 @@ def looks_local(name: str) -> bool:
     return name.lower().endswith((*SUFFIXES, *UNREADABLE)) or name.startswith(("./", "../", "/", "~"))
 
 
+def as_path(name: str) -> Path:
+    """The path that a name would have; a ~ that stands for nobody stays as it is."""
+    return Path(os.path.expanduser(name))  # Path.expanduser would raise
+
+
 def local_path(name: str) -> Path | None:
     """The existing file or folder of this name, or None ("builtin" and Hub ids)."""
-    path = Path(name).expanduser()
-    return path if name != "builtin" and path.exists() else None
+    try:
+        return as_path(name) if name != "builtin" and as_path(name).exists() else None
+    except OSError:  # longer than a path can be
+        return None
 
 
 # --- a slice of a split -----------------------------------------------------------------------------------------------
@@ -170,7 +178,7 @@ class Source:
         path, part = local_path(self.name), Slice.of(self.split)
         if path is None:
             if looks_local(self.name):
-                raise DataError(f"{self.name}: nothing at {Path(self.name).expanduser().absolute()}. Correct the path.")
+                raise DataError(f"{self.name}: nothing at {as_path(self.name).absolute()}. Correct the path.")
             return None
         if path.is_dir():
             return find_rows(path, self.config, part.split)

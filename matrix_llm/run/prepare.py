@@ -172,7 +172,7 @@ def _load_tokenizer(recipe: Recipe, sets: Sequence[RowSet]) -> Any:
 def _idle_settings(recipe: Recipe, sets: Sequence[RowSet]) -> list[str]:
     """Settings that the recipe gives, but that say nothing about these data sets or rows of these layouts.
 
-    They are not refused: a recipe for the Hub is often tried on a local file.
+    They are not refused: on the command line, a recipe for the Hub is often given a local file.
     """
     idle = []
     if recipe.data.dataset_config and all(rows.source.is_file or rows.source.name == "builtin" for rows in sets):

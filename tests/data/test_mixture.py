@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from matrix_llm.base.errors import DataError, RecipeError
+from matrix_llm.config import load_recipe
 from matrix_llm.data.mixture import draw
 from matrix_llm.data.readers import Source
 from matrix_llm.data.rowset import RowSet
@@ -180,9 +181,12 @@ def test_named_held_out_sets_are_evaluated_apart_and_a_list_together(recipe, thr
         ({"dataset": {"a": "builtin"}}, r"dataset has 'a', but a data set has path"),
         ({"dataset": "builtin", "eval_dataset": [{"path": "builtin", "weight": 2}]}, "builtin the weight 2.*max_rows"),
         ({"dataset": "builtin", "eval_dataset": {"a b": "builtin"}}, "the name 'a b'.*letters"),
+        ({"dataset": "~nobody/rows.csv"}, "~nobody/rows.csv'.*nothing at.*Correct"),
+        ({"dataset": "x" * 300 + ".csv"}, "nothing at.*Correct"),
         ({"dataset": ["builtin", "none/rows.csv"]}, "none/rows.csv'.*nothing at.*Correct"),
         ({"dataset": "builtin", "columns": {"question": "problem"}}, "columns=.*would do nothing"),
         ({"dataset": "builtin", "dataset_revision": "main"}, "dataset_revision='main' would do nothing"),
+        ({"dataset": "builtin", "dataset_config": "main"}, "dataset_config='main' would do nothing"),
         ({"dataset": "x/y", "columns": {"qestion": "problem"}}, "columns has qestion.*Did you mean question"),
         ({"dataset": "x/y", "columns": {"prompt": "text", "completion": "text"}}, "'text' two names.*Keep one"),
         ({"dataset": "x/y", "columns": {"prompt": 1}}, "'prompt': 1.*in quotes"),
@@ -199,3 +203,14 @@ def test_what_cannot_be_a_data_set_is_refused_before_a_row_is_read(recipe, setti
     with pytest.raises(RecipeError, match=said) as error:
         recipe(**settings)
     assert "\n" not in str(error.value)
+
+
+def test_what_a_recipe_says_of_its_own_data_set_does_not_refuse_one_in_its_place(recipe, rows, tmp_path):
+    path = rows()
+    recipe(
+        dataset="org/rows", dataset_config="main", dataset_split="train_sft", eval_dataset="org/rows", eval_split="dev"
+    )
+    loaded = load_recipe(tmp_path / "recipe.yaml", ["--dataset", path, "--eval_dataset", path])
+    assert loaded.data.dataset == path
+    with pytest.raises(RecipeError, match="dataset_config='other' would do nothing"):
+        load_recipe(tmp_path / "recipe.yaml", ["--dataset", path, "--eval_dataset", path, "--dataset_config", "other"])
