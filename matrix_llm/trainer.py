@@ -112,14 +112,13 @@ class WatchCallback(TrainerCallback):
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """transformers' callback. A resumed run goes on counting, and a later call of train() counts from 0."""
+    """transformers' callback, which goes on counting in a resumed run."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         states: Any = state.stateful_callbacks
         saved = states.get(type(self).__name__) or {"attributes": {}}
-        count = saved["attributes"].get("early_stopping_patience_counter", 0)
-        self.early_stopping_patience_counter = count if state.global_step > 0 else 0
+        self.early_stopping_patience_counter = saved["attributes"].get("early_stopping_patience_counter", 0)
 
     def on_evaluate(self, args, state, control, metrics, **kwargs) -> None:  # type: ignore[override]
         super().on_evaluate(args, state, control, metrics, **kwargs)

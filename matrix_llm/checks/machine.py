@@ -1,6 +1,7 @@
 """What a recipe needs of this machine: packages and a GPU. A plan for another machine does without them."""
 
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,13 +50,15 @@ def check_attention(attention: str | None) -> None:
 def check_loader(training: TrainingArguments) -> None:
     """Refuse settings of the data loader that torch would refuse at the first step."""
     try:
-        DataLoader(
-            [0],  # type: ignore[arg-type]
-            num_workers=training.dataloader_num_workers,
-            multiprocessing_context=training.dataloader_multiprocessing_context,
-            persistent_workers=training.dataloader_persistent_workers,
-            prefetch_factor=training.dataloader_prefetch_factor,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # more workers than this machine has cores; the run will say so
+            DataLoader(
+                [0],  # type: ignore[arg-type]
+                num_workers=training.dataloader_num_workers,
+                multiprocessing_context=training.dataloader_multiprocessing_context,
+                persistent_workers=training.dataloader_persistent_workers,
+                prefetch_factor=training.dataloader_prefetch_factor,
+            )
     except ValueError as error:
         raise RecipeError(
             f"dataloader_num_workers={training.dataloader_num_workers} does not fit the other dataloader_ settings: "

@@ -18,6 +18,8 @@ from transformers import CONFIG_MAPPING, TrainingArguments
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.reader import Settings, find_from_repository, find_recipe
 from matrix_llm.base.values import nearest, setting
+from matrix_llm.checks.machine import MissingOnThisMachineError, check_compile, check_loader, check_reports
+from matrix_llm.checks.optimizer import check_schedule
 from matrix_llm.ssl.images.settings import AugmentConfig
 from matrix_llm.ssl.methods import METHODS, check_loss_settings, find_method
 
@@ -244,8 +246,15 @@ def load_ssl_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run:
     try:
         model, data = SSLModelArguments(**given["model"]), SSLDataArguments(**given["data"])
         augment, training = AugmentConfig(**given["augment"]), SSLTrainingConfig(**given["training"])
-    except (ValueError, NotImplementedError) as error:  # TrainingArguments refuses settings with these two
-        raise RecipeError(f"{path}: {error}") from None
+        check_loader(training)
+        check_compile(training)
+        check_schedule(training, settings)
+        check_reports(list(training.report_to or []))
+    except MissingOnThisMachineError as error:
+        if not dry_run:  # a plan may be for another machine
+            raise RecipeError(f"{path}: {error}") from None
+    except (ValueError, TypeError, NotImplementedError, OSError, ImportError) as error:  # TrainingArguments refuses so
+        raise RecipeError(" ".join(f"{path}: {error}".splitlines())) from None
     if not find_method(model.method).target and (
         training.ema_momentum is not None or training.ema_schedule is not None
     ):

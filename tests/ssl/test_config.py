@@ -44,3 +44,20 @@ def test_every_method_of_a_cifar_recipe_can_be_planned():
 def test_a_learning_rate_given_twice_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="both given"):
         load_ssl_recipe(write_recipe(tmp_path, base_learning_rate=0.5))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("--lr_scheduler_type=cosine_with_min_lr", "lr_scheduler_kwargs"),
+        ("--lr_scheduler_kwargs={min_lrr: 1e-6}", "lr_scheduler_kwargs"),
+        ("--report_to=wand", "report_to='wand'.*Did you mean wandb"),
+        ("--torch_compile_backend=inductr", "torch_compile_backend='inductr'.*inductor"),
+        ("--accelerator_config={even_batchs: true}", "even_batchs"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_what_the_trainer_would_refuse_later_is_refused_first(override, words, dry_run):
+    with pytest.raises(RecipeError, match=words) as error:
+        load_ssl_recipe(ROOT / "recipes/ssl/digits.yaml", [override], dry_run=dry_run)
+    assert "\n" not in str(error.value)
