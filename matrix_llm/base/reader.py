@@ -195,7 +195,7 @@ def find_recipe(name: str | Path, folder: str = "recipes") -> Path:
     Raises:
         RecipeError: a bare name, or a path into a folder without recipes, that no shipped recipe has.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # as below
     if path.is_absolute() or (path.exists() and not path.is_dir()):
         return path
     shipped = {file.stem: file for file in (SHIPPED / folder).glob("*.yaml")}
@@ -218,9 +218,10 @@ def find_from_repository(path: str, recipe: Path) -> str:
     Files of ds_configs/ and recipes/ are then looked for among the shipped ones.
     """
     try:
-        if Path(os.path.expanduser(path)).exists():  # Path.expanduser would raise for a ~ that stands for nobody
-            return path
+        is_here = Path(os.path.expanduser(path)).exists()  # Path.expanduser would raise for a ~ that stands for nobody
     except OSError:  # longer than a path can be
+        return path
+    if is_here:
         return path
     if _PACKAGE not in recipe.resolve().parents:  # a repository around an installed package is somebody else's
         for folder in recipe.absolute().parents:
