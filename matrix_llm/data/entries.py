@@ -17,16 +17,14 @@ from typing import Any
 
 from matrix_llm.base.errors import DataError, RecipeError
 from matrix_llm.base.values import check_fields, nearest, setting
-from matrix_llm.data.forms import FORMS
+from matrix_llm.data.forms import CONTEXT, FORMS
 from matrix_llm.data.readers import Slice, Source, as_path, local_path, looks_local
 
 # What a recipe may give as a data set
 Given = str | dict | list
 
 # Fields that a row may have besides those by which its form is known
-OPTIONAL_FIELDS = {
-    "input", "system", "history", "tools", "weight", "chat_template_kwargs", "role", "content", "id",
-}  # fmt: skip
+OPTIONAL_FIELDS = {"input", "weight", "id", *CONTEXT}
 
 
 @dataclass

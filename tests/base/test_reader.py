@@ -204,7 +204,9 @@ def test_a_shipped_recipe_is_found_by_its_name_and_said(name, tmp_path, monkeypa
     assert find_recipe("digits", "recipes/ssl") == ROOT / "recipes" / "ssl" / "digits.yaml"
 
 
-@pytest.mark.parametrize("name", ["tinny", "tinny.yaml", "~no-such-user/tinny", "recipes/tinny.yaml", "nowhere/tinny.yaml"])
+@pytest.mark.parametrize(
+    "name", ["tinny", "tinny.yaml", "~no-such-user/tinny", "recipes/tinny.yaml", "nowhere/tinny.yaml"]
+)
 def test_a_recipe_of_no_name_is_refused_with_the_nearest_that_is_shipped(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match=r"no recipe at .*tinny.* Did you mean tiny.*llemma7b"):
