@@ -276,7 +276,7 @@ class Edges:
 def _without_end(text: str, ends: Collection[str]) -> tuple[str, bool]:
     r"""The text without the end token that follows anyway, and whether it had one.
 
-    >>> _without_end("2</s>\\n", {"</s>"})
+    >>> _without_end("2</s> ", {"</s>"})
     ('2', True)
     """
     stripped, whole = text.rstrip(), text
