@@ -118,10 +118,8 @@ def _prepare(recipe: Recipe, say: Callable[[str], None], dry_run: bool) -> Prepa
 def _dataset_kwargs(recipe: Recipe) -> dict[str, Any] | None:
     """Settings that stop TRL, without packing or shuffling, from cutting each row again and writing a second copy."""
     training = recipe.training
-    given: dict[str, Any] | None = training.dataset_kwargs  # type: ignore[assignment]
-    if training.packing or training.eval_packing or training.shuffle_dataset:
-        return given
-    return {**(given or {}), "skip_prepare_dataset": True}
+    is_prepared_by_trl = training.packing or training.eval_packing or training.shuffle_dataset
+    return None if is_prepared_by_trl else {"skip_prepare_dataset": True}
 
 
 # --- tokenizer and encoder --------------------------------------------------------------------------------------------

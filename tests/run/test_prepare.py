@@ -92,11 +92,10 @@ def test_accuracy_rows_without_a_problem_are_refused(recipe, tmp_path, row):
 
 
 def test_the_recipe_is_left_as_it_was(recipe):
-    loaded = recipe(eval_dataset="builtin", builtin_eval_rows=3, accuracy_rows=3, dataset_kwargs={"a": 1})
+    loaded = recipe(eval_dataset="builtin", builtin_eval_rows=3, accuracy_rows=3)
     before = copy.deepcopy((vars(loaded.data), vars(loaded.model), loaded.training.to_dict()))
-    prepared = prepare(loaded)
+    prepare(loaded)
     assert (vars(loaded.data), vars(loaded.model), loaded.training.to_dict()) == before
-    assert prepared.dataset_kwargs == {"a": 1, "skip_prepare_dataset": True}
 
 
 @pytest.mark.parametrize("key", ["packing", "shuffle_dataset"])
