@@ -134,9 +134,8 @@ def _tokenise(recipe: Recipe, tokenizer: Any, rows: RowSet, name: str, count: in
 def _dataset_kwargs(recipe: Recipe) -> dict[str, Any] | None:
     """Settings that stop TRL, without packing or shuffling, from cutting each row again and writing a second copy."""
     training = recipe.training
-    if training.packing or training.eval_packing or training.shuffle_dataset:
-        return None
-    return {"skip_prepare_dataset": True}
+    is_prepared_by_trl = training.packing or training.eval_packing or training.shuffle_dataset
+    return None if is_prepared_by_trl else {"skip_prepare_dataset": True}
 
 
 # --- tokenizer and encoder --------------------------------------------------------------------------------------------

@@ -150,9 +150,8 @@ def test_prompt_template_chat_needs_a_chat_template_and_no_separator(recipe, tmp
 def test_the_recipe_is_left_as_it_was(recipe):
     loaded = recipe(eval_dataset="builtin", builtin_eval_rows=3, accuracy_rows=3)
     before = copy.deepcopy((vars(loaded.data), vars(loaded.model), loaded.training.to_dict()))
-    prepared = prepare(loaded)
+    prepare(loaded)
     assert (vars(loaded.data), vars(loaded.model), loaded.training.to_dict()) == before
-    assert prepared.dataset_kwargs == {"skip_prepare_dataset": True}
 
 
 @pytest.mark.parametrize("key", ["packing", "shuffle_dataset"])
