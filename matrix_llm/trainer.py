@@ -502,11 +502,21 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
     def rehearse_saving(self) -> None:
         """Save and read back all but the weights: what would fail after training fails before its first step.
 
+        The first process tries, as it is the one that will write these files. A collective.
+
         Raises:
             RecipeError: something cannot be saved, or is not the same when it is read back.
         """
-        model = self.accelerator.unwrap_model(self.model)
-        rehearse_saving(model, self.processing_class, self.args)
+        reasons: list[str | None] = [None]
+        if self.is_world_process_zero():
+            try:
+                rehearse_saving(self.accelerator.unwrap_model(self.model), self.processing_class, self.args)
+            except RecipeError as error:
+                reasons = [str(error)]
+        if self.accelerator.num_processes > 1:
+            distributed.broadcast_object_list(reasons)
+        if reasons[0] is not None:
+            raise RecipeError(reasons[0])
 
     def _add_older_names(self, folder: Path) -> None:
         tokenizer = self.processing_class if isinstance(self.processing_class, PreTrainedTokenizerBase) else None
