@@ -18,7 +18,6 @@ import inspect
 import json
 import logging
 import math
-import time
 from collections import defaultdict
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -473,11 +472,8 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
         return means
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        start = time.perf_counter()
-        try:
+        with self._clock.paused():  # throughput is that of training
             return super().evaluate(*args, **kwargs)
-        finally:  # throughput is that of training
-            self._clock.exclude(time.perf_counter() - start)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

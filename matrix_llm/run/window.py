@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import time
+from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
@@ -56,18 +58,27 @@ class TokenSums:
 
 
 class TokenClock:
-    """Tokens per second since the last reading, not counting excluded time."""
+    """Tokens per second since the last reading, not counting pauses."""
 
     def __init__(self, tokens: int) -> None:
+        self._pauses = 0  # those that are going on, one inside the other
         self.restart(tokens)
 
     def restart(self, tokens: int) -> None:
         """Start now, with `tokens` tokens already trained."""
         self._since, self._tokens = time.perf_counter(), tokens
 
-    def exclude(self, seconds: float) -> None:
-        """Leave out time that was not spent on training, such as an evaluation."""
-        self._since += seconds
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time of the block, such as an evaluation of several sets, each a pause within the pause."""
+        self._pauses += 1
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+            if not self._pauses:
+                self._since += time.perf_counter() - start
 
     def read(self, tokens: int) -> float:
         """Tokens per second since the last reading, with `tokens` trained by now; then restart."""
