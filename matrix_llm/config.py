@@ -155,6 +155,12 @@ class MatrixConfig(SFTConfig):
 
     def _check_sharding(self) -> None:
         """Refuse ways of sharding the model under which the MCE term would be lost or wrong."""
+        if self.n_gpu > 1:
+            raise self._clash(
+                f"one process that sees {self.n_gpu} GPUs",
+                "Trainer would split each batch over copies of the model, each with its own loss",
+                f"Start it with `accelerate launch --num_processes {self.n_gpu}`, or set CUDA_VISIBLE_DEVICES=0.",
+            )
         sharding = Sharding.of(self)
         no_vocabulary = "each process would hold a slice of the vocabulary, and the loss needs all of it"
         if sharding.tensor_parallel > 1:

@@ -7,7 +7,7 @@ python -m matrix_llm.merge user/adapter merged --dtype float32 --base-model mode
 import argparse
 from pathlib import Path
 
-from matrix_llm.base.console import fail
+from matrix_llm.base.console import command_name, fail
 from matrix_llm.base.errors import MatrixLLMError
 
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -16,7 +16,7 @@ DTYPES = ["float32", "bfloat16", "float16"]
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0; 2, with one line on stderr, for an adapter that cannot be merged."""
     parser = argparse.ArgumentParser(
-        prog="python -m matrix_llm.merge",
+        prog=command_name("python -m matrix_llm.merge"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

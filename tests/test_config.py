@@ -328,6 +328,16 @@ def test_every_setting_has_a_sentence_under_it(cls):
             assert below.value.value.endswith("."), node.target.id
 
 
+def test_one_process_with_several_gpus_is_refused_with_mce_and_can_still_plan(tmp_path, monkeypatch):
+    monkeypatch.setattr(MatrixConfig, "n_gpu", property(lambda self: 0 if self.use_cpu else 4))
+    with pytest.raises(RecipeError, match=r"mce_weight=1.0.*sees 4 GPUs.*--num_processes 4"):
+        MatrixConfig(str(tmp_path), bf16=False)
+    assert MatrixConfig(str(tmp_path), bf16=False, mce_weight=0).n_gpu == 4  # SFTTrainer's own affair
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("dataset: builtin\nmodel_name_or_path: a/b\nbf16: false\n")
+    assert load_recipe(recipe, dry_run=True).training.mce_weight == 1
+
+
 def documented_settings() -> dict[str, tuple[str, str]]:
     """The rows `| key | default | allowed | meaning |` of docs/training.md."""
     found = {}

@@ -29,7 +29,7 @@ import datasets
 from matrix_llm.base.errors import DataError
 
 LIBRARIES = ("datasets", "tokenizers", "transformers", "trl")  # their versions are read without importing them
-CODE = ("data/*.py", "model/load.py")  # this room, and the code that trains and loads tokenizers
+CODE = ("data/*.py", "model/tokenizer.py")  # this room, and the code that trains and loads tokenizers
 BUILDING = ".building-"
 ABANDONED = 24 * 3600  # seconds after which an unfinished folder is assumed to belong to a killed run
 # Names, paths and leftovers of the last call: none of these affects the tokens of a row
