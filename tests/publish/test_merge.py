@@ -77,6 +77,12 @@ def test_the_merged_model_gives_the_adapters_logits(make, tmp_path, name, settin
     assert ("lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")) == is_tied
 
 
+def test_older_readers_find_the_rotary_base_and_the_tokenizer_class(make, tmp_path):
+    merged(make(), tmp_path)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_theta"] == 10000
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["tokenizer_class"].endswith("Fast")
+
+
 def test_the_folder_needs_nothing_else(make, tmp_path, tiny_tokenizer, capsys):
     folder = make()
     (tmp_path / "base" / "generation_config.json").write_text('{"temperature": 0.7, "eos_token_id": 7}')
