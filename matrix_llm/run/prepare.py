@@ -186,12 +186,26 @@ def _idle_settings(recipe: Recipe, sets: Sequence[RowSet]) -> list[str]:
     ]
 
 
-def _make_encoder(recipe: Recipe, tokenizer: Any, rows: RowSet) -> Encoder:
-    if recipe.training.assistant_only_loss and rows.layout == "text":
+def _check_what_is_trained(recipe: Recipe, rows: RowSet) -> None:
+    """Refuse the settings of SFTConfig that say something else than what is done with rows of this layout."""
+    for key, way_out in (
+        ("assistant_only_loss", "give rows with messages"),
+        ("completion_only_loss", "give rows with prompt and completion"),
+    ):
+        if getattr(recipe.training, key) and rows.layout == "text":
+            raise RecipeError(
+                f"{key}=True, but the rows of {rows.source} are texts, and every token of them is trained. Remove it, "
+                f"or {way_out}."
+            )
+    if rows.layout == "chat" and recipe.resolved.get("assistant_only_loss") is False:
         raise RecipeError(
-            f"assistant_only_loss=True, but the rows of {rows.source} are texts, without turns, and every token of "
-            "them is trained. Remove it, or give rows with messages."
+            f"assistant_only_loss=False, but of the conversations of {rows.source} only the assistant's turns are "
+            "trained. Remove it, or give rows with text, of which everything is."
         )
+
+
+def _make_encoder(recipe: Recipe, tokenizer: Any, rows: RowSet) -> Encoder:
+    _check_what_is_trained(recipe, rows)
     return Encoder(
         tokenizer,
         rows.layout,
