@@ -159,7 +159,9 @@ def test_a_setting_that_says_something_else_than_what_is_trained_is_refused(
 ):
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 4)
-    (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}")
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    (tmp_path / "chat.jinja").write_text(template)
     settings = {"dataset": str(tmp_path / "rows.jsonl"), "chat_template_path": str(tmp_path / "chat.jinja")}
     settings |= {"tokenizer_vocab_size": None, "tokenizer_name_or_path": str(tmp_path / "tokenizer")}
     assert main([recipe(**settings, **{key: value})]) == 2
