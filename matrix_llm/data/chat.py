@@ -209,7 +209,7 @@ class ChatLayout:
             spans = {i: find(i, text, blocks, messages, options) for i in chosen}
         except TEMPLATE_FAILURES as error:
             raise RefusedError(
-                f"the tokenizer's chat template refuses the messages: {' '.join(str(error).split())}"
+                f"the tokenizer's chat template refuses the messages: {' '.join(str(error).split()).rstrip('.!')}"
             ) from None
         spans = {i: self._with_end(*span, text, messages[i], i) for i, span in spans.items()}
         for i, (start, end) in spans.items():

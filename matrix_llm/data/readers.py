@@ -122,7 +122,7 @@ def _unreadable_on_hub(source: "Source", error: Exception) -> DataError:
     named = ", ".join(f"{key} {value!r}" for key, value in said.items() if value)
     return DataError(
         f"the dataset {source.name!r}{f' ({named})' if named else ''}, split {source.split!r}, is neither a local path "
-        f"nor readable from the Hub: {type(error).__name__}: {' '.join(str(error).split())} "
+        f"nor readable from the Hub: {type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}. "
         "Check the name and the connection, or give a local file."
     )
 

@@ -215,3 +215,23 @@ def test_answers_beyond_the_models_positions_are_refused_with_what_fits(recipe):
     ):
         prepare(recipe(**positions(256), accuracy_rows=4, accuracy_max_new_tokens=250))
     assert prepare(recipe(**positions(256), accuracy_rows=4, accuracy_max_new_tokens=20)).problems
+
+
+SPOKEN = (
+    "{% for message in messages %}[{{ message.role }}] {{ message.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_a_prompt_template_that_conversations_do_not_use_is_named_unless_it_is_chat(
+    recipe, tmp_path, tiny_tokenizer, template
+):
+    with_template(tiny_tokenizer, SPOKEN, "</s>").save_pretrained(tmp_path / "chatml")
+    turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns}))
+    said = []
+    given = {"dataset": str(tmp_path / "a.jsonl"), "tokenizer_name_or_path": str(tmp_path / "chatml")}
+    prepare_data(recipe(**given, tokenizer_vocab_size=None, prompt_template=template), say=said.append)
+    assert any("prompt_template='plain'" in line for line in said) == (template == "plain")
+    assert not any("prompt_template='chat'" in line for line in said)
