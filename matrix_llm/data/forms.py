@@ -173,6 +173,16 @@ def detect_form(found: Any, where: str) -> str:
     )
 
 
+def unread_fields(found: dict[str, Any], form: str) -> list[str]:
+    """The fields of an object, among those that are not empty, that `parse_row` ignores. An id says nothing.
+
+    >>> unread_fields({"query": "1 + 1?", "response": "2", "type": "GSM_Rephrased"}, "query/response")
+    ['type']
+    """
+    read = {*FORMS[form].fields, *FORMS[form].optional, *CONTEXT, "weight", "id"}
+    return [str(name) for name, value in found.items() if name not in read and is_given(value)]
+
+
 def _field_of_chosen(found: dict[str, Any]) -> str:
     """The field that the chosen answer of a preference pair would have in one of the forms."""
     if isinstance(found["chosen"], list) and not isinstance(found.get("prompt"), list):
@@ -311,8 +321,11 @@ def _with_columns(row: Row, found: dict[str, Any], where: str) -> Row:
     # 2. What no text model can be shown, and what this layout has no place for
     given = [name for name in (*CONTEXT, *LOST) if is_given(found.get(name))]
     for name in given:
-        if name in LOST and row.layout == "chat":
-            raise DataError(f"{where}: `{name}` cannot be shown to a language model. Remove the column or the row.")
+        if name in LOST:
+            raise DataError(
+                f"{where}: `{name}` cannot be shown to a language model. Remove the row, or set columns: "
+                f"{{id: {name}}} to leave the column out."
+            )
         if name in CONTEXT and row.layout in ("verbatim", "text"):
             raise DataError(
                 f"{where}: `{name}` is given, but a row with {' and '.join(_fields_of(row))} has no place for it. "

@@ -94,6 +94,9 @@ def _prepare(recipe: Recipe, say: Callable[[str], None], dry_run: bool) -> Prepa
 
     for line in _idle_settings(recipe, sets):
         say(f"=> {line}")
+    for rows in sets if not data.streaming else []:  # a stream from the Hub would be opened once more
+        if unread := rows.source.unread_fields():
+            say(f"=> {rows.source}: fields that are not read: {', '.join(unread)}")
 
     # 2. Test questions among them
     leaked = _check_leakage(recipe, sets, say, dry_run) if data.leakage_check else [[] for _ in sets]

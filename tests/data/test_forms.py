@@ -181,8 +181,11 @@ def test_system_and_history_come_before_the_turns():
 
 
 @pytest.mark.parametrize("name", ["images", "image", "audio", "video", "documents"])
-def test_what_a_text_model_cannot_be_shown_is_refused(name):
-    assert f"`{name}`" in refusal({"messages": [USER, ASSISTANT], name: ["x"]})
+@pytest.mark.parametrize("form", FORMS)
+def test_what_a_text_model_cannot_be_shown_is_refused(form, name):
+    found, row = EXAMPLES[form]
+    assert re.search(rf"`{name}`.*columns: {{id: {name}}}", refusal({**found, name: ["x"]}))
+    assert parse_row({**found, name: None}, "here") == row
 
 
 @pytest.mark.parametrize(

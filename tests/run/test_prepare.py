@@ -235,3 +235,12 @@ def test_a_prompt_template_that_conversations_do_not_use_is_named_unless_it_is_c
     prepare_data(recipe(**given, tokenizer_vocab_size=None, prompt_template=template), say=said.append)
     assert any("prompt_template='plain'" in line for line in said) == (template == "plain")
     assert not any("prompt_template='chat'" in line for line in said)
+
+
+def test_fields_of_the_rows_that_are_not_read_are_named(recipe, tmp_path):
+    row = {"question": "1 + 1?", "answer": "2", "source": "a", "level": None, "weight": 1, "system": "Be brief."}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    said = []
+    prepare_data(recipe(dataset=str(tmp_path / "a.jsonl"), columns={"id": "system"}), say=said.append)
+    (line,) = (line for line in said if "not read" in line)
+    assert line.endswith("a.jsonl: fields that are not read: source")
