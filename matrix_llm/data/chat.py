@@ -58,7 +58,7 @@ class ChatLayout:
             asks = "prompt_template='chat' asks for" if is_exact else "the rows are conversations, which need"
             way_out = "set prompt_template: plain" if is_exact else "give rows with prompt and completion as texts"
             raise DataError(
-                f"{asks} a chat template, but the tokenizer has no chat template. Give chat_template_path, or {way_out}."
+                f"{asks} a template, but the tokenizer has no chat template. Give chat_template_path, or {way_out}."
             )
         self.tokenizer, self.train_on, self.is_exact = tokenizer, train_on, is_exact
         try:
