@@ -26,7 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from matrix_llm.base.errors import ModelError, RecipeError
 from matrix_llm.base.files import write_text
 from matrix_llm.base.modes import evaluation_mode
-from matrix_llm.model.adapters import WEIGHTS, require
+from matrix_llm.checks.machine import require
+from matrix_llm.model.adapters import WEIGHTS
 from matrix_llm.model.load import repair_generation_settings, set_special_ids
 from matrix_llm.model.older_readers import add_older_names
 from matrix_llm.model.pretrained import load_pretrained
