@@ -108,16 +108,12 @@ class Form:
 # Columns of any row that change what is trained: they are honoured where the row's layout can, else refused
 CONTEXT = ("system", "system_prompt", "system_message", "history", "tools", "functions", "chat_template_kwargs")
 LOST = ("image", "images", "video", "videos", "audio", "audios", "documents")
-<<<<<<< HEAD
 PASSAGES = ("context", "input")  # what a question may be about: read by the forms that say so, else refused
-MASKS = ("loss_weight", "sample_weight", "loss_mask", "completion_mask", "assistant_masks", "train_detail")
-=======
 MASKS = (
     "loss_weight", "sample_weight", "loss_mask", "completion_mask", "assistant_masks", "train_detail", "mask",
     "weights",
 )  # fmt: skip
 SYSTEM = ("system", "system_prompt", "system_message")  # spellings of one column
->>>>>>> strikes
 
 
 def parse_row(found: Any, where: str, form: str | None = None, *, boxed_answers: str = "sentence") -> Row:

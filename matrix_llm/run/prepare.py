@@ -191,7 +191,6 @@ def _idle_settings(recipe: Recipe, sets: Sequence[RowSet]) -> list[str]:
     ]
 
 
-<<<<<<< HEAD
 def _check_what_is_trained(recipe: Recipe, rows: RowSet) -> None:
     """Refuse the settings of SFTConfig that say something else than what is done with rows of this layout."""
     for key, way_out in (
@@ -212,15 +211,6 @@ def _check_what_is_trained(recipe: Recipe, rows: RowSet) -> None:
 
 def _make_encoder(recipe: Recipe, tokenizer: Any, rows: RowSet) -> Encoder:
     _check_what_is_trained(recipe, rows)
-=======
-def _make_encoder(recipe: Recipe, tokenizer: Any, rows: RowSet) -> Encoder:
-    for key in ("assistant_only_loss", "completion_only_loss"):
-        if getattr(recipe.training, key) and rows.layout == "text":
-            raise RecipeError(
-                f"{key}=True, but the rows of {rows.source} are texts, without prompts or turns, and every token of "
-                "them is trained. Remove it, or give rows with messages or with prompt and completion."
-            )
->>>>>>> strikes
     return Encoder(
         tokenizer,
         rows.layout,
