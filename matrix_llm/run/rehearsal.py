@@ -49,16 +49,17 @@ def rehearse_saving(model: Any, tokenizer: Any, training: TrainingArguments, *, 
     try:
         with holder as folder:
             # 1. The settings, by the calls that the model's own save_pretrained makes. It may need the weights itself.
-            what = "the configuration and the generation settings"
-            is_adapted = is_peft_model(model) or getattr(model, "_hf_peft_config_loaded", False)
-            if not is_peft_model(model) and isinstance(model, PreTrainedModel):
-                _save_settings(model, folder, with_config=not is_adapted)
-                if read_back:
-                    _read_back(folder, model)
-            if is_adapted:
+            if is_peft_model(model):
                 what = "the adapter's settings"
                 for settings in model.peft_config.values():
                     settings.save_pretrained(folder)
+            elif isinstance(model, PreTrainedModel):
+                what = "the configuration and the generation settings"
+                model.config.save_pretrained(folder)
+                if model.can_generate():
+                    model.generation_config.save_pretrained(folder)
+                if read_back:
+                    _read_back(folder, model)
             # 2. The tokenizer
             if tokenizer is not None:
                 what = "the tokenizer"
@@ -79,13 +80,6 @@ def _no_room(reason: str | None) -> NotRehearsedError:
         f"the temporary folder {tempfile.gettempdir()} cannot be written: {reason}. Make room there, or set TMPDIR to "
         "another folder."
     )
-
-
-def _save_settings(model: PreTrainedModel, folder: str, *, with_config: bool) -> None:
-    if with_config:
-        model.config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
 
 
 def _cannot_save(what: str, error: Exception, model: Any) -> RecipeError:
