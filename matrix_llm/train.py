@@ -223,6 +223,7 @@ def make_trainer(recipe: Recipe, prepared: "Prepared") -> "MatrixTrainer":
         peft_config=lora_config(recipe.model),
         callbacks=[MetricsFileCallback()],
     )
+    trainer.stops_at_overflow = True  # whoever runs a recipe is promised that
     if recipe.data.accuracy_steps:
         every = recipe.data.accuracy_steps
         trainer.add_callback(AccuracyCallback(trainer, prepared.problems, every=every, **decoding_settings(recipe)))

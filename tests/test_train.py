@@ -251,8 +251,9 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(recipe, tmp_path
     assert steps == [1, 2, 3, 4]
 
 
-def test_a_run_that_diverges_leaves_a_note_until_it_goes_on(recipe, tmp_path, capsys):
-    path, note = recipe(save_strategy="steps", save_steps=1), tmp_path / "run" / NON_FINITE
+@pytest.mark.parametrize("others", [{}, {"dtype": "float16", "mce_weight": 0}])
+def test_a_run_that_diverges_leaves_a_note_until_it_goes_on(recipe, tmp_path, capsys, others):
+    path, note = recipe(save_strategy="steps", save_steps=1, **others), tmp_path / "run" / NON_FINITE
     assert main([path, "--learning_rate", "1e25", "--lr_scheduler_type", "constant", "--max_grad_norm", "0"]) == 1
     assert "The optimizer has not stepped" in note.read_text()
     assert note.read_text().strip() in capsys.readouterr().err
