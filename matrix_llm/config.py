@@ -619,6 +619,27 @@ _HINTS = {
     "epochs": "it is called num_train_epochs",
     "batch_size": "it is called per_device_train_batch_size",
     "config_name": "the dataset's configuration is dataset_config, a model from scratch is model_config",
+    # Axolotl's and LLaMA-Factory's names
+    "base_model": "it is called model_name_or_path",
+    **dict.fromkeys(["datasets", "train_file"], "it is called dataset, and may be a list"),
+    **dict.fromkeys(
+        ["val_size", "val_set_size"],
+        "name the same rows as eval_dataset, with `dataset_split: train[:95%]` and `eval_split: train[95%:]`",
+    ),
+    **dict.fromkeys(["sequence_len", "cutoff_len"], "it is called max_length"),
+    "micro_batch_size": "it is called per_device_train_batch_size",
+    "num_epochs": "it is called num_train_epochs",
+    "max_samples": "it is called max_train_rows",
+    **dict.fromkeys(["adapter", "finetuning_type"], "write `use_peft: true` for LoRA, or nothing to train in full"),
+    "lora_rank": "it is called lora_r",
+    "lora_target": "it is called lora_target_modules",
+    "lora_target_linear": "write `lora_target_modules: all-linear`",
+    "sample_packing": "it is called packing",
+    **dict.fromkeys(["train_on_inputs", "train_on_prompt"], "prompts are trained if `completion_only_loss: false`"),
+    **dict.fromkeys(
+        ["template", "chat_template"], "write `prompt_template: chat` for the tokenizer's, or give chat_template_path"
+    ),
+    "special_tokens": "write eos_token and pad_token",
     **dict.fromkeys(
         ["scheduler", "lr_scheduler", "scheduler_type", "lr_schedule"],
         "write `lr_scheduler_type: cosine` (or linear, ...)",

@@ -125,6 +125,10 @@ def test_what_a_run_writes_down_holds_no_token_and_nothing_that_was_changed_late
         ("group_by_length", "train_sampling_strategy: group_by_length"),
         ("evaluation_strategy", "eval_strategy"),
         ("scheduler", "lr_scheduler_type: cosine"),
+        ("micro_batch_size", "per_device_train_batch_size"),
+        ("cutoff_len", "max_length"),
+        ("val_set_size", "eval_dataset.*eval_split: train"),
+        ("lora_target_linear", "lora_target_modules: all-linear"),
         ("mce_wieght", "Did you mean mce_weight"),
     ],
 )

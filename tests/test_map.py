@@ -34,6 +34,17 @@ def test_every_test_file_is_in_the_map():
     assert missing == []
 
 
+ROOMS = [path for path in sorted((ROOT / "matrix_llm").glob("*/__init__.py")) if path.parent.name != "ssl"]
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda path: path.parent.name)
+def test_the_docstring_of_a_room_names_each_of_its_modules(room):
+    said = ast.get_docstring(ast.parse(room.read_text(encoding="utf-8")))
+    assert not re.search("^(<<<<|====|>>>>)", said, re.MULTILINE)  # left by a merge
+    modules = [path.stem for path in sorted(room.parent.glob("*.py")) if path != room]
+    assert [name for name in modules if not re.search(rf"\b{name}\b", said)] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_path_into_tests_that_a_page_names_exists(page):
     named = set(re.findall(r"\btests/[\w/.]+", page.read_text(encoding="utf-8")))

@@ -86,8 +86,7 @@ def check_machine(model: Any, training: TrainingArguments) -> None:
     """
     # 1. Packages
     for key, value, package in _needed_packages(model, training):
-        if importlib.util.find_spec(package) is None:
-            raise _missing(f"{key}={value!r}", package)
+        require(package, f"{key}={value!r}")
     # 2. Processes and devices
     if training.fsdp and training.parallel_mode != ParallelMode.DISTRIBUTED:
         raise MissingOnThisMachineError(
@@ -121,6 +120,12 @@ def _needed_packages(model: Any, training: TrainingArguments) -> Iterator[tuple[
         yield "attn_implementation", attention, _FLASH.get(int(attention[-1]), "kernels")
     elif "/" in attention:
         yield "attn_implementation", attention, "kernels"
+
+
+def require(package: str, what: str) -> None:
+    """Refuse `what`, a setting or a command, where the package that it needs is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise _missing(what, package)
 
 
 def _missing(what: str, package: str) -> MissingOnThisMachineError:

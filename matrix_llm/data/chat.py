@@ -55,9 +55,10 @@ class ChatLayout:
 
     def __init__(self, tokenizer: Any, train_on: str = "all", *, is_exact: bool = False) -> None:
         if not tokenizer.chat_template:
+            asks = "prompt_template='chat' asks for" if is_exact else "the rows are conversations, which need"
+            way_out = "set prompt_template: plain" if is_exact else "give rows with prompt and completion as texts"
             raise DataError(
-                "the rows are conversations (`messages`, or prompt_template: chat), but the tokenizer has no chat "
-                "template to lay them out. Give chat_template_path, or rows with prompt and completion."
+                f"{asks} a template, but the tokenizer has no chat template. Give chat_template_path, or {way_out}."
             )
         self.tokenizer, self.train_on, self.is_exact = tokenizer, train_on, is_exact
         try:
@@ -209,7 +210,7 @@ class ChatLayout:
             spans = {i: find(i, text, blocks, messages, options) for i in chosen}
         except TEMPLATE_FAILURES as error:
             raise RefusedError(
-                f"the tokenizer's chat template refuses the messages: {' '.join(str(error).split())}"
+                f"the tokenizer's chat template refuses the messages: {' '.join(str(error).split()).rstrip('.!')}"
             ) from None
         spans = {i: self._with_end(*span, text, messages[i], i) for i, span in spans.items()}
         for i, (start, end) in spans.items():
@@ -258,7 +259,15 @@ class ChatLayout:
     ) -> tuple[int, int]:
         """What comes after the prompt of inference for message i, up to what comes after message i."""
         own = self._template_for(options.get("tools"), patched=False)
-        prompt = self._render(messages[:i], add_generation_prompt=True, template=own, **options)[0]
+        try:
+            prompt = self._render(messages[:i], add_generation_prompt=True, template=own, **options)[0]
+        except TEMPLATE_FAILURES:
+            if i:
+                raise
+            raise RefusedError(
+                "message 1 is the assistant's, but the chat template writes no prompt without a message before it. "
+                "Give that message weight 0"
+            ) from None
         whole = text if i == len(messages) - 1 else self._render(messages[: i + 1], **options)[0]
         if not text.startswith(whole):
             raise RefusedError(

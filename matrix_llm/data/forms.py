@@ -96,16 +96,19 @@ class Form:
     """One way in which data sets write their rows."""
 
     fields: tuple[str, ...]
-    """Every row must have these; others are ignored, except those that change what is trained (CONTEXT, LOST)."""
+    """Every row must have these; others are ignored, except those that change what is trained (CONTEXT and below)."""
     parse: Callable[[dict[str, Any], str], Row]
     """Makes a row from an object that has the fields; its second argument is the object's place, for error messages."""
     has_boxed: bool = False
     r"""Whether an answer in \boxed{} is said in a sentence as well, unless boxed_answers is "keep"."""
+    optional: tuple[str, ...] = ()
+    """Fields that it reads where a row has them."""
 
 
 # Columns of any row that change what is trained: they are honoured where the row's layout can, else refused
 CONTEXT = ("system", "system_prompt", "system_message", "history", "tools", "functions", "chat_template_kwargs")
 LOST = ("image", "images", "video", "videos", "audio", "audios", "documents")
+PASSAGES = ("context", "input")  # what a question may be about: read by the forms that say so, else refused
 MASKS = (
     "loss_weight", "sample_weight", "loss_mask", "completion_mask", "assistant_masks", "train_detail", "mask",
     "weights",
@@ -139,6 +142,8 @@ def parse_row(found: Any, where: str, form: str | None = None, *, boxed_answers:
             has = ", ".join(map(str, found)) or "no fields"
             raise DataError(f"{where}: no `{name}`; the row has {has}. Every row needs {' and '.join(needed)}.")
     row = FORMS[form].parse(found, where)
+    if row.layout == "template":
+        _check_passages(found, FORMS[form], where)
     if FORMS[form].has_boxed and boxed_answers == "sentence":
         row = replace(row, answer=boxed_response(row.answer))
     return _with_columns(row, found, where)
@@ -155,6 +160,11 @@ def detect_form(found: Any, where: str) -> str:
     for name, form in FORMS.items():
         if all(field in found for field in form.fields):
             return name
+    if "chosen" in found and "rejected" in found:
+        raise DataError(
+            f"{where}: `chosen` and `rejected` are a preference pair, and pairs are not trained on here. To train on "
+            f"the chosen answer alone, set columns: {{{_field_of_chosen(found)}: chosen}}."
+        )
     # Half of a pair is most likely a misspelling of the other half, so name that pair rather than all forms
     pairs = [form.fields for form in FORMS.values() if len(form.fields) == 2]
     halves = [(has, lacks) for pair in pairs for has, lacks in (pair, pair[::-1]) if has in found]
@@ -162,7 +172,28 @@ def detect_form(found: Any, where: str) -> str:
     if halves:
         described = "has `{}` but no `{}`".format(*halves[0])
     known = "; ".join(" and ".join(form.fields) for form in FORMS.values())
-    raise DataError(f"{where}: the row {described}. A row needs one of: {known}. Rename its fields.")
+    raise DataError(
+        f"{where}: the row {described}. A row needs one of: {known}. Rename its fields, or set columns: "
+        "{ours: theirs}."
+    )
+
+
+def unread_fields(found: dict[str, Any], form: str) -> list[str]:
+    """The fields of an object, among those that are not empty, that `parse_row` ignores. An id says nothing.
+
+    >>> unread_fields({"query": "1 + 1?", "response": "2", "type": "GSM_Rephrased"}, "query/response")
+    ['type']
+    """
+    read = {*FORMS[form].fields, *FORMS[form].optional, *CONTEXT, "weight", "id"}
+    return [str(name) for name, value in found.items() if name not in read and is_given(value)]
+
+
+def _field_of_chosen(found: dict[str, Any]) -> str:
+    """The field that the chosen answer of a preference pair would have in one of the forms."""
+    if isinstance(found["chosen"], list) and not isinstance(found.get("prompt"), list):
+        return "messages"
+    pairs = [form.fields for form in FORMS.values() if len(form.fields) == 2]
+    return next((answer for question, answer in pairs if question in found), "text")
 
 
 # --- one function for each form ---------------------------------------------------------------------------------------
@@ -189,6 +220,11 @@ def _alpaca(found: dict[str, Any], where: str) -> Row:
 
 def _prompt_completion(found: dict[str, Any], where: str) -> Row:
     prompt, completion = found["prompt"], found["completion"]
+    if isinstance(found.get("label"), bool):
+        raise DataError(
+            f"{where}: `label` = {found['label']} says whether the completion is wanted, but every completion would be "
+            "trained. Set columns: {weight: label} to leave out those that are not, or {id: label} to train all."
+        )
     if isinstance(prompt, list) != isinstance(completion, list):
         raise DataError(
             f"{where}: `prompt` is {describe(prompt)} and `completion` is {describe(completion)}, but they must be two "
@@ -220,7 +256,7 @@ FORMS: dict[str, Form] = {  # in order of precedence: a row that fits several ta
     "query/response": Form(("query", "response"), _query_response),  # MetaMathQA
     "question/answer": Form(("question", "answer"), _question_answer, has_boxed=True),  # GSM8K
     "problem/solution": Form(("problem", "solution"), _problem_solution, has_boxed=True),  # MATH, NuminaMath
-    "instruction/output": Form(("instruction", "output"), _alpaca),  # Alpaca, with or without input
+    "instruction/output": Form(("instruction", "output"), _alpaca, optional=("input",)),  # Alpaca
     "text": Form(("text",), _plain_text),
 }
 
@@ -296,8 +332,11 @@ def _with_columns(row: Row, found: dict[str, Any], where: str) -> Row:
     # 2. What no text model can be shown, and what this layout has no place for
     given = [name for name in (*CONTEXT, *LOST) if is_given(found.get(name))]
     for name in given:
-        if name in LOST and row.layout == "chat":
-            raise DataError(f"{where}: `{name}` cannot be shown to a language model. Remove the column or the row.")
+        if name in LOST:
+            raise DataError(
+                f"{where}: `{name}` cannot be shown to a language model. Remove the row, or set columns: "
+                f"{{id: {name}}} to leave the column out."
+            )
         if name in CONTEXT and row.layout in ("verbatim", "text"):
             raise DataError(
                 f"{where}: `{name}` is given, but a row with {' and '.join(_fields_of(row))} has no place for it. "
@@ -327,6 +366,19 @@ def _with_columns(row: Row, found: dict[str, Any], where: str) -> Row:
         tools=read_tools(found, where),
         template_kwargs=read_template_kwargs(found, where),
     )
+
+
+def _check_passages(found: dict[str, Any], form: Form, where: str) -> None:
+    """Refuse a passage that the question is about, where the form would drop it."""
+    for name in PASSAGES:
+        if is_given(found.get(name)) and name not in form.optional:
+            question, answer = form.fields
+            columns = {"instruction": question, "input": name, "output": answer}
+            new = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items() if ours != theirs)
+            raise DataError(
+                f"{where}: `{name}` is given, but a row with {question} and {answer} has no place for it. Set columns: "
+                f"{{{new}}}, or {{id: {name}}} to leave it out."
+            )
 
 
 def _fields_of(row: Row) -> tuple[str, ...]:

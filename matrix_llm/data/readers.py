@@ -27,7 +27,7 @@ from matrix_llm.base.values import nearest
 from matrix_llm.data import wordproblems
 from matrix_llm.data.folders import find_rows, is_saved, saved_files
 from matrix_llm.data.formats import SUFFIXES, UNREADABLE, Found, check_suffix, read_file, read_saved, suffix_of
-from matrix_llm.data.forms import Row, detect_form, parse_row
+from matrix_llm.data.forms import Row, detect_form, parse_row, unread_fields
 
 PACKED, PACKED_SUFFIXES = 3, (".gz", ".zst", ".parquet")  # about how much larger the rows are than these files
 ENDS = 1 << 20  # bytes at each end of a file that stand for all of it where reading it all would take too long
@@ -122,7 +122,7 @@ def _unreadable_on_hub(source: "Source", error: Exception) -> DataError:
     named = ", ".join(f"{key} {value!r}" for key, value in said.items() if value)
     return DataError(
         f"the dataset {source.name!r}{f' ({named})' if named else ''}, split {source.split!r}, is neither a local path "
-        f"nor readable from the Hub: {type(error).__name__}: {' '.join(str(error).split())} "
+        f"nor readable from the Hub: {type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}. "
         "Check the name and the connection, or give a local file."
     )
 
@@ -254,6 +254,14 @@ class Source:
             raise DataError(
                 f"{self} holds no rows, so there is nothing to read. Give a file with one JSON object per line."
             )
+
+    def unread_fields(self) -> list[str]:
+        """The fields of the first row that its form ignores. No row is counted and nothing else is read."""
+        if self.name == "builtin":
+            return []
+        rows = self._rename(self._read_all(Slice.of(self.split).split, streaming=False))
+        where, first = next(rows, ("", None))
+        return unread_fields(first, detect_form(first, where)) if isinstance(first, dict) else []
 
     def estimate_rows(self) -> int | None:
         """About how many rows there are, from the size of the files and their first rows; None if it is not known."""

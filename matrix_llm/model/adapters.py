@@ -5,7 +5,6 @@ optional.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from matrix_llm.base.errors import RecipeError
+from matrix_llm.checks.machine import require
 from matrix_llm.config import ModelArguments
 
 if TYPE_CHECKING:
@@ -37,12 +37,6 @@ NOT_EXPOSED = {
     "fan_in_fan_out": "PEFT sets it by the layer's type",
     "lora_bias": "for adapters extracted from full fine-tunes; the key lora_bias sets LoraConfig.bias",
 }
-
-
-def require(package: str, setting: str) -> None:
-    """Refuse `setting` in one line where `package` is not installed."""
-    if importlib.util.find_spec(package) is None:
-        raise RecipeError(f"{setting} needs the package {package}, which is not installed. Run: pip install {package}")
 
 
 def lora_config(args: ModelArguments) -> LoraConfig | None:

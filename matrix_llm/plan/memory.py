@@ -37,6 +37,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.training_args import OptimizerNames
 
 from matrix_llm.base.gpus import GIB, GPUS, usable
@@ -134,7 +135,7 @@ def count_parameters(recipe: Recipe, config: PretrainedConfig) -> ParameterCount
         layers = [layer for module in model.modules() if isinstance(module, torch.nn.ModuleList) for layer in module]
         largest = max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0)
         vectors = {module.weight for module in (embeddings, head) if module is not None}  # one if they are tied
-        linear = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+        linear = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
         if (adapters := lora_config(recipe.model)) is not None:
             add_adapters(model, adapters)  # in place
     parameters = list(model.parameters())  # each tied one once

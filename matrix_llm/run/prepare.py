@@ -22,7 +22,7 @@ from matrix_llm.data.cache import cache_root, cached_folder, key_of
 from matrix_llm.data.entries import DatasetEntry, question_source
 from matrix_llm.data.leakage import FIELDS, LeakageReport, QuestionIndex, find_leaks, question_of
 from matrix_llm.data.mixture import TokenSet, mix
-from matrix_llm.data.prompts import resolve_template
+from matrix_llm.data.prompts import CHAT, resolve_template
 from matrix_llm.data.readers import Source
 from matrix_llm.data.rowset import RowSet
 from matrix_llm.data.selection import DataReport
@@ -94,6 +94,9 @@ def _prepare(recipe: Recipe, say: Callable[[str], None], dry_run: bool) -> Prepa
 
     for line in _idle_settings(recipe, sets):
         say(f"=> {line}")
+    for rows in sets if not data.streaming else []:  # a stream from the Hub would be opened once more
+        if unread := rows.source.unread_fields():
+            say(f"=> {rows.source}: fields that are not read: {', '.join(unread)}")
 
     # 2. Test questions among them
     leaked = _check_leakage(recipe, sets, say, dry_run) if data.leakage_check else [[] for _ in sets]
@@ -180,19 +183,34 @@ def _idle_settings(recipe: Recipe, sets: Sequence[RowSet]) -> list[str]:
     if "template" in layouts:
         return idle
     keys = [key for key in ("prompt_template", "response_separator", "boxed_answers") if key in recipe.resolved]
+    if list(layouts) == ["chat"] and recipe.data.prompt_template == CHAT:
+        keys.remove("prompt_template")  # what it says is done
     return idle + [
         f"{key}={recipe.resolved[key]!r} is for questions with answers; these rows are {' and '.join(layouts)}"
         for key in keys
     ]
 
 
-def _make_encoder(recipe: Recipe, tokenizer: Any, rows: RowSet) -> Encoder:
-    for key in ("assistant_only_loss", "completion_only_loss"):
+def _check_what_is_trained(recipe: Recipe, rows: RowSet) -> None:
+    """Refuse the settings of SFTConfig that say something else than what is done with rows of this layout."""
+    for key, way_out in (
+        ("assistant_only_loss", "give rows with messages"),
+        ("completion_only_loss", "give rows with prompt and completion"),
+    ):
         if getattr(recipe.training, key) and rows.layout == "text":
             raise RecipeError(
-                f"{key}=True, but the rows of {rows.source} are texts, without prompts or turns, and every token of "
-                "them is trained. Remove it, or give rows with messages or with prompt and completion."
+                f"{key}=True, but the rows of {rows.source} are texts, and every token of them is trained. Remove it, "
+                f"or {way_out}."
             )
+    if rows.layout == "chat" and recipe.resolved.get("assistant_only_loss") is False:
+        raise RecipeError(
+            f"assistant_only_loss=False, but of the conversations of {rows.source} only the assistant's turns are "
+            "trained. Remove it, or give rows with text, of which everything is."
+        )
+
+
+def _make_encoder(recipe: Recipe, tokenizer: Any, rows: RowSet) -> Encoder:
+    _check_what_is_trained(recipe, rows)
     return Encoder(
         tokenizer,
         rows.layout,

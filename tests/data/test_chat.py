@@ -120,6 +120,14 @@ def test_turns_of_weight_0_are_not_trained(tiny_tokenizer, name, changes, expect
     assert [re.sub(r"<\|channel\|>final<\|message\|>|<\|[a-z_]+\|>|\s", "", text) for text in found] == expected
 
 
+def test_a_first_turn_of_the_assistant_that_no_prompt_leads_to_is_refused_and_the_way_out_works(tiny_tokenizer):
+    tokenizer = published(tiny_tokenizer, "llama3_1")
+    with pytest.raises(DataError, match=r"row 7: message 1 is the assistant's.*weight 0"):
+        encode(tokenizer, {"messages": [ASSISTANT, *TURNS]})
+    found = trained(tokenizer, {"messages": [{**ASSISTANT, "weight": 0}, *TURNS]})
+    assert [text.strip() for text in found] == ["two<|eot_id|>", "five<|eot_id|>"]
+
+
 def test_train_on_last_trains_the_last_turn(tiny_tokenizer):
     tokenizer = published(tiny_tokenizer, "qwen2_5")
     assert trained(tokenizer, {"messages": TURNS}, train_on="last") == ["five<|im_end|>\n"]
@@ -257,7 +265,7 @@ def test_a_system_prompt_and_earlier_turns_need_the_chat_template(tiny_tokenizer
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        (None, "no chat template.*chat_template_path"),
+        (None, "no chat template.*chat_template_path, or set prompt_template: plain"),
         (CHATML.split("{% if add")[0], "nothing for add_generation_prompt"),
         (CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>"), "'chat'.*<think>.*chat_template"),
     ],

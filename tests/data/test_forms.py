@@ -1,11 +1,15 @@
 """Every form of row becomes a checked Row, and a row that cannot is refused with its place and the way out."""
 
+import json
 import re
+from dataclasses import replace
 
 import pytest
+import yaml
 
 from matrix_llm.base.errors import DataError
 from matrix_llm.data.forms import FORMS, Row, boxed_response, gsm8k_response, parse_row
+from matrix_llm.data.readers import Source
 
 USER, ASSISTANT = {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}
 EXAMPLES = {
@@ -199,8 +203,11 @@ def test_system_and_history_come_before_the_turns():
 
 
 @pytest.mark.parametrize("name", ["images", "image", "audio", "video", "documents"])
-def test_what_a_text_model_cannot_be_shown_is_refused(name):
-    assert f"`{name}`" in refusal({"messages": [USER, ASSISTANT], name: ["x"]})
+@pytest.mark.parametrize("form", FORMS)
+def test_what_a_text_model_cannot_be_shown_is_refused(form, name):
+    found, row = EXAMPLES[form]
+    assert re.search(rf"`{name}`.*columns: {{id: {name}}}", refusal({**found, name: ["x"]}))
+    assert parse_row({**found, name: None}, "here") == row
 
 
 @pytest.mark.parametrize(
@@ -218,6 +225,51 @@ def test_what_a_text_model_cannot_be_shown_is_refused(name):
 )
 def test_half_a_conversation_is_refused(found):
     refusal(found)
+
+
+@pytest.mark.parametrize(
+    ("found", "column"),
+    [
+        ({"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}, "completion"),
+        ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": [USER]}, "completion"),
+        ({"prompt": "1 + 1?", "chosen": [USER, ASSISTANT], "rejected": [USER]}, "messages"),
+        ({"chosen": [USER, ASSISTANT], "rejected": [USER]}, "messages"),
+        ({"question": "1 + 1?", "chosen": "2", "rejected": "3"}, "answer"),
+        ({"chosen": "Human: 1 + 1? Assistant: 2", "rejected": "3"}, "text"),
+    ],
+    ids=str,
+)
+def test_a_preference_pair_is_refused_and_the_way_out_trains_the_chosen_answer(found, column, tmp_path):
+    assert f"columns: {{{column}: chosen}}" in refusal(found)
+    (tmp_path / "a.jsonl").write_text(json.dumps(found))
+    (row,) = Source(str(tmp_path / "a.jsonl"), columns={column: "chosen"}).rows()
+    assert "2" in str(row)
+    assert "3" not in str(row)
+
+
+@pytest.mark.parametrize("is_wanted", [True, False])
+def test_a_label_of_wanted_completions_is_refused_and_the_way_out_leaves_the_others_out(is_wanted, tmp_path):
+    found = {"prompt": "1 + 1?", "completion": "2", "label": is_wanted}
+    assert "columns: {weight: label}" in refusal(found)
+    (tmp_path / "a.jsonl").write_text(json.dumps(found))
+    (row,) = Source(str(tmp_path / "a.jsonl"), columns={"weight": "label"}).rows()
+    assert row.weight == is_wanted
+
+
+@pytest.mark.parametrize("name", ["context", "input"])
+@pytest.mark.parametrize("form", [name for name in FORMS if EXAMPLES[name][1].layout == "template"])
+def test_a_passage_that_the_question_is_about_is_read_or_refused(form, name, tmp_path):
+    found, row = EXAMPLES[form]
+    assert parse_row({**found, name: ""}, "here") == row
+    found = {**found, name: "Count in base 3."}
+    if (form, name) != ("instruction/output", "input"):
+        said = re.search(r"columns: ({.*?}), or ({.*?}) to leave it out", refusal(found))
+        (tmp_path / "a.jsonl").write_text(json.dumps(found))
+        source = Source(str(tmp_path / "a.jsonl"))
+        (without,) = replace(source, columns=yaml.safe_load(said[2])).rows()
+        assert without == row
+        (found,) = (each for _, each in replace(source, columns=yaml.safe_load(said[1])).read())
+    assert parse_row(found, "here").question == "1 + 1?\nCount in base 3."
 
 
 def test_gsm8k_answers_read_as_metamath_responses():

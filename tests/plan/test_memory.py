@@ -51,6 +51,11 @@ def test_parameters_are_those_of_the_model_that_is_built_tied_ones_once(recipe, 
     assert count.linear == 2 * count.layer - 2 * 2 * 64  # two layers without the weights of their two norms
 
 
+def test_linear_layers_are_counted_where_they_are_stored_transposed_as_in_gpt2(recipe):
+    config = AutoConfig.for_model("gpt2", vocab_size=300, n_embd=64, n_layer=2, n_head=4)
+    assert count_parameters(recipe(), config).linear == 2 * (4 + 2 * 4) * 64 * 64
+
+
 def test_a_tied_head_costs_one_weight_and_one_gradient(recipe):
     tied, untied = (plan_memory(recipe(), small(tie_word_embeddings=tie), 128, 1)[0] for tie in (True, False))
     assert untied.weights - tied.weights == untied.gradients - tied.gradients == 4 * 300 * 64

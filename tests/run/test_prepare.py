@@ -233,3 +233,32 @@ def test_answers_beyond_the_models_positions_are_refused_with_what_fits(recipe):
     ):
         prepare(recipe(**positions(256), accuracy_rows=4, accuracy_max_new_tokens=250))
     assert prepare(recipe(**positions(256), accuracy_rows=4, accuracy_max_new_tokens=20)).problems
+
+
+SPOKEN = (
+    "{% for message in messages %}[{{ message.role }}] {{ message.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_a_prompt_template_that_conversations_do_not_use_is_named_unless_it_is_chat(
+    recipe, tmp_path, tiny_tokenizer, template
+):
+    with_template(tiny_tokenizer, SPOKEN, "</s>").save_pretrained(tmp_path / "chatml")
+    turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns}))
+    said = []
+    given = {"dataset": str(tmp_path / "a.jsonl"), "tokenizer_name_or_path": str(tmp_path / "chatml")}
+    prepare_data(recipe(**given, tokenizer_vocab_size=None, prompt_template=template), say=said.append)
+    assert any("prompt_template='plain'" in line for line in said) == (template == "plain")
+    assert not any("prompt_template='chat'" in line for line in said)
+
+
+def test_fields_of_the_rows_that_are_not_read_are_named(recipe, tmp_path):
+    row = {"question": "1 + 1?", "answer": "2", "source": "a", "level": None, "weight": 1, "system": "Be brief."}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    said = []
+    prepare_data(recipe(dataset=str(tmp_path / "a.jsonl"), columns={"id": "system"}), say=said.append)
+    (line,) = (line for line in said if "not read" in line)
+    assert line.endswith("a.jsonl: fields that are not read: source")
