@@ -191,7 +191,7 @@ def _check_one_configuration(folder: Path, files: list[Path]) -> None:
         names = ", ".join(listed[:LISTED]) + (", ..." if len(listed) > LISTED else "")
         raise DataError(
             f"{folder.absolute()} holds several configurations: {names}. "
-            "Choose one with dataset_config, or give a list of data sets."
+            "Choose one with dataset_config (of leakage_check: PATH:NAME), or give a list of data sets."
         )
 
 
@@ -249,8 +249,8 @@ def _files_of_card(folder: Path, configs: Sequence[dict[str, Any]], config: str 
         config = next(iter([*by_name] if len(by_name) == 1 else [*marked, *({"default"} & by_name.keys())]), None)
     if config is None:
         raise DataError(
-            f"{card} lists several configurations: {', '.join(by_name)}. Choose one with dataset_config, or give a "
-            "list of data sets."
+            f"{card} lists several configurations: {', '.join(by_name)}. Choose one with dataset_config (of "
+            "leakage_check: PATH:NAME), or give a list of data sets."
         )
     if config not in by_name:
         raise DataError(f"{card} lists {', '.join(by_name)}, but not {config!r}.{nearest(config, by_name)}")

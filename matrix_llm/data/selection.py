@@ -209,6 +209,11 @@ def drop_unusable(
     is_masked = verdicts.is_masked & ~is_leaked & ~is_left_out
     kept = np.flatnonzero(~(is_dropped | is_masked | is_leaked | is_left_out))
     if not len(kept):
+        if is_left_out.all():
+            raise DataError(
+                f"{name}: all {len(lengths)} rows have the weight 0, so nothing is left to train on. Remove their "
+                "weights."
+            )
         reasons = "longer than max_length"
         if not is_dropped.all():
             reasons += ", without a trained token, of weight 0, or dropped as leaked"

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.config import ModelArguments, Recipe
 from matrix_llm.model.lm_head import load_embeddings
-from matrix_llm.model.load import build_config, load_config
+from matrix_llm.model.load import build_config, check_generation_settings, load_config
 from matrix_llm.model.pretrained import load_pretrained_config
 from matrix_llm.model.tokenizer import load_tokenizer
 
@@ -35,6 +35,7 @@ def check_model(recipe: Recipe) -> None:
     """
     model, training = recipe.model, recipe.training
     config = _config_before_rows(model, training.trust_remote_code)
+    check_generation_settings(model)
     if model.attn_implementation is not None and not recipe.missing:
         _check_attention(model.attn_implementation, config, training.trust_remote_code)
     if training.mce_embeddings not in ("lm_head", "input") and model.tokenizer_vocab_size is None:

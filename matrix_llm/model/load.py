@@ -7,6 +7,7 @@ weights.
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import logging
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.values import nearest
@@ -31,6 +33,8 @@ from matrix_llm.model.tokenizer import check_vocabulary
 
 logger = logging.get_logger(__name__)
 
+# settings of a GenerationConfig that mean something only where tokens are sampled
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # still understood by transformers, though no longer fields of the configuration classes
 LEGACY_CONFIG_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}
 # these have max_position_embeddings, and no positions
@@ -78,31 +82,69 @@ def load_model(
     return model
 
 
+# Settings of GenerationConfig that mean something only where tokens are sampled
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
 def repair_generation_settings(model: PreTrainedModel) -> None:
-    """Turn sampling on where a checkpoint sets temperature or top_p without it, as Llama-2-chat and Vicuna do.
+    """Mend settings for sampling without `do_sample: true`, with which Llama-2-chat and Vicuna were published.
 
     transformers reads such a generation_config.json, and refuses to write it: the run would end without its weights.
+    Where it does not say do_sample, it is set; where it says false, the settings for sampling, which do nothing, go.
 
     Raises:
         RecipeError: the settings contradict each other in another way, which only the user can decide.
     """
     settings = getattr(model, "generation_config", None)
-    if settings is None:
-        return
+    if settings is not None and (said := _repair(settings, str(model.name_or_path))):
+        logger.warning(f"generation_config.json {said}")
+
+
+def _repair(settings: GenerationConfig, name: str) -> str:
+    """Mend the settings in place. Returns what was done, or nothing."""
     try:
         settings.validate(strict=True)
+        return ""
     except ValueError:
-        settings.do_sample = True
+        pass
+    if settings.do_sample is False:
+        said = "sets sampling options with do_sample: false: it is saved without them."
+        for each in SAMPLING:
+            setattr(settings, each, None)
     else:
-        return
+        said = "sets sampling options without do_sample: it is saved with do_sample: true."
+        settings.do_sample = True
     try:
         settings.validate(strict=True)
     except ValueError as error:
         raise RecipeError(
-            f"the generation_config.json of {model.name_or_path!r} could not be saved after training: "
+            f"the generation_config.json of {name!r} could not be saved after training: "
             f"{' '.join(str(error).split())} Correct the file."
         ) from None
-    logger.warning("generation_config.json sets sampling options without do_sample: it is saved with do_sample: true.")
+    return said
+
+
+def check_generation_settings(args: ModelArguments) -> None:
+    """Refuse a generation_config.json that could not be read, or saved again, before the weights are read.
+
+    Raises:
+        RecipeError: with what is wrong in it.
+    """
+    if args.model_name_or_path is None:
+        return
+    name = os.path.expanduser(args.model_name_or_path)
+    try:
+        _repair(GenerationConfig.from_pretrained(name, revision=args.model_revision), args.model_name_or_path)
+    except OSError:  # many models have none
+        if os.path.isfile(os.path.join(name, GENERATION_CONFIG_NAME)):
+            raise RecipeError(f"the generation_config.json of {name!r} is not JSON. Correct the file.") from None
+    except RecipeError:
+        raise
+    except ValueError as error:
+        reason = " ".join(str(error).split()).removesuffix(".")
+        raise RecipeError(
+            f"the generation_config.json of {args.model_name_or_path!r} cannot be used: {reason}. Correct the file."
+        ) from None
 
 
 def load_config(

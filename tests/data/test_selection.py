@@ -44,6 +44,8 @@ def test_rows_of_weight_0_and_tokens_that_were_there_twice_are_counted(tiny_toke
     assert "1 rows dropped, weight 0 (25.00 %)" in said
     assert "1 rows began with" in said
     assert "1 rows ended in" in said
+    with pytest.raises(DataError, match=r"all 1 rows have the weight 0.*Remove their weights"):
+        select(tiny_tokenizer, [rows[0]])
     with pytest.raises(DataError, match="weight 0"):
         select(tiny_tokenizer, [rows[0], ROWS[1]], max_length=10, too_long="truncate", leaked=[1])
 

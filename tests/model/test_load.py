@@ -8,7 +8,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from matrix_llm.config import ModelArguments, RecipeError
-from matrix_llm.model.load import build_config, load_model, position_limit, repair_generation_settings
+from matrix_llm.model.load import (
+    build_config,
+    check_generation_settings,
+    load_model,
+    position_limit,
+    repair_generation_settings,
+)
 from matrix_llm.model.tokenizer import load_tokenizer
 from tests.support.checkpoints import save_llama, scratch
 
@@ -68,12 +74,31 @@ def test_sampling_settings_without_do_sample_do_not_stop_the_run_from_saving(tmp
     assert (saved["temperature"], saved["top_p"], saved["do_sample"]) == (0.9, 0.6, True)
 
 
-def test_generation_settings_that_cannot_be_saved_are_refused_before_training(tmp_path, tiny_tokenizer):
+def test_a_model_that_says_it_does_not_sample_is_not_made_to(tmp_path, tiny_tokenizer):
     path = save_llama(tmp_path / "base", rows=300)
     file = Path(path, "generation_config.json")
-    file.write_text(json.dumps({**json.loads(file.read_text()), "length_penalty": 2.0}))
-    with pytest.raises(RecipeError, match=r"generation_config\.json.*length_penalty.*Correct the file"):
-        repair_generation_settings(load_model(ModelArguments(model_name_or_path=path), tiny_tokenizer))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "do_sample": False, "top_k": 20}))
+    model = load_model(ModelArguments(model_name_or_path=path), tiny_tokenizer)
+    repair_generation_settings(model)
+    model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved/generation_config.json").read_text())
+    assert (saved.get("do_sample"), saved.get("top_k")) == (False, None)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"length_penalty": 2.0}', "length_penalty"),
+        ('{"max_new_tokens": -1}', "max_new_tokens"),
+        ('{"temperature": 0.6', "is not JSON"),
+    ],
+)
+def test_generation_settings_that_cannot_be_saved_are_refused_before_weights_are_read(tmp_path, content, said):
+    path = save_llama(tmp_path / "base", rows=300)
+    Path(path, "generation_config.json").write_text(content)
+    Path(path, "model.safetensors").unlink()
+    with pytest.raises(RecipeError, match=rf"generation_config\.json of .*{said}.*Correct the file"):
+        check_generation_settings(ModelArguments(model_name_or_path=path))
 
 
 @pytest.mark.parametrize(
