@@ -690,7 +690,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run: boo
         model, data = ModelArguments(**parts["model"]), DataArguments(**parts["data"])
         check_keys(given)
         _check_combinations(model, data, given)
-        _check_sources(data, replaced=SETTINGS.read_overrides(overrides).keys())
+        replaced = SETTINGS.read_overrides(overrides).keys()
+        _check_sources(data, replaced)
+        _check_revision(model, given, replaced)
         training = _build_training(parts["training"], dry_run)
         # 4. What the training settings ask of transformers, TRL and this machine
         _check_training(model, training, given)
@@ -822,6 +824,17 @@ def _check_paths(model: ModelArguments, data: DataArguments) -> None:
     name = model.model_name_or_path
     if name is not None and name.startswith((".", "/", "~")) and not (path := Path(name).expanduser()).is_dir():
         raise RecipeError(f"model_name_or_path={name!r}: no folder at {path.absolute()}. Correct the path.")
+
+
+def _check_revision(model: ModelArguments, given: Mapping[str, Any], replaced: Collection[str]) -> None:
+    """Refuse a revision of a local folder, unless the folder stands in on the command line for the recipe's model."""
+    name = model.model_name_or_path
+    is_meant = "model_revision" in replaced or "model_name_or_path" not in replaced
+    if given.get("model_revision", "main") != "main" and is_meant and name and Path(name).expanduser().is_dir():
+        raise RecipeError(
+            f"model_revision={model.model_revision!r} does nothing: model_name_or_path={name!r} is a folder, and only "
+            "models on the Hub have revisions. Remove it."
+        )
 
 
 def _check_sources(data: DataArguments, replaced: Collection[str]) -> None:

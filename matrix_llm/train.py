@@ -210,6 +210,8 @@ def make_trainer(recipe: Recipe, prepared: "Prepared") -> "MatrixTrainer":
     model = load_model(recipe.model, tokenizer, seed=training.seed, trust_remote_code=training.trust_remote_code)
     name, parameters = type(model).__name__, model.num_parameters()
     say(f"=> model            {name}, {parameters:,} parameters, {training.world_size} process(es)")
+    if recipe.model.use_peft and recipe.model.model_config is not None:
+        say("=> adapters         on random weights, which are not saved: only this recipe and its seed give them again")
 
     # 3. The trainer
     trainer = MatrixTrainer(
@@ -221,6 +223,7 @@ def make_trainer(recipe: Recipe, prepared: "Prepared") -> "MatrixTrainer":
         peft_config=lora_config(recipe.model),
         callbacks=[MetricsFileCallback()],
     )
+    trainer.stops_at_overflow = True  # whoever runs a recipe is promised that
     if recipe.data.accuracy_steps:
         every = recipe.data.accuracy_steps
         trainer.add_callback(AccuracyCallback(trainer, prepared.problems, every=every, **decoding_settings(recipe)))

@@ -8,7 +8,8 @@ What it adds to `SFTTrainer`, in this order:
 - held-out figures: token-weighted means over the real rows (run/evaluation.py), whatever the batches and processes
 - checkpoints: complete or absent (run/saving.py), each with the logging window that is open when it is saved
 - guards: a non-finite loss on any process stops all of them before the optimizer steps, naming the step, the rows and
-  the last checkpoint; packed rows that see each other are refused (model/packing.py)
+  the last checkpoint (plain SFT in float16 only on the command line); packed rows that see each other are refused
+  (model/packing.py)
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from matrix_llm.model.older_readers import add_older_names
 from matrix_llm.model.packing import check_isolation
 from matrix_llm.run.checkpoint_files import last_complete_checkpoint
 from matrix_llm.run.evaluation import count_stream, mask_repeated_rows, weighted_mean
-from matrix_llm.run.rehearsal import rehearse_saving
+from matrix_llm.run.rehearsal import NotRehearsedError, rehearse_saving
 from matrix_llm.run.saving import AtomicCheckpoints
 from matrix_llm.run.window import TokenClock, TokenSums, peak_memory_gib, training_flops_per_token
 
@@ -174,6 +175,8 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
     model: PreTrainedModel
     _signature_columns: Any
     _tag_names = ["trl", "sft", "matrix-llm"]  # noqa: RUF012
+    stops_at_overflow = False
+    """Whether a non-finite loss stops plain SFT in float16 as well, where SFTTrainer often recovers."""
 
     @functools.wraps(SFTTrainer.__init__)  # type: ignore[misc]  # tools read the signature to see what it takes
     def __init__(
@@ -208,6 +211,8 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
         self._sums = {"train": TokenSums(), "eval": TokenSums()}
         self._eval_batches: list[Tensor] = []  # (2,) of each held-out batch here: its trained tokens, its summed loss
         self._clock = TokenClock(self._total_train_tokens)
+        self._rehearsed = False  # saving was tried
+        self._overflowed = False  # in float16, and that was said
         self._train_calls = 0  # the weights may have changed between two calls of train()
 
         # 3. the loss, inside the model's forward
@@ -234,8 +239,11 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
             self._signature_columns = [*self._signature_columns, "row_id"]
 
     def train(self, *args, **kwargs):
-        if str(self.args.save_strategy) not in ("no", "SaveStrategy.NO"):
-            self.rehearse_saving()
+        if not self._rehearsed and str(self.args.save_strategy) not in ("no", "SaveStrategy.NO"):
+            try:
+                self.rehearse_saving(read_back=False)
+            except NotRehearsedError as error:
+                logger.warning("Whether checkpoints can be saved was not tried: %s", error)
         self._train_calls += 1
         try:
             return super().train(*args, **kwargs)
@@ -495,28 +503,34 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
         if self.args.should_save:
             self._add_older_names(Path(output_dir or str(self.args.output_dir)))
 
-    def rehearse_saving(self) -> None:
+    def rehearse_saving(self, *, read_back: bool = True) -> None:
         """Save and read back all but the weights: what would fail after training fails before its first step.
 
         The first process tries, as it is the one that will write these files. A collective.
 
         Raises:
-            RecipeError: something cannot be saved, or is not the same when it is read back.
+            RecipeError: something cannot be saved, or (with read_back) is not the same when it is read back.
+            NotRehearsedError: the temporary folder cannot be written.
         """
-        reasons: list[str | None] = [None]
+        errors: list[RecipeError | None] = [None]
         if self.is_world_process_zero():
+            model = self.accelerator.unwrap_model(self.model)
             try:
-                rehearse_saving(self.accelerator.unwrap_model(self.model), self.processing_class, self.args)
+                rehearse_saving(model, self.processing_class, self.args, read_back=read_back)
             except RecipeError as error:
-                reasons = [str(error)]
+                errors = [type(error)(str(error))]  # without its cause, which may not be fit to be sent
         if self.accelerator.num_processes > 1:
-            distributed.broadcast_object_list(reasons)
-        if reasons[0] is not None:
-            raise RecipeError(reasons[0])
+            distributed.broadcast_object_list(errors)
+        if errors[0] is not None:
+            raise errors[0]
+        self._rehearsed = True
 
     def _add_older_names(self, folder: Path) -> None:
         tokenizer = self.processing_class if isinstance(self.processing_class, PreTrainedTokenizerBase) else None
-        add_older_names(folder, tokenizer, use_cache=self._base_use_cache)
+        try:
+            add_older_names(folder, tokenizer, use_cache=self._base_use_cache)
+        except Exception as error:  # the folder is complete without these names, and worth more than they are
+            logger.warning("%s: transformers 4.57 may read it differently: %r", folder, error)
 
     def _save_window(self, folder: Path) -> None:
         """Save this process's sums since the last log, so that a resumed run logs what an uninterrupted one does."""
@@ -565,13 +579,30 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
         here = [(loss.item(), None if self._row_ids is None else self._row_ids.tolist())]
         found = [each for each in (gather_object(here) if several else here) if not math.isfinite(each[0])]
         rows = [row for _, rows in found for row in rows or []]
+        what = (
+            f"The loss is {found[0][0]} at step {self.state.global_step + 1}, on the data rows "
+            f"{rows or 'unknown (packed, or no row_id)'}."
+        )
+        if self._survives_overflow:
+            if not self._overflowed:
+                logger.warning("%s float16 overflowed, and plain SFT goes on, as in SFTTrainer.", what)
+            self._overflowed = True
+            return
         last = last_complete_checkpoint(Path(str(self.args.output_dir)))
         way_out = f"resume from {last}" if last else "no checkpoint was written yet"
         raise NonFiniteLossError(
-            f"The loss is {found[0][0]} at step {self.state.global_step + 1}, on the data rows "
-            f"{rows or 'unknown (packed, or no row_id)'}. The optimizer has not stepped, {way_out}. Look at these "
-            "rows, lower learning_rate, or set max_grad_norm."
+            f"{what} The optimizer has not stepped, {way_out}. Look at these rows, lower learning_rate, or set "
+            "max_grad_norm."
         )
+
+    @property
+    def _survives_overflow(self) -> bool:
+        """Whether a loss that is not finite is left to SFTTrainer's ways: in float16, where a large number overflows.
+
+        A GradScaler leaves such a step out. The command line stops nevertheless.
+        """
+        in_float16 = self.args.fp16 or self._base_model().dtype == torch.float16
+        return self.args.mce_weight == 0 and in_float16 and not self.stops_at_overflow
 
     def check_packing(self) -> None:
         """Refuse a model that lets packed rows see each other, through the engine that trains it."""

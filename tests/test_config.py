@@ -420,3 +420,16 @@ def test_a_list_or_a_mapping_in_place_of_a_choice_is_refused_by_name(tmp_path, v
     recipe.write_text(f"dataset: builtin\nlog_level: {value}\n", encoding="utf-8")
     with pytest.raises(RecipeError, match=r"line 2: log_level=.*debug"):
         load_recipe(recipe)
+
+
+def test_a_revision_of_a_folder_is_refused_unless_the_folder_stands_in_for_a_model_of_the_hub(tmp_path):
+    (tmp_path / "model").mkdir()
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"dataset: builtin\nmodel_revision: v2\nmodel_name_or_path: {tmp_path / 'model'}\n")
+    with pytest.raises(RecipeError, match=r"model_revision='v2' does nothing.*is a folder.*Remove it"):
+        load_recipe(path)
+    path.write_text("dataset: builtin\nmodel_revision: v2\nmodel_name_or_path: org/name\n")
+    folder = ["--model_name_or_path", str(tmp_path / "model")]
+    assert load_recipe(path, folder).model.model_revision == "v2"
+    with pytest.raises(RecipeError, match="model_revision='v3'"):
+        load_recipe(path, [*folder, "--model_revision", "v3"])

@@ -145,10 +145,28 @@ def test_what_was_done_to_the_rows_is_not_asked_of_trl_again(recipe, tmp_path):
     assert "m.content" in AutoTokenizer.from_pretrained(tmp_path / "asked").chat_template
 
 
-def test_texts_have_no_assistant_to_train_on(recipe, tmp_path, capsys):
-    (tmp_path / "rows.jsonl").write_text('{"text": "Two is even."}\n' * 4)
-    assert main([recipe(dataset=str(tmp_path / "rows.jsonl"), assistant_only_loss=True)]) == 2
-    assert "assistant_only_loss=True" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("row", "key", "value"),
+    [
+        ({"text": "Two is even."}, "assistant_only_loss", True),
+        ({"text": "Two is even."}, "completion_only_loss", True),
+        ({"messages": [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "Even."}]},
+         "assistant_only_loss", False),
+    ],
+)  # fmt: skip
+def test_a_setting_that_says_something_else_than_what_is_trained_is_refused(
+    recipe, tmp_path, capsys, tiny_tokenizer, row, key, value
+):
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 4)
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    (tmp_path / "chat.jinja").write_text(template)
+    settings = {"dataset": str(tmp_path / "rows.jsonl"), "chat_template_path": str(tmp_path / "chat.jinja")}
+    settings |= {"tokenizer_vocab_size": None, "tokenizer_name_or_path": str(tmp_path / "tokenizer")}
+    assert main([recipe(**settings, **{key: value})]) == 2
+    assert f"{key}={value}" in capsys.readouterr().err
+    assert main([recipe(**settings, max_steps=1)]) == 0
 
 
 @pytest.mark.parametrize(
@@ -233,8 +251,9 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(recipe, tmp_path
     assert steps == [1, 2, 3, 4]
 
 
-def test_a_run_that_diverges_leaves_a_note_until_it_goes_on(recipe, tmp_path, capsys):
-    path, note = recipe(save_strategy="steps", save_steps=1), tmp_path / "run" / NON_FINITE
+@pytest.mark.parametrize("others", [{}, {"dtype": "float16", "mce_weight": 0}])
+def test_a_run_that_diverges_leaves_a_note_until_it_goes_on(recipe, tmp_path, capsys, others):
+    path, note = recipe(save_strategy="steps", save_steps=1, **others), tmp_path / "run" / NON_FINITE
     assert main([path, "--learning_rate", "1e25", "--lr_scheduler_type", "constant", "--max_grad_norm", "0"]) == 1
     assert "The optimizer has not stepped" in note.read_text()
     assert note.read_text().strip() in capsys.readouterr().err

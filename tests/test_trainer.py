@@ -306,6 +306,31 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_rows(tmp_path, tiny_token
     assert torch.equal(model.lm_head.weight, before)
 
 
+def overflowing():
+    model = tiny_model().half()
+    model.model.norm.weight.data[0] = torch.inf
+    return model
+
+
+def test_plain_sft_in_float16_goes_on_as_sft_trainer_does_and_says_so(tmp_path, tiny_tokenizer, caplog):
+    """float16 overflows now and then. With MCE, or where a recipe is run, the run stops."""
+    trained = train(tmp_path / "a", tiny_tokenizer, model=overflowing(), mce_weight=0.0)
+    assert trained.state.global_step == 4
+    warnings = [record.getMessage() for record in caplog.records if "overflowed" in record.getMessage()]
+    assert len(warnings) == 1
+    assert "step 1, on the data rows [" in warnings[0]
+
+    own = {key: value for key, value in config(tmp_path / "b").items() if key != "mce_steps"}
+    theirs = SFTTrainer(overflowing(), SFTConfig(**own), train_dataset=rows(), processing_class=tiny_tokenizer)
+    theirs.train()
+    expected = theirs.model.state_dict()
+    for name, value in trained.model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0, equal_nan=True)
+
+    with pytest.raises(NonFiniteLossError, match="step 1"):
+        train(tmp_path / "c", tiny_tokenizer, model=overflowing(), mce_weight=1.0)
+
+
 def test_gradient_checkpointing_changes_nothing(tmp_path, tiny_tokenizer):
     plain = train(tmp_path / "a", tiny_tokenizer)
     checkpointed = train(tmp_path / "b", tiny_tokenizer, gradient_checkpointing=True)

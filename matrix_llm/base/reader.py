@@ -151,6 +151,8 @@ def _parse_yaml(path: Path) -> list[tuple[int, Any, Any]]:
         loader.name = str(path)
         root = loader.get_single_node()
         values = loader.construct_document(root) if root is not None else None
+        if _holds_itself(values):
+            raise RecipeError(f"{path}: a value holds itself. Write it without an alias.")
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         code = f"U+{ord(text[error.position]):04X}"
@@ -159,12 +161,20 @@ def _parse_yaml(path: Path) -> list[tuple[int, Any, Any]]:
         mark = error.problem_mark or error.context_mark
         place = f"{path} line {mark.line + 1}" if mark else str(path)
         raise RecipeError(f"{place}: this is not YAML: {error.problem or error.context}.") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: a value is nested too deeply. Write fewer brackets.") from None
 
     # 2. Both must be one mapping
     if not isinstance(root, yaml.MappingNode) or not isinstance(values, dict):
         found = "is empty" if values is None else f"holds {type_name(type(values))}"
         raise RecipeError(f"{path} {found}, but a recipe is one flat mapping: write one `key: value` on each line.")
     return [(_line(node), *entry) for (node, _), entry in zip(root.value, values.items(), strict=True)]
+
+
+def _holds_itself(value: Any, outer: tuple[int, ...] = ()) -> bool:
+    """Whether a list or mapping holds itself, by an alias: {a: &x [*x]}."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return id(value) in outer or any(_holds_itself(each, (*outer, id(value))) for each in inner)
 
 
 def _read_text(path: Path) -> str:

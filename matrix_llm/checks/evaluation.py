@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import TrainingArguments
+from trl import SFTConfig
 
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.values import nearest
@@ -27,7 +27,7 @@ def is_higher_better(metric: str) -> bool | None:
     return found[0] if found else None
 
 
-def check_metric(training: TrainingArguments, given: Mapping[str, Any]) -> None:
+def check_metric(training: SFTConfig, given: Mapping[str, Any]) -> None:
     """Refuse a metric that held-out rows do not give, that nothing reads, or that is wanted and not evaluated.
 
     Raises:
@@ -44,7 +44,8 @@ def check_metric(training: TrainingArguments, given: Mapping[str, Any]) -> None:
     }
     reader = next((key for key, reads in readers.items() if reads), None)
     if reader is None:
-        if key := next((key for key in ("metric_for_best_model", "greater_is_better") if given.get(key)), None):
+        choosing = ("metric_for_best_model", "greater_is_better")
+        if key := next((key for key in choosing if given.get(key) is not None), None):
             raise RecipeError(
                 f"{key}={given[key]!r} does nothing: no checkpoint is chosen by it. Write `load_best_model_at_end: "
                 "true` or early_stopping_patience, or remove it."
@@ -72,6 +73,14 @@ def check_metric(training: TrainingArguments, given: Mapping[str, Any]) -> None:
         raise RecipeError(
             f"metric_for_best_model={metric!r} is not measured on held-out rows. Choose one of "
             f"{', '.join(f'eval_{each}' for each in known)}.{nearest(wanted, known)}"
+        )
+    # 4. CE and MCE are not measured of a run that trains another loss: its eval_loss is that loss
+    others = {"loss_type": training.loss_type == "dft", "label_smoothing_factor": training.label_smoothing_factor > 0}
+    other = next((key for key, trains in others.items() if trains), None)
+    if other is not None and wanted.rpartition("_")[2] in ("ce", "mce"):
+        raise RecipeError(
+            f"metric_for_best_model={metric!r} is not measured with {other}={getattr(training, other)!r}, which trains "
+            f"another loss. Write `metric_for_best_model: {metric[: -len(wanted.rpartition('_')[2])]}loss`."
         )
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from matrix_llm.base.errors import DataError
 from matrix_llm.base.values import check_choice
 from matrix_llm.data.messages import (
+    IS_TRAINED,
     check_unicode,
     describe,
     is_given,
@@ -105,10 +106,14 @@ class Form:
 
 
 # Columns of any row that change what is trained: they are honoured where the row's layout can, else refused
-CONTEXT = ("system", "history", "tools", "functions", "chat_template_kwargs")
+CONTEXT = ("system", "system_prompt", "system_message", "history", "tools", "functions", "chat_template_kwargs")
 LOST = ("image", "images", "video", "videos", "audio", "audios", "documents")
 PASSAGES = ("context", "input")  # what a question may be about: read by the forms that say so, else refused
-MASKS = ("loss_weight", "sample_weight", "loss_mask", "completion_mask", "assistant_masks", "train_detail")
+MASKS = (
+    "loss_weight", "sample_weight", "loss_mask", "completion_mask", "assistant_masks", "train_detail", "mask",
+    "weights",
+)  # fmt: skip
+SYSTEM = ("system", "system_prompt", "system_message")  # spellings of one column
 
 
 def parse_row(found: Any, where: str, form: str | None = None, *, boxed_answers: str = "sentence") -> Row:
@@ -309,7 +314,8 @@ def _conversation(messages: list[dict[str, Any]], trained: list[bool], where: st
 def _with_columns(row: Row, found: dict[str, Any], where: str) -> Row:
     """The row with the columns that any form may have: `weight`, and those of CONTEXT."""
     # 1. The row's own weight
-    weight = read_flag(found, ("weight",), where, "a row is trained or left out")
+    flags = [name for name in IS_TRAINED if name == "weight" or isinstance(found.get(name), bool)]
+    weight = read_flag(found, tuple(flags), where, "a row is trained or left out")
     if weight is not None:
         row = replace(row, weight=int(weight))
     for name in MASKS:
@@ -318,6 +324,11 @@ def _with_columns(row: Row, found: dict[str, Any], where: str) -> Row:
                 f"{where}: `{name}` says what is trained, but is not understood. Use `weight` (0 or 1) on the row or "
                 "on its messages, or remove the column."
             )
+    if isinstance(found.get("label"), bool):  # TRL's rows for KTO
+        raise DataError(
+            f"{where}: `label` = {found['label']} says whether the row is a good or a bad example. Write `columns: "
+            "{weight: label}` to train on the good ones, or remove the column."
+        )
     # 2. What no text model can be shown, and what this layout has no place for
     given = [name for name in (*CONTEXT, *LOST) if is_given(found.get(name))]
     for name in given:
@@ -335,12 +346,15 @@ def _with_columns(row: Row, found: dict[str, Any], where: str) -> Row:
         return row
     # 3. System prompt and earlier turns go first; a question's earlier turns are trained as those of messages are
     before: list[dict[str, Any]] = []
-    if "system" in given:
+    systems = [name for name in SYSTEM if name in given]
+    if len(systems) > 1:
+        raise DataError(f"{where}: `{systems[0]}` and `{systems[1]}` are both given. Remove one of them.")
+    for name in systems:
         if row.messages and row.messages[0]["role"] == "system":
             raise DataError(
-                f"{where}: `system` is given, but the first message has the role system as well. Remove one of them."
+                f"{where}: `{name}` is given, but the first message has the role system as well. Remove one of them."
             )
-        before.append({"role": "system", "content": _text(found, "system", where)})
+        before.append({"role": "system", "content": _text(found, name, where)})
     if "history" in given:
         before += _history(found["history"], where)
     messages = before + (row.messages or [])

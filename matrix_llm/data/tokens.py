@@ -256,10 +256,10 @@ class Edges:
     def without_start(self, text: str) -> tuple[str, bool]:
         """The text without the <s> that is written anyway, and whether it had one."""
         bos = self.tokenizer.bos_token
-        if bos is None or not text.startswith(bos):
+        if bos is None or not text.lstrip().startswith(bos):
             return text, False
-        while text.startswith(bos):
-            text = text.removeprefix(bos)
+        while text.lstrip().startswith(bos):
+            text = text.lstrip().removeprefix(bos)
         return text, True
 
     def prompts(self, texts: Sequence[str]) -> list[tuple[TokenIds, bool]]:

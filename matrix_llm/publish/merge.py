@@ -29,6 +29,7 @@ from matrix_llm.base.modes import evaluation_mode
 from matrix_llm.checks.machine import require
 from matrix_llm.model.adapters import WEIGHTS
 from matrix_llm.model.load import repair_generation_settings, set_special_ids
+from matrix_llm.model.older_readers import add_older_names
 from matrix_llm.model.pretrained import load_pretrained
 from matrix_llm.model.tokenizer import check_vocabulary
 from matrix_llm.publish.card import card_of
@@ -312,6 +313,7 @@ def _write(
         staged.mkdir(parents=True)
         merged.save_pretrained(staged)
         tokenizer.save_pretrained(str(staged))
+        add_older_names(staged, tokenizer)
         write_text(staged / CARD, str(card))
         if (adapter.folder / PLOT).is_file():  # shown on the card
             shutil.copy(adapter.folder / PLOT, staged / PLOT)

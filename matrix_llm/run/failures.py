@@ -50,7 +50,8 @@ def why_not_written(error: BaseException) -> str | None:
     """
     if isinstance(error, OSError):
         return error.strerror if error.errno in CANNOT_WRITE else None
-    if isinstance(error, SafetensorError) and (number := re.search(r"os error (\d+)", str(error))):
+    is_from_rust = isinstance(error, SafetensorError) or type(error) is Exception  # the latter from tokenizers
+    if is_from_rust and (number := re.search(r"os error (\d+)", str(error))):
         return os.strerror(int(number[1]))
     if isinstance(error, CheckpointException):  # holds one error for each process that failed
         reasons = (why_not_written(failure) for failure, _ in error.failures.values())

@@ -191,12 +191,26 @@ def _idle_settings(recipe: Recipe, sets: Sequence[RowSet]) -> list[str]:
     ]
 
 
-def _make_encoder(recipe: Recipe, tokenizer: Any, rows: RowSet) -> Encoder:
-    if recipe.training.assistant_only_loss and rows.layout == "text":
+def _check_what_is_trained(recipe: Recipe, rows: RowSet) -> None:
+    """Refuse the settings of SFTConfig that say something else than what is done with rows of this layout."""
+    for key, way_out in (
+        ("assistant_only_loss", "give rows with messages"),
+        ("completion_only_loss", "give rows with prompt and completion"),
+    ):
+        if getattr(recipe.training, key) and rows.layout == "text":
+            raise RecipeError(
+                f"{key}=True, but the rows of {rows.source} are texts, and every token of them is trained. Remove it, "
+                f"or {way_out}."
+            )
+    if rows.layout == "chat" and recipe.resolved.get("assistant_only_loss") is False:
         raise RecipeError(
-            f"assistant_only_loss=True, but the rows of {rows.source} are texts, without turns, and every token of "
-            "them is trained. Remove it, or give rows with messages."
+            f"assistant_only_loss=False, but of the conversations of {rows.source} only the assistant's turns are "
+            "trained. Remove it, or give rows with text, of which everything is."
         )
+
+
+def _make_encoder(recipe: Recipe, tokenizer: Any, rows: RowSet) -> Encoder:
+    _check_what_is_trained(recipe, rows)
     return Encoder(
         tokenizer,
         rows.layout,
@@ -288,14 +302,24 @@ def limit_max_length(recipe: Recipe, *, say: Callable[[str], None]) -> None:
         RecipeError: the recipe's own max_length is beyond them.
     """
     training, scratch = recipe.training, recipe.model.model_config is not None
-    limit = position_limit(load_config(recipe.model, None, trust_remote_code=training.trust_remote_code))
-    if limit is None or (training.max_length is not None and training.max_length <= limit):
+    positions = position_limit(load_config(recipe.model, None, trust_remote_code=training.trust_remote_code))
+    if positions is None:
+        return
+    multiple = int(training.pad_to_multiple_of or 1)  # a row that is not too long may be padded beyond the positions
+    if multiple > positions:
+        raise RecipeError(
+            f"{recipe.path}: pad_to_multiple_of={multiple}, but the model has {positions} positions, and cannot read "
+            "further. Remove it, or set it to 8."
+        )
+    limit = positions - positions % multiple
+    if training.max_length is not None and training.max_length <= limit:
         return
     if recipe.resolved.get("max_length") is not None:
         more = ", or max_position_embeddings in model_config" if scratch else ""
+        more += f" (the largest multiple of pad_to_multiple_of={multiple})" if multiple > 1 else ""
         raise RecipeError(
-            f"{recipe.path}: max_length={training.max_length}, but the model has {limit} positions, and cannot read "
-            f"further. Set max_length to at most {limit}{more}."
+            f"{recipe.path}: max_length={training.max_length}, but the model has {positions} positions, and cannot "
+            f"read further. Set max_length to at most {limit}{more}."
         )
     say(f"=> max_length       {limit}, the model's number of positions, instead of {training.max_length or 'no limit'}")
     training.max_length = limit

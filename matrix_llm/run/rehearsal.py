@@ -2,72 +2,84 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import logging
 
 from matrix_llm.base.errors import RecipeError
+from matrix_llm.run.failures import why_not_written
 
 GIB = 2**30
 
 
-def rehearse_saving(model: Any, tokenizer: Any, training: TrainingArguments) -> None:
+class NotRehearsedError(RecipeError):
+    """There is nowhere to try saving, which says nothing about the place where the run will save."""
+
+
+def rehearse_saving(model: Any, tokenizer: Any, training: TrainingArguments, *, read_back: bool = True) -> None:
     """Save all but the weights into a temporary folder, and read it back.
 
     Args:
         model: a model of transformers, or of PEFT; anything else is not tried.
         tokenizer: a tokenizer or a processor, or None.
+        read_back: whether what is not the same when it is read back is refused as well.
 
     Raises:
         RecipeError: something cannot be saved or read back; one line, with the library's own reason.
+        NotRehearsedError: the temporary folder cannot be written.
     """
+    try:
+        holder = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise _no_room(error.strerror) from error
     what = ""
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with holder as folder:
+            # 1. The settings, by the calls that the model's own save_pretrained makes. It may need the weights itself.
             if is_peft_model(model):
                 what = "the adapter's settings"
                 for settings in model.peft_config.values():
                     settings.save_pretrained(folder)
-            elif hasattr(model, "save_pretrained"):
+            elif isinstance(model, PreTrainedModel):
                 what = "the configuration and the generation settings"
-                with _without_progress_bars():
-                    model.save_pretrained(folder, state_dict={})
-                _read_back(folder, model)
+                model.config.save_pretrained(folder)
+                if model.can_generate():
+                    model.generation_config.save_pretrained(folder)
+                if read_back:
+                    _read_back(folder, model)
+            # 2. The tokenizer
             if tokenizer is not None:
                 what = "the tokenizer"
                 tokenizer.save_pretrained(folder)
-                _read_tokenizer_back(folder, tokenizer)
+                if read_back:
+                    _read_tokenizer_back(folder, tokenizer)
+            # 3. The training arguments
             what = "the training arguments"
             torch.save(training, Path(folder, "training_args.bin"))
-    except OSError as error:
-        if error.filename is None or tempfile.gettempdir() not in str(error.filename):
-            raise _cannot_save(what, error, model) from error
-        raise RecipeError(
-            f"the temporary folder {tempfile.gettempdir()} cannot be written: {error.strerror}. Make room there, or "
-            "set TMPDIR to another folder."
-        ) from error
     except Exception as error:  # whatever a library raises here, it would raise after training
+        if (reason := why_not_written(error)) is not None:
+            raise _no_room(reason) from error
         raise _cannot_save(what, error, model) from error
 
 
-@contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+def _no_room(reason: str | None) -> NotRehearsedError:
+    return NotRehearsedError(
+        f"the temporary folder {tempfile.gettempdir()} cannot be written: {reason}. Make room there, or set TMPDIR to "
+        "another folder."
+    )
 
 
 def _cannot_save(what: str, error: Exception, model: Any) -> RecipeError:
@@ -80,7 +92,9 @@ def _cannot_save(what: str, error: Exception, model: Any) -> RecipeError:
 
 
 def _read_back(folder: str, model: Any) -> None:
-    if model.config.model_type in CONFIG_MAPPING:  # others need the code that came with the model
+    if (
+        Path(folder, "config.json").is_file() and model.config.model_type in CONFIG_MAPPING
+    ):  # others need the code that came with the model
         AutoConfig.from_pretrained(folder)
     if Path(folder, "generation_config.json").is_file():
         GenerationConfig.from_pretrained(folder)

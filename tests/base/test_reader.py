@@ -83,6 +83,8 @@ def test_a_date_is_a_text(file):
         ("model_config:\n  a: 1\n  ? [b]\n  : 2\n", "line 3: a list cannot be a key"),
         ("packing: true\nrun_name: a\npacking: true\n", "line 3: 'packing' is given twice, first on line 1.*Keep one"),
         ("model_config: {a: 1, a: 2}\n", "line 1: 'a' is given twice"),
+        ("model_config: &a {b: *a}\n", "holds itself.*without an alias"),
+        pytest.param(f"fsdp: {'[' * 3000}{']' * 3000}\n", "nested too deeply", id="brackets"),
     ],
 )
 def test_a_file_that_is_not_one_flat_mapping_is_refused_in_one_line(file, content, refusal):

@@ -25,6 +25,15 @@ def test_a_metric_that_will_not_exist_is_refused(load, evaluated, reader, metric
         load(**evaluated, **reader, metric_for_best_model=metric)
 
 
+@pytest.mark.parametrize("other", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}], ids=str)
+@pytest.mark.parametrize(("metric", "instead"), [("eval_ce", "eval_loss"), ("mce", "loss")])
+def test_ce_and_mce_are_not_metrics_of_a_run_that_trains_another_loss(load, evaluated, other, metric, instead):
+    settings = {**evaluated, **BEST, "mce_weight": 0, **other}
+    with pytest.raises(RecipeError, match=f"'{metric}' is not measured with {next(iter(other))}.*: {instead}`"):
+        load(**settings, metric_for_best_model=metric)
+    assert load(**settings, metric_for_best_model=instead)
+
+
 def test_named_evaluation_sets_have_metrics_of_their_own():
     training = MatrixConfig("x", use_cpu=True, bf16=False, eval_strategy="steps", early_stopping_patience=2,
                             metric_for_best_model="eval_math_ce")  # fmt: skip
@@ -39,6 +48,7 @@ def test_named_evaluation_sets_have_metrics_of_their_own():
     [
         ({"metric_for_best_model": "ce"}, "metric_for_best_model='ce' does nothing.*load_best_model_at_end"),
         ({"greater_is_better": True}, "greater_is_better=True does nothing"),
+        ({"greater_is_better": False}, "greater_is_better=False does nothing"),
         ({"save_strategy": "best"}, "save_strategy='best' needs held-out rows.*eval_strategy: steps"),
         ({"early_stopping_patience": 2}, "early_stopping_patience=2.*eval_strategy"),
         ({**BEST, "save_strategy": "epoch"}, "load_best_model_at_end=True.*Write `eval_strategy: epoch`"),

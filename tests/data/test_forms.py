@@ -145,7 +145,26 @@ def test_a_row_of_weight_0_says_so_and_other_weights_are_refused(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["loss_weight", "sample_weight", "loss_mask", "completion_mask", "assistant_masks"])
+@pytest.mark.parametrize("name", ["train", "training"])
+def test_a_row_may_be_left_out_in_the_spellings_of_a_turn(form, name):
+    found, row = EXAMPLES[form]
+    assert parse_row({**found, name: False}, "here").weight == 0
+    assert parse_row({**found, name: True}, "here") == parse_row({**found, name: "a split's name"}, "here") == row
+    assert "disagree" in refusal({**found, name: True, "weight": 0})
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("label", [True, False])
+def test_rows_that_are_labelled_good_or_bad_are_not_all_trained(form, label):
+    found, row = EXAMPLES[form]
+    assert "columns: {weight: label}" in refusal({**found, "label": label})
+    assert parse_row({**found, "label": "algebra"}, "here") == row
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "name", ["loss_weight", "sample_weight", "loss_mask", "completion_mask", "assistant_masks", "mask", "weights"]
+)
 def test_other_columns_that_say_what_is_trained_are_refused(form, name):
     found, row = EXAMPLES[form]
     assert re.search(rf"`{name}`.*`weight`", refusal({**found, name: [0, 1]}))
@@ -153,7 +172,8 @@ def test_other_columns_that_say_what_is_trained_are_refused(form, name):
 
 
 CONTEXT = {
-    "system": "Be brief.", "history": [["0 + 1?", "1"]], "tools": [{"name": "add"}],
+    "system": "Be brief.", "system_prompt": "Be brief.", "system_message": "Be brief.",
+    "history": [["0 + 1?", "1"]], "tools": [{"name": "add"}],
     "chat_template_kwargs": {"style": "dry"},
 }  # fmt: skip
 
@@ -177,6 +197,8 @@ def test_system_and_history_come_before_the_turns():
         found, row = EXAMPLES[form]
         given = parse_row({**found, "system": CONTEXT["system"], "history": CONTEXT["history"]}, "here")
         assert given.messages == before + (row.messages or [])
+        assert parse_row({**found, "system_prompt": "Be brief."}, "here").messages == before[:1] + (row.messages or [])
+        assert "`system_prompt`" in refusal({**found, "system": "Be brief.", "system_prompt": "Be long."})
     assert "system" in refusal({"messages": [before[0], USER, ASSISTANT], "system": "Be brief."})
 
 

@@ -152,6 +152,7 @@ def test_messages_that_the_chat_template_refuses_are_named_by_their_row(tiny_tok
     ("given", "same", "notes"),
     [
         (Row("text", answer="<s>12 pens</s>\n"), Row("text", answer="12 pens"), HAD_START | HAD_END),
+        (Row("text", answer="\n <s><s>12 pens"), Row("text", answer="12 pens"), HAD_START),
         (Row("text", answer="12 pens</s> </s>"), Row("text", answer="12 pens"), HAD_END),
         (Row("verbatim", "<s>1 + 1 =", " 2</s>\n"), Row("verbatim", "1 + 1 =", " 2"), HAD_START | HAD_END),
         (Row("template", "1 <s> 1", "2 </s> 2"), Row("template", "1 <s> 1", "2 </s> 2"), 0),

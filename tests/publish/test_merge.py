@@ -72,7 +72,15 @@ def test_the_merged_model_gives_the_adapters_logits(make, tmp_path, name, settin
         assert (expected - logits(adapted)).abs().max() > 1e-2 * expected.abs().max()
     assert torch.allclose(logits(model), expected, atol=1e-5 * expected.abs().max())
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == is_tied
-    assert model.config.tie_word_embeddings == is_tied  # which is all that other readers look at
+    # what other readers look at
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] == is_tied
+    assert ("lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")) == is_tied
+
+
+def test_older_readers_find_the_rotary_base_and_the_tokenizer_class(make, tmp_path):
+    merged(make(), tmp_path)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_theta"] == 10000
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["tokenizer_class"].endswith("Fast")
 
 
 def test_the_folder_needs_nothing_else(make, tmp_path, tiny_tokenizer, capsys):

@@ -9,6 +9,8 @@ import signal
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.distributed.checkpoint import CheckpointException
 
 from matrix_llm.base.errors import DataError
@@ -30,10 +32,12 @@ def test_doctests():
 
 
 STATE = {"a": torch.zeros(100_000), "b": torch.ones(50_000)}  # 600,000 bytes, and about 1,600 for the archive itself
+TOKENIZER = Tokenizer(WordLevel({f"{number:030}": number for number in range(20_000)}, unk_token="0" * 30))
 WRITERS = {
     "torch.save": lambda path: torch.save(STATE, path),
     "torch.save, old format": lambda path: torch.save(STATE, path, _use_new_zipfile_serialization=False),
     "safetensors": lambda path: save_file(STATE, path),
+    "tokenizers": lambda path: TOKENIZER.save(str(path)),
     "python": lambda path: path.write_bytes(bytes(600_000)),
 }
 

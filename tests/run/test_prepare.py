@@ -200,6 +200,24 @@ def test_a_max_length_beyond_the_models_positions_is_refused_and_an_open_one_is_
     assert max(len(row["input_ids"]) for row in prepared.train) <= 160
 
 
+def test_padding_stays_within_the_models_positions_too(recipe):
+    with pytest.raises(RecipeError, match=r"pad_to_multiple_of=128, but the model has 100 positions.*Remove it"):
+        limit_max_length(recipe(**positions(100), max_length=64, pad_to_multiple_of=128), say=print)
+    with pytest.raises(RecipeError, match=r"max_length=97, but the model has 100 positions.*at most 96.*multiple"):
+        limit_max_length(recipe(**positions(100), max_length=97, pad_to_multiple_of=16), say=print)
+    loaded = recipe(**positions(100), max_length=None, pad_to_multiple_of=16)
+    limit_max_length(loaded, say=print)
+    assert loaded.training.max_length == 96
+
+
+@pytest.mark.parametrize("key", ["assistant_only_loss", "completion_only_loss"])
+def test_texts_have_no_part_to_train_on_alone(recipe, tmp_path, key):
+    rows = tmp_path / "texts.jsonl"
+    rows.write_text('{"text": "Two is even."}\n')
+    with pytest.raises(RecipeError, match=f"{key}=True, but the rows of .*texts.jsonl are texts.*Remove it"):
+        prepare(recipe(dataset=str(rows), **{key: True}))
+
+
 def test_the_default_max_length_gives_way_to_the_models_positions(tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps({k: v for k, v in {**TINY, **positions(512)}.items() if k != "max_length"}))
