@@ -128,7 +128,7 @@ def draw(house: House, path: Path) -> None:
         axes.axhspan(line[room.name] - 0.5, line[room.name] + 0.5, color=shade, linewidth=0)
         axes.text(-0.1, line[room.name], room.name, ha="right", va="center", weight="bold", fontsize=11)
         size = f"{room.files} files, {room.lines:,} lines" if room.files > 1 else f"{room.lines:,} lines"
-        axes.text(-1.9, line[room.name], size, ha="right", va="center", fontsize=8, color="#555555")
+        axes.text(-2.25, line[room.name], size, ha="right", va="center", fontsize=8, color="#555555")
 
     # 2. A stem under each importing room, with an arrow and a count at each room that it imports.
     for (above, below), count in house.imports.items():
@@ -139,7 +139,7 @@ def draw(house: House, path: Path) -> None:
     for name, x in column.items():
         axes.plot(x, line[name], "o", color=DOWN, markersize=7)
 
-    axes.set(xlim=(-3.7, len(importing)), ylim=(-0.5, len(house.rooms) - 0.5))
+    axes.set(xlim=(-4.2, len(importing)), ylim=(-0.5, len(house.rooms) - 0.5))
     axes.set_title(f"{PACKAGE}: each dot is a room, the arrows under it are its imports, with their number")
     axes.set_axis_off()
     save_figure(figure, path)

@@ -126,9 +126,8 @@ def _words(name: str) -> list[str]:
     return re.split(r"[-_. ]+", name.lower())
 
 
-IN_FRONT, IN_NAME, ABOVE = range(
-    3
-)  # where a file says its split, best first: train-0.jsonl, gsm8k_train.jsonl, train/0
+# Where a file says its split, best first: train-0.jsonl, gsm8k_train.jsonl, train/0
+IN_FRONT, IN_NAME, ABOVE = range(3)
 
 
 def _stem(path: Path) -> str:
@@ -253,7 +252,9 @@ def _files_of_card(folder: Path, configs: Sequence[dict[str, Any]], config: str 
             "leakage_check: PATH:NAME), or give a list of data sets."
         )
     if config not in by_name:
-        raise DataError(f"{card} lists {', '.join(by_name)}, but not {config!r}.{nearest(config, by_name)}")
+        raise DataError(
+            f"{card} lists {', '.join(by_name)}, but not {config!r}. Correct dataset_config.{nearest(config, by_name)}"
+        )
     # 2. the split: {split: ..., path: ...}, or patterns that are all of train
     entries = by_name[config]["data_files"]
     entries = entries if isinstance(entries, list) else [entries]

@@ -184,7 +184,7 @@ def unread_fields(found: dict[str, Any], form: str) -> list[str]:
     >>> unread_fields({"query": "1 + 1?", "response": "2", "type": "GSM_Rephrased"}, "query/response")
     ['type']
     """
-    read = {*FORMS[form].fields, *FORMS[form].optional, *CONTEXT, "weight", "id"}
+    read = {*FORMS[form].fields, *FORMS[form].optional, *CONTEXT, *IS_TRAINED, "id"}
     return [str(name) for name, value in found.items() if name not in read and is_given(value)]
 
 
@@ -220,11 +220,6 @@ def _alpaca(found: dict[str, Any], where: str) -> Row:
 
 def _prompt_completion(found: dict[str, Any], where: str) -> Row:
     prompt, completion = found["prompt"], found["completion"]
-    if isinstance(found.get("label"), bool):
-        raise DataError(
-            f"{where}: `label` = {found['label']} says whether the completion is wanted, but every completion would be "
-            "trained. Set columns: {weight: label} to leave out those that are not, or {id: label} to train all."
-        )
     if isinstance(prompt, list) != isinstance(completion, list):
         raise DataError(
             f"{where}: `prompt` is {describe(prompt)} and `completion` is {describe(completion)}, but they must be two "
@@ -327,7 +322,7 @@ def _with_columns(row: Row, found: dict[str, Any], where: str) -> Row:
     if isinstance(found.get("label"), bool):  # TRL's rows for KTO
         raise DataError(
             f"{where}: `label` = {found['label']} says whether the row is a good or a bad example. Write `columns: "
-            "{weight: label}` to train on the good ones, or remove the column."
+            "{weight: label}` to train on the good ones, or `{id: label}` to train on all."
         )
     # 2. What no text model can be shown, and what this layout has no place for
     given = [name for name in (*CONTEXT, *LOST) if is_given(found.get(name))]

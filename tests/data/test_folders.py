@@ -130,7 +130,7 @@ def test_the_data_card_decides_as_on_the_hub(folder):
     assert found(gsm, "main", "test") == ["main/test.jsonl"]
     assert found(gsm, "socratic") == ["socratic/train.jsonl"]
     assert "main, socratic" in refusal(gsm)
-    assert "lists main, socratic, but not 'other'" in refusal(gsm, "other")
+    assert "lists main, socratic, but not 'other'. Correct dataset_config" in refusal(gsm, "other")
     assert "none for the split 'test'" in refusal(gsm, "socratic", "test")
     (gsm / "README.md").write_text(CARD.replace("config_name: main", "config_name: main\n  default: true"))
     assert found(gsm) == ["main/tr-extra.jsonl", "main/train.jsonl"]

@@ -256,7 +256,7 @@ def test_a_prompt_template_that_conversations_do_not_use_is_named_unless_it_is_c
 
 
 def test_fields_of_the_rows_that_are_not_read_are_named(recipe, tmp_path):
-    row = {"question": "1 + 1?", "answer": "2", "source": "a", "level": None, "weight": 1, "system": "Be brief."}
+    row = {"question": "1 + 1?", "answer": "2", "source": "a", "level": None, "train": True, "system": "Be brief."}
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
     said = []
     prepare_data(recipe(dataset=str(tmp_path / "a.jsonl"), columns={"id": "system"}), say=said.append)
