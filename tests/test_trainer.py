@@ -426,6 +426,18 @@ def test_the_constructor_shows_the_signature_of_sft_trainers():
     assert inspect.signature(MatrixTrainer.__init__) == inspect.signature(SFTTrainer.__init__)
 
 
+def parameters(function):
+    return [(each.name, each.kind, each.default) for each in inspect.signature(function).parameters.values()]
+
+
+def test_every_public_method_shows_the_parameters_of_sft_trainers():
+    """Tools read them to see what a version takes."""
+    names = [name for name, _ in inspect.getmembers(SFTTrainer, inspect.isfunction) if not name.startswith("_")]
+    assert {"train", "evaluate", "predict", "save_model", "push_to_hub"} <= set(names)
+    for name in names:
+        assert parameters(getattr(MatrixTrainer, name)) == parameters(getattr(SFTTrainer, name)), name
+
+
 def test_the_collator_is_still_trls_and_its_settings_count(tmp_path, tiny_tokenizer):
     trainer = MatrixTrainer(
         tiny_model(), MatrixConfig(**config(tmp_path)), train_dataset=rows(), processing_class=tiny_tokenizer
