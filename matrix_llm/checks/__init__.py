@@ -1,5 +1,6 @@
 """What a recipe asks of TRL, transformers and this machine, tried before a row is read or a weight is loaded.
 
-Read keys.py (what becomes of each of SFTConfig's keys), evaluation.py (metrics, the best checkpoint, early stopping),
-optimizer.py (optimizer and schedule, built for one small layer) and machine.py (packages and devices).
+Read combinations.py (settings that do not go together, and the list of all checks), keys.py (what becomes of each of
+SFTConfig's keys), evaluation.py (metrics, the best checkpoint, early stopping), optimizer.py (optimizer and schedule,
+built for one small layer), machine.py (packages and devices) and sharding.py (how a run is spread over processes).
 """
