@@ -17,7 +17,7 @@ from typing import Any
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
-from matrix_llm.base.errors import RecipeError
+from matrix_llm.base.errors import RecipeError, one_line
 from matrix_llm.base.gpus import GPUS
 from matrix_llm.base.reader import Settings, find_from_repository, find_recipe
 from matrix_llm.base.values import check_choice, check_fields, read_numbers, setting
@@ -659,12 +659,12 @@ def _build_training(given: dict[str, Any], dry_run: bool) -> MatrixConfig:
     except RecipeError:
         raise
     except _REFUSED_BY_LIBRARIES as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         culprit = next((key for key in given if key != "output_dir" and key in reason), None)
         culprit = culprit or next((key for key in given if _is_culprit(key, given, build)), None)
         where = f"{culprit}={given[culprit]!r} is refused: " if culprit else ""
         way_out = f" Correct or remove {culprit}." if culprit else ""
-        raise RecipeError(f"{where}{reason.removesuffix('.')}.{way_out}") from error
+        raise RecipeError(f"{where}{reason}.{way_out}") from error
 
 
 _REFUSED_BY_LIBRARIES = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, OSError, ImportError)

@@ -56,6 +56,15 @@ class NonFiniteLossError(MatrixLLMError, RuntimeError):
     """The loss became NaN or infinite. The weights are those of the previous step."""
 
 
+def one_line(error: BaseException) -> str:
+    """What another library's error says, in one line without a full stop; its type where it says nothing.
+
+    >>> one_line(ValueError("no such key:\\n  'a'.")), one_line(KeyError())
+    ("no such key: 'a'", 'KeyError')
+    """
+    return (" ".join(str(error).split()) or type(error).__name__).removesuffix(".")
+
+
 SECRET = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{16,}")
 
 

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_utils import SchedulerType
 
-from matrix_llm.base.errors import RecipeError
+from matrix_llm.base.errors import RecipeError, one_line
 from matrix_llm.checks.machine import MissingOnThisMachineError
 
 _PLANNED_STEPS = 1000  # where only the data say how many steps there are
@@ -98,11 +98,11 @@ def _optimizer_settings(training: TrainingArguments, **changes: Any) -> tuple[st
         groups = arguments.pop("params", None) or list(layer.parameters())
         found(**arguments) if "model" in arguments else found(groups, **arguments)
     except ImportError as error:
-        raise MissingOnThisMachineError(f"{words}: {_one_line(error)}") from None
+        raise MissingOnThisMachineError(f"{words}: {one_line(error)}.") from None
     except Exception as error:  # whatever it is, training would end with it
         if "install" in str(error):
-            raise MissingOnThisMachineError(f"{words}: {_one_line(error)}") from None
-        raise RecipeError(f"{words} cannot be built: {_one_line(error)} Write name=value,name=value.") from None
+            raise MissingOnThisMachineError(f"{words}: {one_line(error)}.") from None
+        raise RecipeError(f"{words} cannot be built: {one_line(error)}. Write name=value,name=value.") from None
     rates = [{k: v for k, v in group.items() if k != "params"} for group in groups if isinstance(group, dict)]
     return str(found), str((sorted(said.items()), rates))
 
@@ -132,7 +132,7 @@ def check_schedule(training: TrainingArguments, given: Mapping[str, Any]) -> Non
         scheduler = get_scheduler(kind, layer, warmup, steps, scheduler_specific_kwargs=kwargs)
         rates = _rates(scheduler, {0, 1, warmup, (warmup + steps) // 2, steps - 1})
     except Exception as error:  # whatever it is, training would end with it
-        raise RecipeError(f"{words} cannot be built: {_one_line(error)} Correct lr_scheduler_kwargs.") from None
+        raise RecipeError(f"{words} cannot be built: {one_line(error)}. Correct lr_scheduler_kwargs.") from None
     # 3. Would it train?
     if not all(math.isfinite(rate) and rate >= 0 for rate in rates) or not any(rates):
         raise RecipeError(
@@ -156,8 +156,3 @@ def _rates(scheduler: Any, steps: set[int]) -> list[float]:
 
 def _name(value: Any) -> str:
     return getattr(value, "value", value)
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if text.endswith(".") else f"{text}."

@@ -19,7 +19,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from matrix_llm.base.errors import DataError
+from matrix_llm.base.errors import DataError, one_line
 
 # What a template may raise on a row that it was not written for
 TEMPLATE_FAILURES = (
@@ -210,7 +210,7 @@ class ChatLayout:
             spans = {i: find(i, text, blocks, messages, options) for i in chosen}
         except TEMPLATE_FAILURES as error:
             raise RefusedError(
-                f"the tokenizer's chat template refuses the messages: {' '.join(str(error).split()).rstrip('.!')}"
+                f"the tokenizer's chat template refuses the messages: {one_line(error).rstrip('.!')}"
             ) from None
         spans = {i: self._with_end(*span, text, messages[i], i) for i, span in spans.items()}
         for i, (start, end) in spans.items():

@@ -20,7 +20,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from matrix_llm.base.errors import DataError
+from matrix_llm.base.errors import DataError, one_line
 from matrix_llm.data.jsonarray import ArrayError, JsonReader
 
 ARRAY_CHUNK = 1 << 20  # characters of a JSON array that are decoded at a time
@@ -272,7 +272,7 @@ def read_saved(folder: Path) -> Iterator[Found]:
                 yield f"{folder} row {number}", found
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"{folder}: not a readable folder of save_to_disk ({' '.join(str(error).split())}). Save it again."
+            f"{folder}: not a readable folder of save_to_disk ({one_line(error)}). Save it again."
         ) from None
 
 

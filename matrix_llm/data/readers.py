@@ -22,7 +22,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from matrix_llm.base.errors import DataError
+from matrix_llm.base.errors import DataError, one_line
 from matrix_llm.base.values import nearest
 from matrix_llm.data import wordproblems
 from matrix_llm.data.folders import find_rows, is_saved, saved_files
@@ -122,7 +122,7 @@ def _unreadable_on_hub(source: "Source", error: Exception) -> DataError:
     named = ", ".join(f"{key} {value!r}" for key, value in said.items() if value)
     return DataError(
         f"the dataset {source.name!r}{f' ({named})' if named else ''}, split {source.split!r}, is neither a local path "
-        f"nor readable from the Hub: {type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}. "
+        f"nor readable from the Hub: {type(error).__name__}: {one_line(error)}. "
         "Check the name and the connection, or give a local file."
     )
 

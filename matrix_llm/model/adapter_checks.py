@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from matrix_llm.base.errors import ModelError, RecipeError
+from matrix_llm.base.errors import ModelError, RecipeError, one_line
 from matrix_llm.base.values import nearest
 from matrix_llm.config import ModelArguments
 from matrix_llm.model.adapters import add_adapters, lora_config
@@ -42,10 +42,10 @@ def check_adapters(args: ModelArguments, *, trust_remote_code: bool = False) -> 
             adapted = add_adapters(model, settings)
         except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
             names.check(args, settings, None)  # PEFT does not say which name of which key
-            reason = " ".join(str(error).split())
-            if "lora_dropout" in reason:  # adapters on parameters, such as stacked experts
-                reason += " Set lora_dropout: 0."
-            raise RecipeError(f"the lora_ settings do not fit {type(model).__name__}: {reason}") from None
+            reason = one_line(error)
+            # 0 for adapters on parameters, such as stacked experts
+            way_out = "Set lora_dropout: 0." if "lora_dropout" in reason else "Correct them."
+            raise RecipeError(f"the lora_ settings do not fit {type(model).__name__}: {reason}. {way_out}") from None
 
     # 2. what they adapt
     tuner: Any = adapted.base_model

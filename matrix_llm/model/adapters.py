@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from matrix_llm.base.errors import RecipeError
+from matrix_llm.base.errors import RecipeError, one_line
 from matrix_llm.checks.machine import require
 from matrix_llm.config import ModelArguments
 
@@ -74,7 +74,7 @@ def lora_config(args: ModelArguments) -> LoraConfig | None:
             ensure_weight_tying=args.lora_ensure_weight_tying,
         )
     except (ValueError, TypeError) as error:
-        raise RecipeError(f"PEFT refuses the lora_ settings: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"PEFT refuses the lora_ settings: {one_line(error)}.") from None
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from matrix_llm.base.errors import RecipeError
+from matrix_llm.base.errors import RecipeError, one_line
 from matrix_llm.config import ModelArguments, Recipe
 from matrix_llm.model.lm_head import load_embeddings
 from matrix_llm.model.load import build_config, check_generation_settings, load_config
@@ -66,7 +66,7 @@ def _check_attention(attention: str, config: PretrainedConfig, trust_remote_code
                 config, attn_implementation=attention, trust_remote_code=trust_remote_code, dtype=torch.bfloat16
             )
     except (ValueError, ImportError, NotImplementedError) as error:
-        reason = " ".join(str(error).split()).removesuffix(".")
+        reason = one_line(error)
         raise RecipeError(
             f"attn_implementation={attention!r} does not work with a {config.model_type} model: {reason}. Remove it, "
             "or choose sdpa or eager."

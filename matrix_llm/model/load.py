@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
-from matrix_llm.base.errors import RecipeError
+from matrix_llm.base.errors import RecipeError, one_line
 from matrix_llm.base.values import nearest
 from matrix_llm.config import ModelArguments
 from matrix_llm.model.adapters import quantisation_options
@@ -119,7 +119,7 @@ def _repair(settings: GenerationConfig, name: str) -> str:
     except ValueError as error:
         raise RecipeError(
             f"the generation_config.json of {name!r} could not be saved after training: "
-            f"{' '.join(str(error).split())} Correct the file."
+            f"{one_line(error)}. Correct the file."
         ) from None
     return said
 
@@ -141,7 +141,7 @@ def check_generation_settings(args: ModelArguments) -> None:
     except RecipeError:
         raise
     except ValueError as error:
-        reason = " ".join(str(error).split()).removesuffix(".")
+        reason = one_line(error)
         raise RecipeError(
             f"the generation_config.json of {args.model_name_or_path!r} cannot be used: {reason}. Correct the file."
         ) from None
@@ -216,7 +216,7 @@ def build_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase | None
     try:
         return AutoConfig.for_model(model_type, **{**settings, **ids})
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise RecipeError(f"model_config: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"model_config: {one_line(error)}.") from None
 
 
 def set_special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from matrix_llm.base.errors import ModelError, RecipeError
+from matrix_llm.base.errors import ModelError, RecipeError, one_line
 from matrix_llm.base.files import write_text
 from matrix_llm.base.modes import evaluation_mode
 from matrix_llm.checks.machine import require
@@ -231,7 +231,7 @@ def _merge_weights(adapted: PeftModel) -> PreTrainedModel:
             warnings.simplefilter("ignore")  # of tied embeddings, which are taken care of here
             merged: Any = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:
-        raise ModelError(f"the adapter cannot be merged: {' '.join(str(error).split())} Use another one.") from None
+        raise ModelError(f"the adapter cannot be merged: {one_line(error)}. Use another one.") from None
     for name, parameter in merged.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(f"the merged weight {name} holds NaN or infinity. Use another checkpoint of the run.")

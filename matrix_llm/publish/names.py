@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from matrix_llm.base.errors import RecipeError
+from matrix_llm.base.errors import RecipeError, one_line
 from matrix_llm.data.readers import looks_local
 
 
@@ -32,7 +32,8 @@ def check_repository_name(name: str, key: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"{key}={name!r} is not a valid Hub repository name: {reason} Use user/name.") from None
+        raise RecipeError(
+            f"{key}={name!r} is not a valid Hub repository name: {one_line(error)}. Use user/name."
+        ) from None
     if name.count("/") != 1:
         raise RecipeError(f"{key}={name!r} does not say whose repository it is. Use user/name or organisation/name.")

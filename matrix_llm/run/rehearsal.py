@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from matrix_llm.base.errors import RecipeError
+from matrix_llm.base.errors import RecipeError, one_line
 from matrix_llm.run.failures import why_not_written
 
 GIB = 2**30
@@ -84,9 +84,8 @@ def _no_room(reason: str | None) -> NotRehearsedError:
 
 def _cannot_save(what: str, error: Exception, model: Any) -> RecipeError:
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or "the model"
-    reason = " ".join(str(error).split()) or type(error).__name__
     return RecipeError(
-        f"{what} of {name} could not be saved after training: {reason.rstrip('.')}. Correct the files of that model, "
+        f"{what} of {name} could not be saved after training: {one_line(error)}. Correct the files of that model, "
         "or train from another folder."
     )
 
