@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from matrix_llm.base.errors import RecipeError
+from matrix_llm.base.errors import RecipeError, one_line
 from matrix_llm.base.modes import evaluation_mode
 
 TOLERANCE = 2e-3  # relative to the largest value; a leak moves some of the few tokens by far more
@@ -41,7 +41,7 @@ def check_isolation(
         description: the model, for the error.
 
     Raises:
-        RecipeError: the row before it makes a difference.
+        RecipeError: the row before it makes a difference, or transformers refuses packed rows for this model.
     """
     # 1. two rows packed, and the second one alone
     ids = (torch.arange(11) * 7 + 3) % vocabulary
@@ -56,7 +56,14 @@ def check_isolation(
 
     # 2. loss and entropy of the second row's tokens, except its first, which nothing predicts
     with evaluation_mode(model):
-        in_pack, expected = _measure(model, prepare(packed)), _measure(model, prepare(alone))
+        expected = _measure(model, prepare(alone))
+        try:
+            in_pack = _measure(model, prepare(packed))
+        except ValueError as refused:  # newer ones say so themselves, e.g. of a kernel that is not installed
+            raise RecipeError(
+                f"packing: {description} cannot keep rows packed into one sequence apart: {one_line(refused)}. Set "
+                "packing: false (padding_free: false)."
+            ) from None
     found = in_pack[:, len(first) : len(first) + len(second) - 1]
 
     # 3. NaN is a different problem: the trainer's guard names the step and the rows

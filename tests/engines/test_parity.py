@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+import transformers
 from accelerate.parallelism_config import ParallelismConfig
+from packaging import version
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
@@ -75,6 +77,8 @@ def test_packed_rows_lose_what_unpacked_rows_lose_token_by_token(name, implement
             tmp_path / str(len(found)), per_device_train_batch_size=2, mce_top_k=top_k, mce_steps=6, **packing
         )
         model = tiny_model(name)
+        if implementation == "sdpa" and not model._supports_sdpa:
+            pytest.skip(f"transformers {transformers.__version__} has no sdpa for {name}")
         trainer = MatrixTrainer(
             model, MatrixConfig(**settings), train_dataset=rows(24), processing_class=tiny_tokenizer
         )
@@ -95,8 +99,11 @@ def test_a_model_that_lets_packed_rows_see_each_other_is_refused(name, tmp_path,
     monkeypatch.setitem(tiny.ARCHITECTURES, name, {**tiny.COMMON, **LEAKY[name]})
     steps = []
     monkeypatch.setattr(MatrixTrainer, "training_step", lambda *a, **k: steps.append(1))
-    with pytest.raises(RecipeError, match=r"packing: .* see each other.*Set packing: false"):
-        train(tmp_path, tiny_tokenizer, model=tiny_model(name), data=rows(24), packing=True, max_length=48)
+    model = tiny_model(name)
+    if name == "falcon" and version.parse(transformers.__version__) >= version.parse("5.20"):
+        pytest.skip(f"transformers {transformers.__version__} keeps Falcon's rows apart")
+    with pytest.raises(RecipeError, match=r"packing: .* (see each other|apart: ).*Set packing: false"):
+        train(tmp_path, tiny_tokenizer, model=model, data=rows(24), packing=True, max_length=48)
     assert not steps
 
 
