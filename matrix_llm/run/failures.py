@@ -35,6 +35,8 @@ TORCH_SAVE_FAILED = (
 PEER_IS_GONE = (
     "Connection closed by peer",  # gloo
     "Connection reset by peer",
+    "Broken pipe",  # written to, where the two above are read from
+    "Socket closed",
     "remote worker crashing",
     "remote process exited",  # NCCL
 )
