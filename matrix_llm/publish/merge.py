@@ -236,14 +236,6 @@ def _merge_weights(adapted: PeftModel) -> PreTrainedModel:
         if not torch.isfinite(parameter).all():
             raise ModelError(f"the merged weight {name} holds NaN or infinity. Use another checkpoint of the run.")
 
-    # embeddings and LM head that were trained apart are two weights from here on; PEFT 0.18 leaves them called one
-    text = merged.config.get_text_config()
-    head, embeddings = merged.get_output_embeddings(), merged.get_input_embeddings()
-    if text.tie_word_embeddings and head.weight is not embeddings.weight:
-        if torch.equal(head.weight, embeddings.weight):
-            head.weight = embeddings.weight
-        else:
-            merged.config.tie_word_embeddings = text.tie_word_embeddings = False
     return merged
 
 

@@ -61,7 +61,7 @@ def test_every_field_of_lora_config_is_set_by_a_key_or_listed_as_not_exposed():
     keys = {field.name.removeprefix("lora_") for field in dataclasses.fields(ModelArguments)}
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
     exposed = {name for name in fields if name.removeprefix("lora_") in keys and name not in NOT_EXPOSED}
-    assert fields - exposed == set(NOT_EXPOSED)
+    assert fields - exposed <= set(NOT_EXPOSED)  # an older PEFT has fewer
 
     changed = arguments(
         lora_r=3, lora_alpha=5, lora_dropout=0.25, use_rslora=True, use_dora=True, init_lora_weights="gaussian",
