@@ -219,8 +219,9 @@ class Killed(BaseException):
     """Stands for the end of the process: nothing in the program catches it."""
 
 
-def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(recipe, tmp_path, capsys, monkeypatch):
-    saved = {"save_strategy": "steps", "save_steps": 2}
+@pytest.mark.parametrize("others", [{}, {"mce_embeddings": "centred", "mce_top_k": 16}], ids=["", "centred"])
+def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(others, recipe, tmp_path, capsys, monkeypatch):
+    saved = {"save_strategy": "steps", "save_steps": 2, **others}
     assert main([recipe(**saved, output_dir=str(tmp_path / "whole"))]) == 0
     expected = weights(tmp_path / "whole")
 

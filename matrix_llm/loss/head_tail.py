@@ -107,6 +107,8 @@ def _solve_block(
 
     # 1. G, the Gram matrix of the kept unit vectors and of U
     unit = vectors[kept].to(dtype)  # (C, S, D)
+    if summary.centre is not None:
+        unit -= summary.centre
     unit *= summary.inverse_norm[kept].unsqueeze(-1)
     gram = torch.empty(positions, n, n, dtype=torch.float64, device=q.device)
     gram[:, :size, :size] = torch.bmm(unit, unit.mT)

@@ -118,16 +118,19 @@ def gradient_kernel(
 def gram_kernel(
     vectors,  # (V, D)
     inverse_norm,  # (V,)
+    centre,  # (D,) float32; not read unless CENTRED
     kept,  # (C, S)
     out,  # (C, S, S) float32
     stride,
     width,
+    CENTRED: tl.constexpr,
     S: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Gram matrices of unit vectors. Each vector is scaled to about norm 1 by a power of two, which is exact in every
-    dtype, and by the rest of 1 / |vector| after the product, so that no square overflows or underflows."""
+    dtype, and by the rest of 1 / |vector| after the product, so that no square overflows or underflows.
+    A half-precision vector minus the mean is no longer exact in its dtype, so its products are float32."""
     position = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, TILE)
     is_kept = slot < S
@@ -140,7 +143,11 @@ def gram_kernel(
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         x = tl.load(start_of + column[None, :], mask=is_kept[:, None] & (column < width)[None, :], other=0.0)
-        x = (x.to(tl.float32) * power[:, None]).to(vectors.dtype.element_ty)
+        if CENTRED:
+            mean = tl.load(centre + column, mask=column < width, other=0.0)
+            x = (x.to(tl.float32) - mean[None, :]) * power[:, None]
+        else:
+            x = (x.to(tl.float32) * power[:, None]).to(vectors.dtype.element_ty)
         total = tl.dot(x, tl.trans(x), total, input_precision="ieee")
     total = total * (rest[:, None] * rest[None, :])
     at = out + position * S * S + slot[:, None] * S + slot[None, :]
@@ -415,10 +422,12 @@ def solve_head_tail(
         gram_kernel[(positions,)](
             vectors,
             summary.inverse_norm,
+            summary.inverse_norm if summary.centre is None else summary.centre,
             kept,
             gram,
             vectors.stride(0),
             width,
+            CENTRED=summary.centre is not None,
             **gram_tiles(size, width),
             enable_fp_fusion=True,
         )

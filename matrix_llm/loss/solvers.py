@@ -37,7 +37,7 @@ def kernels_for(tensor: Tensor) -> Any:
 class Embeddings(NamedTuple):
     """The vectors e_j, and their summary where the solver keeps some tokens and summarises the others."""
 
-    vectors: Tensor  # (V, D) of norm 1, or zero where the given vector is zero; of any norm with a summary
+    vectors: Tensor  # (V, D) of norm 1, or zero where the given vector is zero; as they were given with a summary
     summary: VocabularySummary | None  # None: the solver reads the whole vocabulary
 
 
@@ -68,12 +68,15 @@ def prepare_embeddings(
                 f"summary is of {summary.features.shape[0]} vectors in {summary.features.dtype}, but embeddings are "
                 f"{tuple(embeddings.shape)} and the loss runs in {dtype}. Make it with summarise(embeddings, {dtype})."
             )
-    if solver.top_k is None:
-        return Embeddings(unit_vectors(embeddings, dtype=dtype, sketch_dim=solver.sketch_dim), None)
-    vectors = embeddings
-    if embeddings.requires_grad or solver.sketch_dim is not None:
-        vectors = unit_vectors(embeddings, dtype=dtype, sketch_dim=solver.sketch_dim)
-    return Embeddings(vectors, summary or summarise(vectors.detach(), dtype))
+        if (summary.centre is not None) != solver.centred:
+            raise ValueError(
+                f"summary was made with centred={summary.centre is not None}, but the loss needs {solver.centred}. "
+                f"Make it with summarise(embeddings, {dtype}, centred={solver.centred})."
+            )
+    if solver.top_k is None or embeddings.requires_grad or solver.sketch_dim is not None:
+        unit = unit_vectors(embeddings, dtype=dtype, sketch_dim=solver.sketch_dim, centred=solver.centred)
+        return Embeddings(unit, None if solver.top_k is None else summarise(unit.detach(), dtype))
+    return Embeddings(embeddings, summary or summarise(embeddings, dtype, solver.centred))
 
 
 # --------------------------------------------------------------------------------------------------------- one chunk

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from matrix_llm.base.errors import RecipeError, one_line
 from matrix_llm.config import ModelArguments, Recipe
+from matrix_llm.loss.settings import EMBEDDINGS
 from matrix_llm.model.lm_head import load_embeddings
 from matrix_llm.model.load import build_config, check_generation_settings, load_config
 from matrix_llm.model.pretrained import load_pretrained_config
@@ -38,7 +39,7 @@ def check_model(recipe: Recipe) -> None:
     check_generation_settings(model)
     if model.attn_implementation is not None and not recipe.missing:
         _check_attention(model.attn_implementation, config, training.trust_remote_code)
-    if training.mce_embeddings not in ("lm_head", "input") and model.tokenizer_vocab_size is None:
+    if training.mce_embeddings not in EMBEDDINGS and model.tokenizer_vocab_size is None:
         load_embeddings(training.mce_embeddings, config.get_text_config().vocab_size)
     if not hasattr(config.get_text_config(), "output_router_logits"):
         if training.router_aux_loss_coef:

@@ -118,6 +118,7 @@ def model_card(
         mce_weight=f"{run.mce_weight:g}",
         warmup=_warmup(run.mce_warmup_steps),
         solver=_solver(run),
+        vectors=_vectors(run.mce_embeddings),
         paper=PAPER,
         plot=PLOT,
         measured=_measured(entries, results),
@@ -163,6 +164,12 @@ def _solver(run: RunSettings) -> str:
         return f"the Taylor series of order {run.mce_order}"
     titles = {"krylov": "Lanczos quadrature", "exact": "the dense matrix logarithm"}
     return titles.get(run.mce_solver, run.mce_solver)
+
+
+def _vectors(embeddings: str) -> str:
+    """The token vectors e_i in words; "" for those of the paper, the LM head's."""
+    titles = {"lm_head": "", "centred": "the LM head's vectors minus their mean", "input": "the input embeddings"}
+    return titles.get(embeddings, "vectors of a file")
 
 
 def _warmup(steps: float) -> str:

@@ -168,14 +168,17 @@ def test_probabilities_and_gradient_are_rounded_once(dtype, softcap, scale):
 # -------------------------------------------------------------------------------------------------- small problems
 
 
-def small_problem(c, s, d, v, seed=0, dtype=torch.float32, *, norm=1.0, scale=3.0):
-    """Genuine heads and tails of softmax distributions over random rows, some of them zero, some of them equal."""
+def small_problem(c, s, d, v, seed=0, dtype=torch.float32, *, norm=1.0, scale=3.0, common=None):
+    """Genuine heads and tails of softmax distributions over random rows, some of them zero, some of them equal.
+
+    With `common`, which is added to every number, the rows are centred.
+    """
     g = torch.Generator().manual_seed(seed)
-    source = norm * torch.randn(v, d, generator=g)
+    source = norm * (torch.randn(v, d, generator=g) + (common or 0.0))
     source[3] = 0
     source[v // 2] = source[v // 2 + 1] = source[1]
     source = source.to(dtype).to(DEVICE)
-    summary = summarise(source, torch.float32)
+    summary = summarise(source, torch.float32, centred=common is not None)
     q = (scale * torch.randn(c, v, generator=g)).softmax(-1).to(DEVICE)
     top, ids = q.topk(s)
     moments = q.scatter(1, ids, 0.0) @ summary.features
@@ -221,6 +224,17 @@ def test_the_small_problem_is_solved_as_by_torch(c, s, d, v, steps, monkeypatch)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rows_are_read_without_another_rounding(dtype, monkeypatch):
     assert_equal_solutions(*solved_by_both(small_problem(2, 16, 70, 300, dtype=dtype), 3, monkeypatch))
+
+
+@compared
+@pytest.mark.parametrize("norm", [1e-25, 1.0, 1e25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("s", "d"), [(4, 5), (16, 70), (33, 20)])
+def test_centred_rows_are_those_of_torch_even_close_to_their_mean(s, d, dtype, norm, monkeypatch):
+    """Mean cosine 0.99: products of the differences rounded to bfloat16 would be off by far more."""
+    ours, torchs = solved_by_both(small_problem(2, s, d, 300, dtype=dtype, norm=norm, common=10.0), 3, monkeypatch)
+    assert torch.isfinite(torchs.value).all()
+    assert_equal_solutions(ours, torchs)
 
 
 @compared
@@ -393,7 +407,7 @@ def test_the_host_never_waits_for_the_device(dtype, made_before):
 F32 = "*fp32"
 WIDTH = 4096
 STATISTICS = {"labels": "*i64", "largest": F32, "log_z": F32, "entropy": F32, "of_label": F32, "group_max": F32}
-GRAM = {"inverse_norm": F32, "kept": "*i64", "out": F32}
+GRAM = {"inverse_norm": F32, "centre": F32, "kept": "*i64", "out": F32}
 SOLVE = dict.fromkeys(("gram", "q", "moments", "coordinates", "value", "at_kept", "tail"), F32) | {
     "kept": "*i64",
     "labels": "*i64",
@@ -414,8 +428,11 @@ for data in ("fp32", "bf16"):
     BUILDS[f"probabilities-{data}"] = (kernels.probabilities_kernel, at, BLOCKS)
     BUILDS[f"gradient-{data}"] = (kernels.gradient_kernel, at, BLOCKS | {"CAPPED": False})
     BUILDS[f"gradient-capped-{data}"] = (kernels.gradient_kernel, at, BLOCKS | {"CAPPED": True})
-    BUILDS[f"gram-16-{data}"] = (kernels.gram_kernel, {"vectors": f"*{data}"} | GRAM, kernels.gram_tiles(16, WIDTH))
-    BUILDS[f"gram-64-{data}"] = (kernels.gram_kernel, {"vectors": f"*{data}"} | GRAM, kernels.gram_tiles(64, WIDTH))
+    for size in (16, 64):
+        of = {"vectors": f"*{data}"} | GRAM
+        for name, centred in (("gram", False), ("gram-centred", True)):
+            tiles = kernels.gram_tiles(size, WIDTH) | {"CENTRED": centred}
+            BUILDS[f"{name}-{size}-{data}"] = (kernels.gram_kernel, of, tiles)
 
 
 @real_triton

@@ -39,11 +39,13 @@ def test_the_card_of_plain_cross_entropy_does_not_claim_more(recipe):
         ({"mce_solver": "krylov"}, "evaluated by Lanczos quadrature."),
         ({"mce_solver": "exact"}, "evaluated by the dense matrix logarithm."),
         ({"mce_solver": "taylor", "mce_order": 7}, "evaluated by the Taylor series of order 7."),
+        ({"mce_embeddings": "centred"}, "by Lanczos quadrature on the LM head's vectors minus their mean."),
+        ({"mce_embeddings": "input"}, "by Lanczos quadrature on the input embeddings."),
         ({"mce_weight": 0.5, "mce_warmup_steps": 20}, "rises to 0.5 over the first 20 steps."),
         ({"mce_warmup_steps": 0.1}, "rises to 1 over the first 10 % of the steps."),
     ],
 )
-def test_the_card_names_solver_and_warmup(recipe, settings, words):
+def test_the_card_names_solver_vectors_and_warmup(recipe, settings, words):
     assert words in model_card(recipe(**settings), [], {}).text
 
 
