@@ -28,14 +28,17 @@ class _TokenizerToTrain:
         return self.size
 
 
-def check_model(recipe: Recipe) -> None:
+def check_model(recipe: Recipe, read: PretrainedConfig | None = None) -> None:
     """Refuse settings that do not fit the model: its architecture, its attention, its vocabulary, its experts.
+
+    Args:
+        read: the configuration of `model_name_or_path`, where it has been read already.
 
     Raises:
         RecipeError: no such model, or a setting that the model would refuse after its weights are loaded.
     """
     model, training = recipe.model, recipe.training
-    config = _config_before_rows(model, training.trust_remote_code)
+    config = _config_before_rows(model, training.trust_remote_code, read)
     check_generation_settings(model)
     if model.attn_implementation is not None and not recipe.missing:
         _check_attention(model.attn_implementation, config, training.trust_remote_code)
@@ -48,9 +51,11 @@ def check_model(recipe: Recipe) -> None:
             raise _no_experts("metric_for_best_model", training.metric_for_best_model, config)
 
 
-def _config_before_rows(model: ModelArguments, trust_remote_code: bool) -> PretrainedConfig:
+def _config_before_rows(
+    model: ModelArguments, trust_remote_code: bool, read: PretrainedConfig | None
+) -> PretrainedConfig:
     if model.model_config is None:
-        return load_pretrained_config(model, trust_remote_code)
+        return load_pretrained_config(model, trust_remote_code, read)
     if model.tokenizer_vocab_size is None:
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         return load_config(model, tokenizer, trust_remote_code=trust_remote_code)
