@@ -58,6 +58,9 @@ show the plan only  {program} {name} RECIPE --dry_run
 Exit status: 0 done, or stopped by a signal with a checkpoint saved; 2 an error before training; 1 after it began."""
 
 COMMANDS: dict[str, Command] = {
+    "fetch": Command(
+        "get a small pretrained model, or make a plain folder of a .gguf file", "matrix_llm.fetch.command"
+    ),
     "train": Command(
         "fine-tune a language model as a recipe says",
         "matrix_llm.train",
