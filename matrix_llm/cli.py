@@ -58,9 +58,6 @@ show the plan only  {program} {name} RECIPE --dry_run
 Exit status: 0 done, or stopped by a signal with a checkpoint saved; 2 an error before training; 1 after it began."""
 
 COMMANDS: dict[str, Command] = {
-    "fetch": Command(
-        "get a small pretrained model, or make a plain folder of a .gguf file", "matrix_llm.fetch.command"
-    ),
     "train": Command(
         "fine-tune a language model as a recipe says",
         "matrix_llm.train",
@@ -81,6 +78,7 @@ COMMANDS: dict[str, Command] = {
         help="The shipped recipe tiny. Writes runs/tiny. Any setting can follow as --key value.",
         first=(str(SHIPPED / "recipes" / "tiny.yaml"),),
     ),
+    "fetch": Command("get a pretrained model, or make a plain folder of a .gguf file", "matrix_llm.fetch.command"),
     "pretrain": Command(
         "pre-train an image backbone without labels",
         "matrix_llm.ssl.pretrain",
