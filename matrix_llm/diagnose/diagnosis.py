@@ -50,7 +50,6 @@ from matrix_llm.publish.card import versions
 
 FORMAT, VERSION = "matrix_llm.diagnosis", 1
 IN_USE = "in use"
-ASKED = 480  # positions
 PAIRS_OF = 1024  # targets whose nearest rows are looked for
 
 
@@ -69,7 +68,7 @@ class _Clock:
         self._last = now
 
 
-def diagnose(subject: Subject, asked: int = ASKED, say: Callable[[str], None] = print) -> dict[str, Any]:
+def diagnose(subject: Subject, asked: int, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Measure what MCE will do to a model on the rows of a recipe.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 DIGITS, OPERATORS, WORDS, END, OTHER = KINDS = ("digits", "operators", "words", "end", "other")
-_SIGNS = set("+-*/=<>^%()[]{}×÷·±≤≥≈≠√∑∫\\")
+_SIGNS = set("+-*/=<>^%()[]{}÷·±≤≥≈≠√∑∫\\\N{MULTIPLICATION SIGN}")
 _EDGES = (0.5, 2.0, 5.0)
 CE_RANGES = ("CE < 0.5", "0.5 to 2", "2 to 5", "CE >= 5")
 

@@ -76,8 +76,8 @@ def _ratio(figures: Mapping[str, Any]) -> list[str]:
         ]
     near = sum(forgiven["by_cosine"][name] for name in NEAR)
     return [
-        f"MCE is {ratio:.2f} of CE: it forgives {1 - ratio:.0%}, and {near:.0%} of that goes to tokens whose cosine with "
-        "the target is at least 0.6."
+        f"MCE is {ratio:.2f} of CE: it forgives {1 - ratio:.0%}, and {near:.0%} of that goes to tokens whose cosine "
+        "with the target is at least 0.6."
     ]
 
 
@@ -156,8 +156,8 @@ def _centring(figures: Mapping[str, Any]) -> list[str]:
     plain, centred = cosines
     if plain - centred > CENTRING:
         return [
-            f"With centred token vectors the cosine is {centred:.3f} instead of {plain:.3f}: MCE then says more that CE "
-            "does not."
+            f"With centred token vectors the cosine is {centred:.3f} instead of {plain:.3f}: MCE then says more that "
+            "CE does not."
         ]
     return [f"Centring the token vectors changes little: cosine {centred:.3f} instead of {plain:.3f}."]
 
