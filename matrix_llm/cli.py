@@ -94,6 +94,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "compare": Command("two evaluated runs on the same problems, paired", "eval.compare"),
     "regrade": Command("grade saved responses again, under every convention", "eval.regrade"),
+    "diagnose": Command("measure what MCE will do to a model, before it is trained", "matrix_llm.diagnose.command"),
     "merge": Command("merge a LoRA adapter into its base model", "matrix_llm.merge"),
     "checkpoints": Command(
         "check a run's checkpoints, or turn a sharded one into plain weights", "matrix_llm.checkpoints"
