@@ -84,8 +84,9 @@ REFUSED = {
     "a bias that would be dropped": ({"extra": BIAS}, r"biases, would be dropped"),
     "a weight that is not there": ({"drop": ["blk.1.ffn_up.weight"]}, r"holds no model\.layers\.1\.mlp\.up_proj"),
     "a part": ({"metadata": {"split.count": 3}}, r"one part of 3.*gguf-split"),
-    "layers": ({"metadata": {"llama.block_count": 2**31}}, r"2147483648 layers"),
-    "a width that does not fit": ({"metadata": {"llama.embedding_length": 96}}, r"cannot read the weights"),
+    "layers": ({"metadata": {"llama.block_count": 2**31}}, r"block_count = 2,147,483,648"),
+    "a width that does not fit": ({"metadata": {"llama.embedding_length": 96}}, r"does not fit its weights.*embed_tok"),
+    "a huge head": ({"metadata": {"llama.rope.dimension_count": 2**31}}, r"dimension_count = 2,147,483,648"),
 }
 
 
