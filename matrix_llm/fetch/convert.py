@@ -33,6 +33,7 @@ from matrix_llm.fetch.tokenizer import load_gguf_tokenizer
 from matrix_llm.model.older_readers import add_older_names
 
 BYTES = 4  # of a float32
+LARGEST = 16_777_216  # the longest context that is known is 10 million tokens
 NAME = "model.gguf"  # in the folder that transformers reads it from
 # tensors that hold the frequencies of scaled rotary embeddings, not weights
 FREQUENCIES = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
@@ -76,11 +77,7 @@ def check_gguf(file: Path) -> Header:
         raise FetchError(
             f"{str(file)!r} is one part of {parts}. Join them with llama.cpp's `llama-gguf-split --merge` first."
         )
-    layers = header.metadata.get(f"{header.architecture}.block_count", 1)
-    if not isinstance(layers, int) or layers > len(header.tensors):
-        raise FetchError(
-            f"{str(file)!r} claims {layers!r} layers and holds {len(header.tensors)} tensors. Give another."
-        )
+    _check_sizes(file, header)
     needed, free = 2 * BYTES * header.values, psutil.virtual_memory().available
     if needed > free:
         raise FetchError(
@@ -88,6 +85,15 @@ def check_gguf(file: Path) -> Header:
             f"{needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free. Use a larger machine."
         )
     return header
+
+
+def _check_sizes(file: Path, header: Header) -> None:
+    """Refuse sizes that no model has: buffers of them would fill the memory before any weight is compared."""
+    for key, value in header.metadata.items():
+        most = len(header.tensors) if key.endswith(".block_count") else LARGEST
+        is_size = key.startswith(f"{header.architecture}.") and isinstance(value, int)
+        if is_size and not 0 <= value <= most:
+            raise FetchError(f"{str(file)!r} claims {key} = {value:,}, which does not fit its tensors. Give another.")
 
 
 def convert(file: Path, header: Header, work: Path, folder: Path) -> None:
@@ -173,7 +179,12 @@ def _without_quantisation(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     config = type(model.config)(**settings)
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(model.state_dict(), assign=True)
+    try:
+        plain.load_state_dict(model.state_dict(), assign=True)
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        reason = one_line(ValueError(lines[min(1, len(lines) - 1)]))
+        raise FetchError(f"the .gguf file's header does not fit its weights: {reason}. Give another file.") from None
     plain.tie_weights()
     return plain
 

@@ -164,6 +164,9 @@ def _read(reader: _Reader) -> Header:
     if not header.architecture:
         raise _DamagedError("its header names no general.architecture")
 
+    if not tensors:
+        raise _DamagedError("it holds no tensors, as a file with the vocabulary alone")
+
     # 3. tensors: all of their data must lie inside the file
     needed = 0
     for _ in range(tensors):
@@ -180,8 +183,6 @@ def _read(reader: _Reader) -> Header:
         raise _DamagedError(
             f"it ends at byte {len(reader.data):,}, and its tensors at {begin + needed:,}: it is cut off"
         )
-    if not header.tensors:
-        raise _DamagedError("it holds no tensors, as a file with the vocabulary alone")
     return header
 
 
