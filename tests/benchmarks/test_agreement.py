@@ -10,9 +10,11 @@ import pytest
 
 from benchmarks.agreement.answers import Answer, Found, read_answers
 from benchmarks.agreement.compare import compare_rules, compare_texts, kind_of_difference, kind_of_disagreement
-from benchmarks.agreement.tables import make_rows, rule_table, score_table, text_table
+from benchmarks.agreement.tables import all_tables, make_rows, rule_table, score_table, text_table
 from benchmarks.harness_agreement import main
+from eval.files import read_rows
 from matrix_llm.base.errors import EvalError
+from tests.support.paths import ROOT
 
 
 def ours(index: int, response: str, gold: str = "18", finish: str = "stop") -> dict[str, Any]:
@@ -114,7 +116,7 @@ def test_the_tables_come_from_rows_without_any_text(files: tuple[Path, Path]) ->
     assert "The answer is" not in json.dumps(rows)
     assert "| ours | flexible | 1 / 3 | 33.3% | 6.1% to 79.2% | 0 |" in score_table(stored)
     assert "| harness | harness flexible-extract | 3 / 3 | 100.0% |" in score_table(stored)
-    assert "| ours, harness | 3 | 1 | 1 another token, 1 cut at the limit | 1 | 1 |" in text_table(stored)
+    assert "| ours / harness | 3 | 1 | 1 another token, 1 cut at the limit | 1 | 1 |" in text_table(stored)
     assert "| harness | strict-match | llemma | 2 / 3 | 1 another number read |" in rule_table(stored)
 
 
@@ -160,3 +162,11 @@ def test_a_file_of_neither_program_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"filtered_resps": ["1"], "filter": "strict-match"}])
     with pytest.raises(EvalError, match=r"row 1 .*'arguments'.*--log_samples"):
         read_answers(path)
+
+
+@pytest.mark.parametrize("prompt", ["8shot"])
+def test_the_page_of_scores_is_what_its_rows_say(prompt: str) -> None:
+    page = (ROOT / "docs/pretrained_scores.md").read_text(encoding="utf-8")
+    rows = list(read_rows(ROOT / f"docs/pretrained_scores_{prompt}.jsonl"))
+    for table in all_tables(rows).split("\n\n"):
+        assert table in page
