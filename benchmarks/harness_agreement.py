@@ -19,6 +19,7 @@ if not __package__:
 import argparse
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from benchmarks.agreement.answers import Answers, read_answers
 from benchmarks.agreement.tables import all_tables, make_rows
@@ -59,6 +60,15 @@ def read_runs(named: Sequence[str]) -> dict[str, Answers]:
     return runs
 
 
+def _stored_rows(path: Path, *, with_others: bool) -> list[dict[str, Any]]:
+    if with_others:
+        raise EvalError(f"--tables {path} prints rows on file. Leave NAME=FILE, --model and --rows out.")
+    rows = list(read_rows(path))
+    if not any("run" in row for row in rows):
+        raise EvalError(f"--tables {path} holds no rows of a run. Give a file that --rows wrote.")
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="NAME=FILE", help="NAME.jsonl of ours, or the harness's samples")
@@ -68,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.tables:
-            rows = list(read_rows(options.tables))
+            rows = _stored_rows(options.tables, with_others=bool(options.runs or options.model or options.rows))
         else:
             runs = read_runs(options.runs)
             rows = make_rows(runs, Reader(options.model) if options.model else None)

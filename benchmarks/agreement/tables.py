@@ -19,7 +19,8 @@ from .compare import HARNESS_RULES, compare_rules, compare_texts
 from .tokens import Reader
 
 Row = dict[str, Any]
-RULES = ("harness strict-match", "harness flexible-extract", "llemma", "strict", "flexible", "verified")
+HARNESS = ("harness strict-match", "harness flexible-extract")
+RULES = (*HARNESS, "llemma", "strict", "flexible", "verified")
 COMPARED = ("flexible", "verified")  # conventions whose verdicts are compared between two texts
 
 
@@ -31,12 +32,13 @@ def make_rows(runs: Mapping[str, Answers], reader: Reader | None = None) -> list
         reader: the model, which then tells how near the other token was where two texts part.
     """
     rows = [_run_row(name, answer) for name, answers in runs.items() for _, answer in sorted(answers.items())]
+    prompts = {one.prompt_sha256: one.prompt for answers in runs.values() for one in answers.values() if one.prompt}
     for first, second in combinations(runs, 2):
         for difference in compare_texts(runs[first], runs[second]):
             a, b = runs[first][difference.index], runs[second][difference.index]
             row: Row = {"pair": [first, second], "i": difference.index, "kind": difference.kind}
             row |= {"first": difference.first, "second": difference.second}
-            prompt = a.prompt or b.prompt
+            prompt = prompts.get(a.prompt_sha256)  # the harness keeps it, we keep its hash
             if reader is not None and prompt and difference.kind in ("another token", "another end"):
                 parting = reader.parting(prompt, a.text, b.text)
                 row |= {"tokens": parting.tokens, "gap": round(parting.gap, 6), "top_two": parting.top_two}
@@ -59,13 +61,12 @@ def _runs(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
 
 
 def score_table(rows: Sequence[Row]) -> str:
-    """Accuracy of each run by each rule, with Wilson's 95 % interval."""
+    """Accuracy of each run by the rules of its own program, with Wilson's 95 % interval."""
     lines = ["| run | rule | correct | accuracy | 95 % interval | no answer found |", "|---|---|---|---|---|---|"]
     for name, run in _runs(rows).items():
-        for rule in RULES:
-            found = [row[rule] for row in run.values() if rule in row]
-            if not found:
-                continue
+        rules = [rule for rule in RULES if all(rule in row for row in run.values())]
+        for rule in [rule for rule in rules if rule in HARNESS] or rules:
+            found = [row[rule] for row in run.values()]
             correct, total = sum(one[1] for one in found), len(found)
             low, high = wilson_interval(correct, total)
             nothing = sum(one[0] is None for one in found)
@@ -87,7 +88,7 @@ def text_table(rows: Sequence[Row]) -> str:
         same = sum(runs[first][i]["text"] == runs[second][i]["text"] for i in both)
         told = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"
         verdicts = [sum(runs[first][i][name][1] == runs[second][i][name][1] for i in both) for name in COMPARED]
-        lines.append(f"| {first}, {second} | {len(both)} | {same} | {told} | {' | '.join(map(str, verdicts))} |")
+        lines.append(f"| {first} / {second} | {len(both)} | {same} | {told} | {' | '.join(map(str, verdicts))} |")
     return "\n".join(lines)
 
 
@@ -117,7 +118,7 @@ def parting_table(rows: Sequence[Row]) -> str:
         gaps = sorted(row["gap"] for row in here)
         near = sum(row["top_two"] for row in here)
         lines.append(
-            f"| {', '.join(pair)} | {len(gaps)} | {gaps[-1]:.1e} | {gaps[len(gaps) // 2]:.1e} | {near} / {len(gaps)} |"
+            f"| {' / '.join(pair)} | {len(gaps)} | {gaps[-1]:.1e} | {gaps[len(gaps) // 2]:.1e} | {near} / {len(gaps)} |"
         )
     return "\n".join(lines) if pairs else ""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.generate.generation import tokenize
+from matrix_llm.base.errors import EvalError
 
 from .compare import shared_length
 
@@ -35,6 +36,8 @@ class Reader:
     """A model and its tokenizer, to read what others wrote."""
 
     def __init__(self, folder: Path):
+        if not (folder / "config.json").is_file():
+            raise EvalError(f"--model {folder} is not a folder with config.json. Give the folder of the model.")
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 

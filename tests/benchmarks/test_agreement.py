@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.agreement.answers import Answer, Found, read_answers
 from benchmarks.agreement.compare import compare_rules, compare_texts, kind_of_difference, kind_of_disagreement
-from benchmarks.agreement.tables import make_rows, rule_table, score_table, text_table
+from benchmarks.agreement.tables import all_tables, make_rows, rule_table, score_table, text_table
+from benchmarks.agreement.tokens import Reader
 from benchmarks.harness_agreement import main
+from eval.files import read_rows
 from matrix_llm.base.errors import EvalError
+from tests.support.paths import ROOT
 
 
 def ours(index: int, response: str, gold: str = "18", finish: str = "stop") -> dict[str, Any]:
@@ -114,7 +118,7 @@ def test_the_tables_come_from_rows_without_any_text(files: tuple[Path, Path]) ->
     assert "The answer is" not in json.dumps(rows)
     assert "| ours | flexible | 1 / 3 | 33.3% | 6.1% to 79.2% | 0 |" in score_table(stored)
     assert "| harness | harness flexible-extract | 3 / 3 | 100.0% |" in score_table(stored)
-    assert "| ours, harness | 3 | 1 | 1 another token, 1 cut at the limit | 1 | 1 |" in text_table(stored)
+    assert "| ours / harness | 3 | 1 | 1 another token, 1 cut at the limit | 1 | 1 |" in text_table(stored)
     assert "| harness | strict-match | llemma | 2 / 3 | 1 another number read |" in rule_table(stored)
 
 
@@ -144,6 +148,9 @@ def bad_files(tmp_path: Path) -> dict[str, list[str]]:
         ],
         "its id": [f"a={good}", f"b={write(tmp_path / 'ids.jsonl', [ours(0, '18') | {'id': 'mine'}])}"],
         "sample is not 0": [f"a={good}", f"b={write(tmp_path / 'n.jsonl', [ours(0, '18') | {'sample': 1}])}"],
+        "Leave NAME=FILE": [f"a={good}", "--tables", str(good)],
+        "no rows of a run": ["--tables", str(good)],
+        "config.json": [f"a={good}", f"b={good}", "--model", str(tmp_path)],
         "holds no answers": [f"a={good}", f"b={write(tmp_path / 'none.jsonl', [])}"],
     }
 
@@ -160,3 +167,31 @@ def test_a_file_of_neither_program_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"filtered_resps": ["1"], "filter": "strict-match"}])
     with pytest.raises(EvalError, match=r"row 1 .*'arguments'.*--log_samples"):
         read_answers(path)
+
+
+def test_where_two_texts_part_the_model_tells_how_near_the_other_token_was(
+    tmp_path: Path, tiny_tokenizer: Any, tiny_llama: Any
+) -> None:
+    tiny_llama(512).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    reader = Reader(tmp_path)
+    prompt, texts = "Question: 1 + 1?\nAnswer:", (" He has 1 pen.", " He has 2 pens.")
+    one, two = (tiny_tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+    place = len(tiny_tokenizer(" He has ", add_special_tokens=False)["input_ids"])
+    assert one[:place] == two[:place]
+    assert one[place] != two[place]
+    before = [*tiny_tokenizer(prompt)["input_ids"], *one[:place]]
+    with torch.no_grad():
+        first, second = reader.model(input_ids=torch.tensor([before])).logits[0, -1].topk(2).values.tolist()
+    parting = reader.parting(prompt, *texts)
+    assert parting.tokens == place
+    assert parting.gap == pytest.approx(first - second, abs=1e-5)
+    assert not parting.top_two  # of 300 tokens, a random model prefers others to 1 and 2
+
+
+@pytest.mark.parametrize("prompt", ["8shot"])
+def test_the_page_of_scores_is_what_its_rows_say(prompt: str) -> None:
+    page = (ROOT / "docs/pretrained_scores.md").read_text(encoding="utf-8")
+    rows = list(read_rows(ROOT / f"docs/pretrained_scores_{prompt}.jsonl"))
+    for table in all_tables(rows).split("\n\n"):
+        assert table in page
