@@ -47,7 +47,7 @@ from matrix_llm.loss.settings import LossSettings
 from matrix_llm.model.lm_head import check_head, load_embeddings
 from matrix_llm.publish.card import versions
 
-FORMAT, VERSION = "matrix_llm.diagnosis", 1
+FORMAT, VERSION = "matrix_llm.diagnosis", 1  # publish/finished_run.py reads it
 IN_USE = "in use"
 PAIRS_OF = 1024  # targets whose nearest rows are looked for
 

@@ -22,9 +22,11 @@ from matrix_llm.data.entries import names_of
 from matrix_llm.publish.finished_run import (
     CARD,
     RESULTS,
+    Diagnosis,
     Evaluation,
     RunSettings,
     is_image_run,
+    read_diagnosis,
     read_evaluations,
     read_json,
     read_settings,
@@ -72,6 +74,7 @@ def model_card(
     results: Mapping[str, Any],
     evaluations: Sequence[Evaluation] = (),
     *,
+    diagnosis: Diagnosis | None = None,
     licence: str | None = None,
     base_model: str | None = None,
 ) -> ModelCard:
@@ -82,6 +85,7 @@ def model_card(
         entries: the run's metrics.jsonl.
         results: the run's results.json: accuracy before and after training, row counts, wall time.
         evaluations: benchmark scores. Those on complete public benchmarks also enter the front matter's `model-index`.
+        diagnosis: of `matrix-llm diagnose`, if it was asked to put one on the card.
         licence: as the Hub spells it, e.g. "llama2" or "apache-2.0".
         base_model: the base model's name on the Hub, where the recipe names a folder.
     """
@@ -122,6 +126,7 @@ def model_card(
         plot=PLOT,
         measured=_measured(entries, results),
         evaluations=evaluations,
+        diagnosis=diagnosis,
     )
 
 
@@ -245,7 +250,16 @@ def card_of(run: Path, settings: RunSettings, licence: str | None, base_model: s
     if licence is None and settings.model_name_or_path is not None:
         licence = _licence_in(Path(settings.model_name_or_path))
     entries, results, evaluations = read_jsonl(run / METRICS), read_json(run / RESULTS), read_evaluations(run)
-    return str(model_card(settings, entries, results, evaluations, licence=licence, base_model=base_model))
+    card = model_card(
+        settings,
+        entries,
+        results,
+        evaluations,
+        diagnosis=read_diagnosis(run),
+        licence=licence,
+        base_model=base_model,
+    )
+    return str(card)
 
 
 def _licence_in(folder: Path) -> str | None:

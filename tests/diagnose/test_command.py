@@ -3,6 +3,7 @@
 import html.parser
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from matrix_llm.diagnose.subject import find_subject, read_rows
 from matrix_llm.diagnose.text import render
 from matrix_llm.loss.settings import LossSettings
 from matrix_llm.model.lm_head import add_matrix_head
+from matrix_llm.publish.command import main as hub
 from tests.diagnose.conftest import OPTIONS, ROWS
+from tests.support.finished_run import write_run
 from tests.support.tiny import TINY
 
 KEYS = ["format", "version", "model", "rows", "settings", "head", "forgiven", "gradients", "solver", "loss", "reading"]
@@ -172,6 +175,25 @@ def test_a_run_is_diagnosed_by_its_recipe_and_its_adapter_counts(tmp_path, folde
         assert figures["loss"]["all"]["all"]["ce"] == pytest.approx(total / count, rel=1e-4)
     assert figures["settings"]["solver"]["top_k"] == 8
     assert "head is frozen" in capsys.readouterr().out
+
+
+def test_a_runs_diagnosis_stands_on_its_card_once_it_is_in_its_folder(tmp_path, diagnosed):
+    run = write_run(tmp_path)
+    assert hub(["card", str(run)]) == 0
+    assert "Diagnosis" not in (run / "README.md").read_text()
+    shutil.copy(diagnosed[0] / "diagnosis.json", run)
+    assert hub(["card", str(run)]) == 0
+    card = (run / "README.md").read_text()
+    whole = diagnosed[1]["loss"]["all"]["all"]
+    assert f"| CE, MCE | {whole['ce']:.3f}, {whole['mce']['in use']:.3f} nats |" in card
+    assert all(line[:30] in card for line in diagnosed[1]["reading"])
+
+
+def test_a_file_that_is_no_diagnosis_is_refused_for_the_card(tmp_path, capsys):
+    run = write_run(tmp_path)
+    (run / "diagnosis.json").write_text('{"format": "matrix_llm.diagnosis", "version": 2}')
+    assert hub(["card", str(run)]) == 2
+    assert "diagnosis.json" in capsys.readouterr().err
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
