@@ -88,7 +88,7 @@ def count_affordable(positions: int, vocabulary: int, width: int) -> int:
     """The number of positions that the reference can treat within its budget.
 
     >>> count_affordable(480, 49152, 576), count_affordable(480, 151936, 3584)
-    (280, 32)
+    (275, 32)
     """
     cost = 2 * STEPS * vocabulary * width
     return min(positions, max(LEAST, int(BUDGET // cost)))

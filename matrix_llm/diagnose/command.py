@@ -18,7 +18,7 @@ from matrix_llm.base.errors import MatrixLLMError
 from matrix_llm.base.files import write_text
 from matrix_llm.base.threads import wait_passively
 
-JSON, PAGE = "diagnosis.json", "diagnosis.html"
+PAGE = "diagnosis.html"
 ASKED = 480
 
 
@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         "--positions", type=int, default=ASKED, help="trained positions to measure, at least 2; default: %(default)s"
     )
     parser.add_argument(
-        "--out", type=Path, help=f"folder for {JSON} and {PAGE}; a run's own folder puts them on its card"
+        "--out", type=Path, help=f"folder for diagnosis.json and {PAGE}; a run's own folder puts it on its card"
     )
     return parser
 
@@ -59,15 +59,18 @@ def main(arguments: list[str] | None = None) -> int:
     from matrix_llm.diagnose.page import render_page
     from matrix_llm.diagnose.subject import find_subject
     from matrix_llm.diagnose.text import render
+    from matrix_llm.run.run_folder import DIAGNOSIS
 
     try:
         subject = find_subject(named[0], named[1] if len(named) == 2 else None, overrides)
         figures = diagnose(subject, options.positions)
         print(f"\n{render(figures)}")
         if options.out is not None:
-            write_text(options.out / JSON, json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+            write_text(
+                options.out / DIAGNOSIS, json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+            )
             write_text(options.out / PAGE, render_page(figures))
-            print(f"\n=> {options.out / JSON}, {options.out / PAGE}")
+            print(f"\n=> {options.out / DIAGNOSIS}, {options.out / PAGE}")
     except (MatrixLLMError, OSError) as error:  # OSError: a file that cannot be read or written
         return fail(str(error), 2)
     return 0

@@ -29,7 +29,6 @@ from matrix_llm.config import Recipe
 from matrix_llm.diagnose.accuracy import count_affordable, mce_loss, measure_solver, spread_by_ce
 from matrix_llm.diagnose.forgiven import Forgiven, forgiven
 from matrix_llm.diagnose.gradients import (
-    Agreement,
     LMHead,
     Overlap,
     Terms,
@@ -48,7 +47,7 @@ from matrix_llm.loss.settings import LossSettings
 from matrix_llm.model.lm_head import check_head, load_embeddings
 from matrix_llm.publish.card import versions
 
-FORMAT, VERSION = "matrix_llm.diagnosis", 1
+FORMAT, VERSION = "matrix_llm.diagnosis", 1  # publish/finished_run.py reads it
 IN_USE = "in use"
 PAIRS_OF = 1024  # targets whose nearest rows are looked for
 
@@ -276,14 +275,13 @@ def _agreements(
     """For each group: MCE, and CE + w MCE, against CE, in the hidden states and in the LM head."""
 
     def describe(at: Tensor) -> dict[str, Any]:
-        by_place = list(zip(*(each.of(at) for each in products), strict=True))  # (CE CE, CE MCE, MCE MCE) twice
-        both: dict[str, dict[str, Agreement]] = {
-            "mce": {place: agreement(*three) for place, three in zip(("hidden", "head"), by_place, strict=True)},
-            "sum": {
-                place: sum_agreement(*three, weight) for place, three in zip(("hidden", "head"), by_place, strict=True)
-            },
-        }
-        return {loss: {place: asdict(each) for place, each in of.items()} for loss, of in both.items()}
+        found: dict[str, Any] = {"mce": {}, "sum": {}}
+        for place, (aa, ab, bb) in zip(
+            ("hidden", "head"), zip(*(each.of(at) for each in products), strict=True), strict=True
+        ):
+            found["mce"][place] = asdict(agreement(aa, ab, bb))
+            found["sum"][place] = asdict(sum_agreement(aa, ab, bb, weight))
+        return found
 
     return {kind: {name: describe(at) for name, at in group.items() if len(at)} for kind, group in groups.items()}
 

@@ -124,7 +124,7 @@ def render_page(figures: Mapping[str, Any]) -> str:
         reading=figures["reading"],
         facts=facts(figures),
         plots=plots(figures),
-        sections=[(title.replace("\n# ", ". "), head, rows) for title, head, rows in sections(figures) if rows],
+        sections=[(title.replace("\n", "; "), head, rows) for title, head, rows in sections(figures) if rows],
         seconds=figures["cost"]["seconds"],
         versions=figures["versions"],
     )

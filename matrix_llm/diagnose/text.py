@@ -55,10 +55,14 @@ def sections(figures: Mapping[str, Any]) -> list[tuple[str, list[str], list[list
 def render(figures: Mapping[str, Any]) -> str:
     """The whole diagnosis as text."""
     parts = ["\n".join(f"{name:<10} {value}" for name, value in facts(figures))]
-    parts += [f"# {title}\n{table(head, rows)}" for title, head, rows in sections(figures) if rows]
+    parts += [f"{_heading(title)}\n{table(head, rows)}" for title, head, rows in sections(figures) if rows]
     reading = [fill(line, WIDTH, initial_indent="- ", subsequent_indent="  ") for line in figures["reading"]]
     parts.append("# in words\n" + "\n".join(reading))
     return "\n\n".join(parts)
+
+
+def _heading(title: str) -> str:
+    return "\n".join(fill(line, WIDTH, initial_indent="# ", subsequent_indent="#   ") for line in title.split("\n"))
 
 
 def facts(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -175,6 +179,6 @@ def _solver(figures: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]
         f"from {found['reference_check']}"
         for name, found in figures["solver"].items()
     )
-    title = f"the solver's error over all these positions\n# reference: 32 steps, whole vocabulary; {checks}"
+    title = f"the solver's error over all these positions\nreference: 32 steps, whole vocabulary; {checks}"
     head = ["", "sum of MCE", "hidden, whole loss", "head, whole loss", "exact cosine", "exact norm"]
     return title, head, rows

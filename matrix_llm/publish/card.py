@@ -22,10 +22,12 @@ from matrix_llm.publish.base_model import find_base_model, licence_in
 from matrix_llm.publish.finished_run import (
     CARD,
     RESULTS,
+    Diagnosis,
     Evaluation,
     RunSettings,
     Score,
     is_image_run,
+    read_diagnosis,
     read_evaluations,
     read_json,
     read_settings,
@@ -74,6 +76,7 @@ def model_card(
     evaluations: Sequence[Evaluation] = (),
     before: Sequence[Evaluation] = (),
     *,
+    diagnosis: Diagnosis | None = None,
     licence: str | None = None,
     base_model: str | None = None,
 ) -> ModelCard:
@@ -85,6 +88,7 @@ def model_card(
         results: the run's results.json: accuracy before and after training, row counts, wall time.
         evaluations: benchmark scores. Those on complete public benchmarks also enter the front matter's `model-index`.
         before: benchmark scores of the base model, shown where it was asked the same problems in the same way.
+        diagnosis: of `matrix-llm diagnose`, if it was asked to put one on the card.
         licence: as the Hub spells it, e.g. "llama2" or "apache-2.0"; None: that of the base model, if it is a folder.
         base_model: the base model's name on the Hub, where the recipe names a folder; None: as `matrix-llm fetch`
             noted it in that folder.
@@ -130,6 +134,7 @@ def model_card(
         measured=_measured(entries, results),
         evaluations=evaluations,
         before=_scores_before(evaluations, before),
+        diagnosis=diagnosis,
     )
 
 
@@ -271,8 +276,17 @@ def card_of(run: Path, settings: RunSettings, licence: str | None, base_model: s
     licence = licence or licence_in(run)
     entries, results, evaluations = read_jsonl(run / METRICS), read_json(run / RESULTS), read_evaluations(run)
     base = settings.model_name_or_path
-    before = read_evaluations(Path(base)) if base and evaluations else []  # of a folder: eval/ writes into it
-    return str(model_card(settings, entries, results, evaluations, before, licence=licence, base_model=base_model))
+    card = model_card(
+        settings,
+        entries,
+        results,
+        evaluations,
+        before=read_evaluations(Path(base)) if base and evaluations else [],  # of a folder: eval/ writes into it
+        diagnosis=read_diagnosis(run),
+        licence=licence,
+        base_model=base_model,
+    )
+    return str(card)
 
 
 def write_card(run: Path, *, licence: str | None = None, base_model: str | None = None) -> Path:
