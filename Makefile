@@ -15,7 +15,7 @@ EVERYTHING := -e '.[dev,ssl,eval,deepspeed]'
 TESTS ?= -m "not slow"
 ON_CPU := accelerate launch --num_processes 1 --num_machines 1 --cpu --mixed_precision no --dynamo_backend no
 PRETRAINED ?= models/smollm2-135m
-SCORE := eval/gsm8k.py --prompt chat_question --engine transformers --batch_size 16 --max_tokens 192 --limit 96
+SCORE := eval/gsm8k.py --prompt chat_question --engine transformers --batch_size 32 --max_tokens 192 --limit 64
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: demo demo-pretrained demo-ssl test test-newest test-lowest lint setup setup-ssl setup-test clean

@@ -101,12 +101,14 @@ def losses(run: Path) -> Iterator[str]:
         yield f"on held-out rows, steps {first['step']} -> {last['step']}: {', '.join(shown)}"
 
 
-def cost(run: Path) -> Iterator[str]:
-    """How long training took, and the memory at its peak."""
+def cost(run: Path, pairs: list[tuple[str, Path, Path]]) -> Iterator[str]:
+    """How long training and scoring took, and the memory at the peak of training."""
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     peaks = [entry["peak_memory_gib"] for entry in read_jsonl(run / "metrics.jsonl") if "peak_memory_gib" in entry]
     memory = f", {max(peaks):.1f} GiB of memory at the peak" if peaks else ""
     yield f"training: {results['steps']} steps in {results['train_seconds']:.0f} s{memory}"
+    seconds = [sum(Run.load(pair[place]).summary["wall_seconds"] for pair in pairs) for place in (1, 2)]
+    yield f"scoring: {seconds[0]:.0f} s before (what was on file takes none), {seconds[1]:.0f} s after"
 
 
 def describe(before: Path, after: Path, count: int = 3) -> str:
@@ -117,7 +119,7 @@ def describe(before: Path, after: Path, count: int = 3) -> str:
     """
     pairs = find_pairs(before, after)
     lines = ["", *samples(pairs[-1][1], pairs[-1][2], count), "", *table(pairs), *cut_answers(pairs)]
-    lines += [*losses(after), *cost(after), "", f"{after}/README.md     the model card, with these scores"]
+    lines += [*losses(after), *cost(after, pairs), "", f"{after}/README.md     the model card, with these scores"]
     lines += [f"{after}/loss.png      CE and MCE while it trained", f"{after}/eval/*.html   every problem and answer"]
     lines += ["", "What next: your own rows (docs/start.md), real GSM8K (recipes/smollm2_gsm8k.yaml), CE alone:"]
     lines += [f"  python matrix_llm/train.py {after}/recipe.yaml --mce_weight 0 --output_dir {after}_ce"]

@@ -9,7 +9,7 @@ from eval.report.scores import summarise
 from matrix_llm.base.statistics import wilson_interval
 
 
-def write_scores(folder, answers, name="gsm8k_builtin", cut=0):
+def write_scores(folder, answers, name="gsm8k_builtin", cut=0, seconds=30.0):
     """What eval/gsm8k.py leaves, where problem i has the gold answer i and the model answers `answers[i]`."""
     (folder / "eval").mkdir(parents=True, exist_ok=True)
     rows = [
@@ -21,7 +21,7 @@ def write_scores(folder, answers, name="gsm8k_builtin", cut=0):
     ]  # fmt: skip
     settings = {"model": str(folder), "max_tokens": 192}
     rest = {"name": name, "generations": f"{name}.jsonl"}
-    summary = summarise(rows, benchmark="gsm8k", settings=settings, wall_seconds=1.0, versions={}, **rest)
+    summary = summarise(rows, benchmark="gsm8k", settings=settings, wall_seconds=seconds, versions={}, **rest)
     (folder / "eval" / f"{name}.json").write_text(json.dumps(summary))
     (folder / "eval" / f"{name}.settings.json").write_text(json.dumps(settings))
     (folder / "eval" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -31,7 +31,7 @@ def write_scores(folder, answers, name="gsm8k_builtin", cut=0):
 def folders(tmp_path):
     """A base model with 1 of 8 right, and a run of it with 7 of 8 right."""
     before, after = tmp_path / "base", tmp_path / "run"
-    write_scores(before, [0, *[99] * 7], cut=3)
+    write_scores(before, [0, *[99] * 7], cut=3, seconds=90.0)
     write_scores(after, [*range(7), 99])
     metrics = [
         {"step": 0, "eval_ce": 1.5, "eval_mce": 1.25},
@@ -55,6 +55,7 @@ def test_the_table_has_both_accuracies_with_wilsons_intervals_and_the_paired_gai
     assert "cut at 192 tokens: 3 answers before, 0 after" in shown
     assert "steps 0 -> 9: CE 1.500 -> 0.500, MCE 1.250 -> 0.375" in shown
     assert "9 steps in 61 s, 3.3 GiB" in shown
+    assert "scoring: 90 s before (what was on file takes none), 30 s after" in shown
     assert f"{folders[1]}/README.md" in shown
 
 
