@@ -78,6 +78,7 @@ COMMANDS: dict[str, Command] = {
         help="The shipped recipe tiny. Writes runs/tiny. Any setting can follow as --key value.",
         first=(str(SHIPPED / "recipes" / "tiny.yaml"),),
     ),
+    "fetch": Command("get a pretrained model, or make a plain folder of a .gguf file", "matrix_llm.fetch.command"),
     "pretrain": Command(
         "pre-train an image backbone without labels",
         "matrix_llm.ssl.pretrain",

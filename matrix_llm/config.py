@@ -29,6 +29,7 @@ from matrix_llm.data.entries import DatasetEntry, check_columns, map_paths, read
 from matrix_llm.data.forms import BOXED_ANSWERS
 from matrix_llm.data.prompts import TRAIN_ON, resolve_template
 from matrix_llm.data.readers import Source
+from matrix_llm.loss.settings import EMBEDDINGS
 
 __all__ = ["DataArguments", "MatrixConfig", "ModelArguments", "Recipe", "RecipeError", "load_recipe"]
 
@@ -60,7 +61,8 @@ class MatrixConfig(SFTConfig):
     mce_top_k: int | None = setting(None, at_least=1)
     """Likeliest tokens kept exactly, the others by their second moments; None: 16, or all of a small vocabulary."""
     mce_embeddings: str = "lm_head"
-    """The token vectors that MCE compares: "lm_head", "input", or the path of a .safetensors file with one matrix."""
+    """The token vectors that MCE compares: "lm_head", "centred" (the head's minus their mean), "input", or the path of
+    a .safetensors file with one matrix."""
     mce_embedding_grad: bool = False
     """Whether the gradient of the MCE term also flows through the token vectors."""
     effective_rank_steps: int = setting(0, at_least=0)
@@ -100,11 +102,10 @@ class MatrixConfig(SFTConfig):
 
     def _check_embeddings(self) -> None:
         """Refuse token vectors that do not exist, and a gradient with no parameter to flow to."""
-        if self.mce_embeddings in ("lm_head", "input"):
+        if self.mce_embeddings in EMBEDDINGS:
             return
         if not self.mce_embeddings.endswith(".safetensors"):
-            choices = ["lm_head", "input"]
-            check_choice("mce_embeddings", self.mce_embeddings, choices, also="a path to a .safetensors file")
+            check_choice("mce_embeddings", self.mce_embeddings, EMBEDDINGS, also="a path to a .safetensors file")
         if not (file := Path(self.mce_embeddings).expanduser()).is_file():
             raise RecipeError(
                 f"mce_embeddings={self.mce_embeddings!r}: no file at {file.absolute()}. Correct the path."
@@ -113,7 +114,7 @@ class MatrixConfig(SFTConfig):
             raise RecipeError(
                 f"mce_embedding_grad=True with mce_embeddings={self.mce_embeddings!r}: vectors read from a file are "
                 "not a parameter of the model, so their gradient goes nowhere. Set mce_embedding_grad to false, or "
-                "mce_embeddings to lm_head or input."
+                "mce_embeddings to lm_head, centred or input."
             )
 
     def _check_early_stopping(self) -> None:
@@ -640,6 +641,8 @@ def make_recipe(
     if given.get("report_to") is None:
         given.pop("report_to", None)  # transformers would report to a service of the name None
     for key in _PATHS:
+        if key == "mce_embeddings" and given.get(key) in EMBEDDINGS:
+            continue  # a name, even where the repository has a folder of that name
         if isinstance(given.get(key), str):
             given[key] = find_from_repository(given[key], path)
     for key in ("dataset", "eval_dataset"):

@@ -52,6 +52,8 @@ from matrix_llm.run.run_folder import (
 )
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from matrix_llm.run.preemption import StopOnSignal
     from matrix_llm.run.prepare import Prepared
     from matrix_llm.trainer import MatrixTrainer
@@ -68,19 +70,21 @@ def print_plan(recipe: Recipe) -> None:
     from matrix_llm.model.adapter_checks import check_adapters
     from matrix_llm.model.early_checks import check_model
     from matrix_llm.model.load import load_config
+    from matrix_llm.model.pretrained import read_config
     from matrix_llm.plan.memory import memory_lines
     from matrix_llm.plan.steps import describe_loss, masked_sample, plan_steps
     from matrix_llm.run.prepare import limit_max_length, prepare_data
 
     # 1. What a run would be refused for; then rows and tokenizer, no weights
-    check_model(recipe)
-    check_adapters(recipe.model, trust_remote_code=recipe.training.trust_remote_code)
+    read = read_config(recipe)
+    check_model(recipe, read)
+    check_adapters(recipe.model, trust_remote_code=recipe.training.trust_remote_code, read=read)
     if recipe.missing:
         say(f"=> a run on this machine would be refused: {recipe.missing}")
     training, processes = recipe.training, int(os.environ.get("WORLD_SIZE", "1"))
-    limit_max_length(recipe, say=say)
-    prepared = prepare_data(recipe, say=say, dry_run=True)
-    config = load_config(recipe.model, prepared.tokenizer, trust_remote_code=training.trust_remote_code)
+    limit_max_length(recipe, say=say, read=read)
+    prepared = prepare_data(recipe, say=say, dry_run=True, read=read)
+    config = load_config(recipe.model, prepared.tokenizer, trust_remote_code=training.trust_remote_code, read=read)
     longest = max(prepared.report.longest, 1)
     length = min(training.max_length or longest, longest)
     if training.packing and training.max_length:
@@ -106,6 +110,7 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     """A complete run. One that `stop` ends early saves a checkpoint and prints how to resume."""
     from matrix_llm.model.adapter_checks import check_adapters
     from matrix_llm.model.early_checks import check_model
+    from matrix_llm.model.pretrained import read_config
     from matrix_llm.run.inputs import INPUTS, check_inputs, inputs_of
     from matrix_llm.run.preemption import resume_command
     from matrix_llm.run.prepare import limit_max_length, prepare_data
@@ -115,8 +120,9 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     started = time.perf_counter()
 
     # 1. What the model's configuration tells. A resumed run must read the rows it was started with.
-    check_model(recipe)
-    check_adapters(recipe.model, trust_remote_code=training.trust_remote_code)
+    read = read_config(recipe)
+    check_model(recipe, read)
+    check_adapters(recipe.model, trust_remote_code=training.trust_remote_code, read=read)
     resume = find_resume_checkpoint(training)
     with training.main_process_first(desc="comparing the rows with those of the run"):
         inputs = inputs_of(recipe)
@@ -124,10 +130,10 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
             check_inputs(Path(resume), inputs)
 
     # 2. Rows, then model and trainer
-    limit_max_length(recipe, say=say)
-    prepared = prepare_data(recipe, say=say)
+    limit_max_length(recipe, say=say, read=read)
+    prepared = prepare_data(recipe, say=say, read=read)
     check_launch(recipe, prepared)
-    trainer = make_trainer(recipe, prepared)
+    trainer = make_trainer(recipe, prepared, read)
     trainer.rehearse_saving()
     if (warning := describe_space(trainer.model, training)) is not None:
         say(f"=> {warning}")
@@ -186,7 +192,7 @@ def check_launch(recipe: Recipe, prepared: "Prepared") -> None:
         )
 
 
-def make_trainer(recipe: Recipe, prepared: "Prepared") -> "MatrixTrainer":
+def make_trainer(recipe: Recipe, prepared: "Prepared", read: "PretrainedConfig | None" = None) -> "MatrixTrainer":
     """Create the model and the trainer, with a log line for each decision made on the way."""
     from matrix_llm.model.adapters import lora_config
     from matrix_llm.model.load import load_config, load_model
@@ -203,11 +209,12 @@ def make_trainer(recipe: Recipe, prepared: "Prepared") -> "MatrixTrainer":
     for report in (prepared.report, prepared.held_out_report):
         say("\n".join(f"=> {line}" for line in report.lines()) if report else "=> no held-out rows")
     say("\n".join(f"=> {line}" for line in plan_steps(recipe, prepared.report, training.world_size).lines()))
-    config = load_config(recipe.model, tokenizer, trust_remote_code=training.trust_remote_code)
+    known: Any = {"trust_remote_code": training.trust_remote_code, "read": read}
+    config = load_config(recipe.model, tokenizer, **known)
     say(f"=> loss             {describe_loss(training, config)}")
 
     # 2. The weights
-    model = load_model(recipe.model, tokenizer, seed=training.seed, trust_remote_code=training.trust_remote_code)
+    model = load_model(recipe.model, tokenizer, seed=training.seed, **known)
     name, parameters = type(model).__name__, model.num_parameters()
     say(f"=> model            {name}, {parameters:,} parameters, {training.world_size} process(es)")
     if recipe.model.use_peft and recipe.model.model_config is not None:

@@ -255,6 +255,9 @@ REFUSED = [  # overrides of GOOD; what is said; the overrides as the message wou
      "--packing"),
     ("--eval_packing", "eval_packing=True.*Set packing: true", "--eval_packing --packing"),
     ("--mce_embeddings lmhead", "mce_embeddings='lmhead'.*Did you mean lm_head", "--mce_embeddings lm_head"),
+    ("--mce_embeddings centered", "mce_embeddings='centered'.*Did you mean centred", "--mce_embeddings centred"),
+    ("--mce_embeddings {files}/vectors.safetensors,centred", "mce_embeddings=.*not one of.*centred",
+     "--mce_embeddings centred --mce_embedding_grad"),
     ("--mce_embeddings none.safetensors", "mce_embeddings='none.safetensors': no file at /.*/none.safetensors.*Correct",
      "--mce_embeddings {files}/vectors.safetensors"),
     ("--mce_embeddings {files}/vectors.safetensors --mce_embedding_grad",
@@ -276,6 +279,8 @@ REFUSED = [  # overrides of GOOD; what is said; the overrides as the message wou
      "--deepspeed {files}/ds.json"),
     ("--deepspeed {files}/cut.json", "cut.json' line 2: this is not JSON", "--deepspeed {files}/ds.json"),
     ("--deepspeed {files}/list.json", "list.json'.*JSON object.*ds_configs/", "--deepspeed {files}/ds.json"),
+    ("--deepspeed {files}/unknown.json", "unknown.json': 'zero_optimisation'.*Did you mean zero_optimization",
+     "--deepspeed {files}/ds.json"),
     ("--deepspeed {files}/latin1.json", "latin1.json'.*Save the file as UTF-8", "--deepspeed {files}/ds.json"),
     # what transformers refuses or cannot find
     ("--accelerator_config none.json", "none.json", ""),
@@ -291,6 +296,7 @@ def files(tmp_path):
     folder.mkdir()
     for name, content in {
         "rows.jsonl": b"", "vectors.safetensors": b"", "ds.json": b"{}", "scheduler.json": b'{"scheduler": {}}',
+        "unknown.json": b'{"zero_optimisation": {}}',
         "cut.json": b"{\n", "list.json": b"[1]", "latin1.json": b'{"a": "\xe9"}',
     }.items():  # fmt: skip
         (folder / name).write_bytes(content)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from matrix_llm.base.files import read_jsonl
 from matrix_llm.model.tokenizer import train_tokenizer
@@ -219,8 +219,9 @@ class Killed(BaseException):
     """Stands for the end of the process: nothing in the program catches it."""
 
 
-def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(recipe, tmp_path, capsys, monkeypatch):
-    saved = {"save_strategy": "steps", "save_steps": 2}
+@pytest.mark.parametrize("others", [{}, {"mce_embeddings": "centred", "mce_top_k": 16}], ids=["", "centred"])
+def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(others, recipe, tmp_path, capsys, monkeypatch):
+    saved = {"save_strategy": "steps", "save_steps": 2, **others}
     assert main([recipe(**saved, output_dir=str(tmp_path / "whole"))]) == 0
     expected = weights(tmp_path / "whole")
 
@@ -370,3 +371,26 @@ def test_rows_longer_than_a_learned_position_table_are_counted_and_do_not_reach_
     shown = capsys.readouterr().out
     assert "=> max_length       160, the model's number of positions, instead of 1024" in shown
     assert "of 64 rows kept" in shown
+
+
+@pytest.mark.parametrize("options", [["--dry_run"], ["--dry_run", "--use_peft"], []], ids=" ".join)
+def test_the_configuration_of_the_base_model_is_read_once(options, recipe, tmp_path, monkeypatch, tiny_tokenizer):
+    """Checks, rows, tokenizer, plan and weights share it: on the Hub, each reading is a request."""
+    base = save_llama(tmp_path / "base", rows=300, max_position_embeddings=256)
+    tiny_tokenizer.save_pretrained(base)
+    read, read_from = [], PreTrainedConfig.get_config_dict.__func__
+
+    def counted(cls, name, **kwargs):
+        read.append(str(name))
+        return read_from(cls, name, **kwargs)
+
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", classmethod(counted))
+    path = recipe(
+        model_name_or_path=base,
+        model_config=None,
+        tokenizer_vocab_size=None,
+        accuracy_rows=2,
+        accuracy_max_new_tokens=4,
+    )
+    assert main([path, *options]) == 0
+    assert read.count(base) == 1, read

@@ -159,6 +159,22 @@ def test_held_out_figures_compare_across_weights(tmp_path, tiny_tokenizer):
 FIGURES = ("loss", "ce", "mce", "entropy", "mean_token_accuracy")
 
 
+def test_centred_vectors_are_evaluated_as_they_are_trained(tmp_path, tiny_tokenizer):
+    """The same weights and rows: a training step without a learning rate, and an evaluation."""
+    found = {}
+    for embeddings in ("centred", "lm_head"):
+        model, batch = tiny_model(vocab_size=1100), rows(8)
+        model.lm_head.weight.data += model.lm_head.weight.std()  # something that the vectors share
+        settings = {"mce_embeddings": embeddings, "learning_rate": 0.0, "max_steps": 1, "eval_dataset": batch}
+        trainer = make(tmp_path, tiny_tokenizer, model, batch, per_device_train_batch_size=8, **settings)
+        trainer.train()
+        found[embeddings] = trained = {name: history(trainer, name)[0] for name in ("loss", "ce", "mce")}
+        evaluated = trainer.evaluate()
+        assert {name: evaluated[f"eval_{name}"] for name in trained} == pytest.approx(trained, rel=1e-5)
+    assert found["centred"]["ce"] == found["lm_head"]["ce"]
+    assert found["centred"]["mce"] != pytest.approx(found["lm_head"]["mce"], rel=1e-2)
+
+
 @pytest.mark.parametrize("mce_weight", [0.0, 0.5])
 def test_held_out_figures_do_not_depend_on_the_batch_size(mce_weight, tmp_path, tiny_tokenizer):
     """Rows of very different lengths, and 11 of them, so that the last batch is a small one."""

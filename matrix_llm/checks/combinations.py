@@ -14,6 +14,7 @@ from transformers.trainer_utils import FSDPOption
 
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.values import check_choice
+from matrix_llm.checks.engines import check_engines
 from matrix_llm.checks.evaluation import check_best_is_saved, check_metric
 from matrix_llm.checks.machine import (
     MissingOnThisMachineError,
@@ -28,6 +29,7 @@ from matrix_llm.checks.sharding import environment_says
 from matrix_llm.data.entries import DatasetEntry, check_exists, question_source
 from matrix_llm.data.prompts import CHAT
 from matrix_llm.data.readers import Slice, Source, local_path
+from matrix_llm.data.wordproblems import KINDS
 
 if TYPE_CHECKING:
     from matrix_llm.config import DataArguments, MatrixConfig, ModelArguments
@@ -49,8 +51,7 @@ def check_combinations(
     _check_adapters(model, given)
     _check_evaluation(data, given)
     check_best_is_saved(given)
-    if isinstance(given.get("deepspeed"), str):
-        _check_deepspeed_file(Path(given["deepspeed"]))
+    check_engines(given)
     _check_sources(data, replaced)
     _check_revision(model, given, replaced)
 
@@ -163,8 +164,8 @@ def _check_split(key: str, entry: DatasetEntry, source: Source) -> None:
     where = f"{key}={source.name!r} with the split {source.split!r}"
     if source.is_file and not source.has_splits and part.split not in ("train", "test"):
         raise RecipeError(f"{where}: a file holds one split, so its name would select nothing. Remove {setting_name}.")
-    if source.name == "builtin" and part.split not in ("train", "test"):
-        raise RecipeError(f"{where}: builtin has the splits train and test. Correct {setting_name}.")
+    if source.name == "builtin" and part.split not in KINDS:
+        raise RecipeError(f"{where}: builtin has the splits {', '.join(KINDS)}. Correct {setting_name}.")
 
 
 def _check_part(key: str, source: Source, *, is_stream: bool) -> None:
@@ -294,23 +295,4 @@ def _check_evaluation(data: DataArguments, given: Mapping[str, Any]) -> None:
     if strategy != "no" and data.eval_dataset is None:
         raise RecipeError(
             f"eval_strategy={strategy!r} has no rows to evaluate on. Give eval_dataset, or set eval_strategy to no."
-        )
-
-
-def _check_deepspeed_file(path: Path) -> None:
-    where = f"deepspeed={str(path)!r}"
-    if not path.is_file():
-        raise RecipeError(f"{where}: no file at {path.absolute()}. Correct the path.")
-    try:
-        blocks = json.loads(path.read_bytes())
-    except json.JSONDecodeError as error:
-        raise RecipeError(f"{where} line {error.lineno}: this is not JSON: {error.msg}.") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{where} is not UTF-8 text. Save the file as UTF-8.") from None
-    if not isinstance(blocks, dict):
-        raise RecipeError(f"{where} does not hold a JSON object. Start from a file in ds_configs/.")
-    if "scheduler" in blocks:
-        raise RecipeError(
-            f"{where} holds a `scheduler` block, which would silently replace lr_scheduler_type. Remove the "
-            "block: the recipe decides."
         )

@@ -44,6 +44,7 @@ from matrix_llm.diagnose.positions import Positions, check_weights, draw_positio
 from matrix_llm.diagnose.reading import read_figures
 from matrix_llm.diagnose.subject import Subject, not_applied, read_model, read_rows
 from matrix_llm.loss.settings import LossSettings
+from matrix_llm.loss.vocabulary import mean_vector, subtract_mean
 from matrix_llm.model.lm_head import check_head, load_embeddings
 from matrix_llm.publish.card import versions
 
@@ -186,7 +187,7 @@ def token_vectors(recipe: Recipe, model: Any) -> dict[str, Tensor]:
     else:
         vectors = load_embeddings(chosen, len(weight)).to(weight.device)
     vectors = vectors.float()
-    centred = vectors - vectors.mean(0)
+    centred = subtract_mean(vectors, mean_vector(vectors, torch.float32))
     return {IN_USE: centred, "lm_head": vectors} if chosen == "centred" else {IN_USE: vectors, "centred": centred}
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matrix_llm.config import MatrixConfig
 
 SOLVERS = ("exact", "krylov", "taylor")
+EMBEDDINGS = ("lm_head", "input", "centred")  # `LossSettings.embeddings` by name; anything else is a file
 
 # Chosen from the tables of docs/solvers.md and docs/performance.md: where CE <= 2 they stay well within 1 % mean error
 # in the value and 5 % in the logits' gradient, at nearly the cost of cross-entropy alone.
@@ -45,6 +46,9 @@ class Solver:
     top_k: int | None
     """Tokens kept exactly at each position; None: the whole vocabulary."""
 
+    centred: bool = False
+    """Whether the mean of the embeddings is subtracted from each of them before they are scaled to norm 1."""
+
     def bytes_per_position(self, vocabulary_size: int, width: int, itemsize: int) -> int:
         """Working memory of one position, on top of its logits, in bytes."""
         if self.name == "exact":
@@ -64,7 +68,7 @@ class LossSettings:
         RecipeError: a value out of range, or `top_k` with a solver that cannot use it.
 
     >>> LossSettings(top_k=16).solver_for(32016)
-    Solver(name='krylov', steps=6, order=4, sketch_dim=None, top_k=16)
+    Solver(name='krylov', steps=6, order=4, sketch_dim=None, top_k=16, centred=False)
     """
 
     mce_weight: float = 1.0
@@ -86,7 +90,8 @@ class LossSettings:
     """Tokens that "krylov" keeps exactly at each position, at least 1; None: see `solver_for`."""
 
     embeddings: str = "lm_head"
-    """Which token vectors to compare: "lm_head", "input" (the input embeddings), or the path of a .safetensors file."""
+    """Which token vectors to compare: "lm_head" (its weight), "centred" (the same minus their mean), "input" (the input
+    embeddings), or the path of a .safetensors file."""
 
     embedding_grad: bool = False
     """Whether the gradient of MCE also flows into the token vectors."""
@@ -142,4 +147,4 @@ class LossSettings:
         if top_k is not None and top_k >= vocabulary_size:
             top_k = None
         steps = DEFAULT_STEPS if self.steps is None else self.steps
-        return Solver(self.solver, steps, self.order, self.sketch_dim, top_k)
+        return Solver(self.solver, steps, self.order, self.sketch_dim, top_k, centred=self.embeddings == "centred")

@@ -1,6 +1,8 @@
 """The token vectors' norms and leading directions, and a search for the likeliest tokens.
 
     unit_vectors       the e_j, scaled to norm 1
+    mean_vector        their mean over the vocabulary, and
+    subtract_mean      the vectors without it, for `mce_embeddings: centred`
     summarise          what head_tail.py needs of all vectors, once per optimizer step
     find_likeliest     top-k of wide logits, faster than torch.topk
 
@@ -43,16 +45,18 @@ def unit_vectors(
     *,
     dtype: torch.dtype,
     sketch_dim: int | None = None,
+    centred: bool = False,
 ) -> Tensor:
     """Each vector scaled to norm 1, in `dtype`; a zero vector stays zero. Differentiable (zero vectors: gradient 0).
 
+    With `centred` the mean over the vocabulary is subtracted first, and the gradient passes through the mean as well.
     With `sketch_dim` = r the vectors are those of embeddings @ R, with R (D, r) a fixed Gaussian matrix: MCE depends on
     E only through the cosines e_i . e_j, which a random projection roughly keeps (Johnson & Lindenstrauss).
 
     Returns:
         (V, D), or (V, r) with a sketch.
     """
-    e = embeddings.to(dtype)
+    e = subtract_mean(embeddings, mean_vector(embeddings, dtype)) if centred else embeddings.to(dtype)
     largest = e.detach().abs().amax(-1, keepdim=True)  # divide by it first, so that no square overflows or underflows
     e = e / torch.where(largest > 0, largest, 1.0)
     if sketch_dim is not None:
@@ -77,16 +81,48 @@ def inverse_norms(
     return torch.where(too_small, 0.0, 1 / torch.where(too_small, 1.0, norm))
 
 
+# ---------------------------------------------------------------------------------------------------------- the mean
+
+
+def mean_vector(
+    vectors: Tensor,  # (V, D) any float dtype
+    dtype: torch.dtype,
+) -> Tensor:
+    """(D,) mean over all V vectors in `dtype`, summed in float64 a block at a time. Differentiable."""
+    total = torch.zeros(vectors.shape[1], dtype=torch.float64, device=vectors.device)
+    for part in vectors.split(max(1, BLOCK_ELEMENTS // vectors.shape[1])):
+        total = total + part.double().sum(0)
+    return (total / vectors.shape[0]).to(dtype)
+
+
+def subtract_mean(
+    vectors: Tensor,  # (v, D) any float dtype
+    mean: Tensor,  # (D,)
+) -> Tensor:
+    """vectors - mean, in the dtype of `mean`.
+
+    A vector that differs from the mean by rounding alone becomes zero: scaled to norm 1 it would be a random direction.
+
+    >>> subtract_mean(torch.tensor([[1.0, 3.0], [2.0, 1.0]]), torch.tensor([2.0, 1.0]))
+    tensor([[-1.,  2.],
+            [ 0.,  0.]])
+    """
+    moved = vectors.to(mean.dtype) - mean
+    rounding = 16 * torch.finfo(mean.dtype).eps * mean.detach().abs().amax()
+    return torch.where(moved.detach().abs().amax(-1, keepdim=True) <= rounding, 0.0, moved)  # NaN stays
+
+
 # ----------------------------------------------------------------------------------------------------------- summary
 
 
 class VocabularySummary(NamedTuple):
     """What head_tail.py needs to know about the vocabulary, computed from the weight once. Carries no gradient."""
 
-    inverse_norm: Tensor  # (V,) 1 / |vector|, 0 for a zero vector
+    inverse_norm: Tensor  # (V,) 1 / |vector - centre|, 0 for a zero vector
     directions: Tensor  # (D, p) U, orthonormal columns
     coordinates: Tensor  # (V, p) U^T e_j
     features: Tensor  # (V, p (p + 1) / 2 + 1) coordinate products x_a x_b with a <= b; then |e_j|^2, which is 1 or 0
+    centre: Tensor | None = None  # (D,) what is subtracted from each vector before it is scaled; None: nothing
 
 
 @outside_autocast  # which rounds to half precision, and CUDA has no QR of that
@@ -94,11 +130,21 @@ class VocabularySummary(NamedTuple):
 def summarise(
     vectors: Tensor,  # (V, D) any float dtype, any norm
     dtype: torch.dtype,  # float32 or float64, of the result
+    centred: bool = False,
 ) -> VocabularySummary:
-    """Directions by orthogonal iteration on every (V // 4096)-th unit vector, and the features of all vectors."""
+    """Directions by orthogonal iteration on every (V // 4096)-th unit vector, and the features of all vectors.
+
+    With `centred`, those of the vectors minus their mean. The mean is subtracted before every product and norm, a block
+    at a time: no (V, D) copy is made, and no two large numbers cancel where the vectors are close to their mean.
+    """
     vocabulary_size, width = vectors.shape
     device = vectors.device
-    inverse_norm = inverse_norms(vectors, dtype)
+    block = max(1, BLOCK_ELEMENTS // width)
+    centre = mean_vector(vectors, dtype) if centred else None
+    if centre is None:
+        inverse_norm = inverse_norms(vectors, dtype)
+    else:
+        inverse_norm = torch.cat([inverse_norms(subtract_mean(part, centre), dtype) for part in vectors.split(block)])
 
     # 1. U: the directions in which the vectors vary most. A stride, since BPE ids are sorted by frequency: the first
     #    4,096 tokens would not be representative.
@@ -106,7 +152,7 @@ def summarise(
         directions = torch.eye(width, dtype=dtype, device=device)
     else:
         stride = max(1, vocabulary_size // BASIS_VECTORS)
-        sample = vectors[::stride].to(dtype) * inverse_norm[::stride, None]
+        sample = _centre_or_widen(vectors[::stride], centre, dtype) * inverse_norm[::stride, None]
         directions = fixed_gaussian(width, min(width, 2 * DIRECTIONS), dtype, device)
         for _ in range(BASIS_ITERATIONS):
             directions = torch.linalg.qr(sample.T @ (sample @ directions)).Q  # columns in the order of their weight
@@ -115,12 +161,12 @@ def summarise(
 
     # 2. coordinates of every unit vector along U
     coordinates = torch.empty(vocabulary_size, p, dtype=dtype, device=device)
-    if vectors.dtype == dtype:
+    if vectors.dtype == dtype and centre is None:
         torch.mm(vectors, directions, out=coordinates)
-    else:  # half-precision vectors: widened a block at a time
-        block = max(1, BLOCK_ELEMENTS // width)
+    else:  # widened or centred a block at a time
         for start in range(0, vocabulary_size, block):
-            coordinates[start : start + block] = vectors[start : start + block].to(dtype) @ directions
+            at = slice(start, start + block)
+            coordinates[at] = _centre_or_widen(vectors[at], centre, dtype) @ directions
     coordinates *= inverse_norm.unsqueeze(-1)
 
     # 3. features: their product with the probabilities gives the tail's second moment and its mass
@@ -130,7 +176,11 @@ def summarise(
         torch.mul(coordinates[:, i:], coordinates[:, i : i + 1], out=features[:, column : column + p - i])
         column += p - i
     features[:, -1] = torch.where(inverse_norm == 0, 0.0, torch.where(inverse_norm.isnan(), inverse_norm, 1.0))
-    return VocabularySummary(inverse_norm, directions, coordinates, features)
+    return VocabularySummary(inverse_norm, directions, coordinates, features, centre)
+
+
+def _centre_or_widen(vectors: Tensor, centre: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return vectors.to(dtype) if centre is None else subtract_mean(vectors, centre)
 
 
 # --------------------------------------------------------------------------------------------------- likeliest tokens

@@ -23,8 +23,13 @@ from matrix_llm.model.adapters import add_adapters, lora_config
 from matrix_llm.model.pretrained import load_pretrained_config
 
 
-def check_adapters(args: ModelArguments, *, trust_remote_code: bool = False) -> None:
+def check_adapters(
+    args: ModelArguments, *, trust_remote_code: bool = False, read: PretrainedConfig | None = None
+) -> None:
     """Refuse adapters that cannot be made, that match nothing, or that lie on the LM head.
+
+    Args:
+        read: the configuration of `model_name_or_path`, where it has been read already.
 
     Raises:
         RecipeError, ModelError: with the key, the name that matches nothing and the nearest that exist; or peft is not
@@ -32,7 +37,7 @@ def check_adapters(args: ModelArguments, *, trust_remote_code: bool = False) -> 
     """
     # 1. the model without its weights, and its adapters
     settings = lora_config(args)
-    config = None if settings is None else _configuration(args, trust_remote_code)
+    config = None if settings is None else _configuration(args, trust_remote_code, read)
     if settings is None or config is None:
         return
     with torch.device("meta"):
@@ -57,10 +62,12 @@ def check_adapters(args: ModelArguments, *, trust_remote_code: bool = False) -> 
     _check_tying(args, model)
 
 
-def _configuration(args: ModelArguments, trust_remote_code: bool) -> PretrainedConfig | None:
+def _configuration(
+    args: ModelArguments, trust_remote_code: bool, read: PretrainedConfig | None
+) -> PretrainedConfig | None:
     """The model's configuration; None where `build_config` will refuse it, once there is a tokenizer."""
     if args.model_config is None:
-        return load_pretrained_config(args, trust_remote_code)
+        return load_pretrained_config(args, trust_remote_code, read)
     settings = dict(args.model_config)
     if args.tokenizer_vocab_size is not None:
         settings.setdefault("vocab_size", args.tokenizer_vocab_size)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from matrix_llm.base.errors import RecipeError, one_line
 from matrix_llm.config import ModelArguments, Recipe
+from matrix_llm.loss.settings import EMBEDDINGS
 from matrix_llm.model.lm_head import load_embeddings
 from matrix_llm.model.load import build_config, check_generation_settings, load_config
 from matrix_llm.model.pretrained import load_pretrained_config
@@ -27,18 +28,21 @@ class _TokenizerToTrain:
         return self.size
 
 
-def check_model(recipe: Recipe) -> None:
+def check_model(recipe: Recipe, read: PretrainedConfig | None = None) -> None:
     """Refuse settings that do not fit the model: its architecture, its attention, its vocabulary, its experts.
+
+    Args:
+        read: the configuration of `model_name_or_path`, where it has been read already.
 
     Raises:
         RecipeError: no such model, or a setting that the model would refuse after its weights are loaded.
     """
     model, training = recipe.model, recipe.training
-    config = _config_before_rows(model, training.trust_remote_code)
+    config = _config_before_rows(model, training.trust_remote_code, read)
     check_generation_settings(model)
     if model.attn_implementation is not None and not recipe.missing:
         _check_attention(model.attn_implementation, config, training.trust_remote_code)
-    if training.mce_embeddings not in ("lm_head", "input") and model.tokenizer_vocab_size is None:
+    if training.mce_embeddings not in EMBEDDINGS and model.tokenizer_vocab_size is None:
         load_embeddings(training.mce_embeddings, config.get_text_config().vocab_size)
     if not hasattr(config.get_text_config(), "output_router_logits"):
         if training.router_aux_loss_coef:
@@ -47,9 +51,11 @@ def check_model(recipe: Recipe) -> None:
             raise _no_experts("metric_for_best_model", training.metric_for_best_model, config)
 
 
-def _config_before_rows(model: ModelArguments, trust_remote_code: bool) -> PretrainedConfig:
+def _config_before_rows(
+    model: ModelArguments, trust_remote_code: bool, read: PretrainedConfig | None
+) -> PretrainedConfig:
     if model.model_config is None:
-        return load_pretrained_config(model, trust_remote_code)
+        return load_pretrained_config(model, trust_remote_code, read)
     if model.tokenizer_vocab_size is None:
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         return load_config(model, tokenizer, trust_remote_code=trust_remote_code)

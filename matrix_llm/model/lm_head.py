@@ -37,7 +37,7 @@ from matrix_llm.base.modes import evaluation_mode
 from matrix_llm.information import effective_rank
 from matrix_llm.loss.linear import linear_loss
 from matrix_llm.loss.positions import TrainedPositions
-from matrix_llm.loss.settings import LossSettings
+from matrix_llm.loss.settings import EMBEDDINGS, LossSettings
 from matrix_llm.loss.vocabulary import VocabularySummary, summarise, unit_vectors
 
 
@@ -237,7 +237,7 @@ class MatrixHead:
         self._text_config = model.config.get_text_config()
         self._scale, self._softcap = logit_transform(model.config)
         self._from_file: Tensor | None = None  # (V, D)
-        if settings.embeddings not in ("lm_head", "input"):
+        if settings.embeddings not in EMBEDDINGS:
             weight = lm_head_of(model).weight
             vocabulary_size = weight.shape[0] if weight.numel() else self._text_config.vocab_size  # empty under ZeRO-3
             self._from_file = load_embeddings(settings.embeddings, vocabulary_size)
@@ -314,7 +314,7 @@ class MatrixHead:
         weight: Tensor,  # (V, H) of the LM head
         input_embeddings: Tensor | None = None,  # (V, H)
     ) -> Tensor:
-        """The token vectors of MCE, (V, D); detached unless the settings train them."""
+        """The token vectors of MCE, (V, D); detached unless the settings train them. The loss centres them."""
         if self._from_file is not None:
             self._from_file = self._from_file.to(weight.device)  # moved once, then stays there
             return self._from_file
@@ -332,7 +332,8 @@ class MatrixHead:
             return None
         source = (self.step, embeddings.shape, embeddings.dtype, embeddings.device, dtype)
         if self._summary is None or self.step is None or source != self._summarised:
-            self._summary = summarise(embeddings, torch.float64 if dtype == torch.float64 else torch.float32)
+            dtype = torch.float64 if dtype == torch.float64 else torch.float32
+            self._summary = summarise(embeddings, dtype, solver.centred)
             self._summarised = source
         return self._summary
 

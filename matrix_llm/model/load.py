@@ -46,10 +46,18 @@ FIRST_POSITION_AFTER_PADDING = {
 
 
 def load_model(
-    args: ModelArguments, tokenizer: PreTrainedTokenizerBase, *, seed: int = 42, trust_remote_code: bool = False
+    args: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int = 42,
+    trust_remote_code: bool = False,
+    read: PretrainedConfig | None = None,
 ) -> PreTrainedModel:
     """The model in `args.dtype`, from a checkpoint or with random weights drawn from `seed`; its special ids are the
     tokenizer's.
+
+    Args:
+        read: the configuration of `model_name_or_path`, where it has been read already.
 
     Raises:
         RecipeError: no such model, a model_config that does not fit, tokens without an embedding.
@@ -70,6 +78,8 @@ def load_model(
     else:
         options |= quantisation_options(args)
         options |= {"revision": args.model_revision, "trust_remote_code": trust_remote_code}
+        if read is not None:
+            options["config"] = load_pretrained_config(args, trust_remote_code, read)
         model = load_pretrained(
             "model_name_or_path", args.model_name_or_path, AutoModelForCausalLM.from_pretrained, **options
         )
@@ -148,15 +158,20 @@ def check_generation_settings(args: ModelArguments) -> None:
 
 
 def load_config(
-    args: ModelArguments, tokenizer: PreTrainedTokenizerBase | None, *, trust_remote_code: bool = False
+    args: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    trust_remote_code: bool = False,
+    read: PretrainedConfig | None = None,
 ) -> PretrainedConfig:
     """The configuration alone, of a checkpoint or from scratch: all that a plan needs, without weights.
 
-    Without a tokenizer, that of a model from scratch has its vocabulary and special ids by default.
+    Without a tokenizer, that of a model from scratch has its vocabulary and special ids by default. `read` is the
+    checkpoint's, where it has been read already.
     """
     if args.model_config is not None:
         return build_config(args, tokenizer)
-    return load_pretrained_config(args, trust_remote_code)
+    return load_pretrained_config(args, trust_remote_code, read)
 
 
 def position_limit(config: PretrainedConfig) -> int | None:

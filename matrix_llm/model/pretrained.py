@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
 from matrix_llm.base.errors import RecipeError
-from matrix_llm.config import ModelArguments
+from matrix_llm.config import ModelArguments, Recipe
 
 
 def load_pretrained(key: str, name: str | None, loader: Any, **options: Any) -> Any:
@@ -23,6 +24,7 @@ def load_pretrained(key: str, name: str | None, loader: Any, **options: Any) -> 
         RecipeError: no such folder, or `loader` could not read it; one line, with the loader's own reason.
     """
     path = os.path.expanduser(str(name))
+    _refuse_gguf(key, path)
     if str(name).startswith((".", "/", "~")) and not os.path.isdir(path):
         raise RecipeError(f"{key}={name!r}: no folder at {os.path.abspath(path)}. Correct the path.")
     try:
@@ -35,8 +37,25 @@ def load_pretrained(key: str, name: str | None, loader: Any, **options: Any) -> 
         ) from error
 
 
-def load_pretrained_config(args: ModelArguments, trust_remote_code: bool) -> PretrainedConfig:
-    """The configuration of `model_name_or_path`, without its weights."""
+def _refuse_gguf(key: str, path: str) -> None:
+    """Refuse a .gguf file, or a folder that holds nothing else: transformers would say that it is no folder."""
+    files = os.listdir(path) if os.path.isdir(path) else []
+    if path.endswith(".gguf") or ("config.json" not in files and any(file.endswith(".gguf") for file in files)):
+        raise RecipeError(
+            f"{key}={path!r} is a .gguf file, or a folder with one. Make a plain folder of it first, and give that: "
+            f"matrix-llm fetch {path} FOLDER"
+        )
+
+
+def load_pretrained_config(
+    args: ModelArguments, trust_remote_code: bool, read: PretrainedConfig | None = None
+) -> PretrainedConfig:
+    """The configuration of `model_name_or_path`, without its weights: a copy of `read`, if it has been read already.
+
+    On the Hub each reading is at least one request. A run reads it once, and passes it on as `read`.
+    """
+    if read is not None:
+        return copy.deepcopy(read)  # models and checks change what they are given
     return load_pretrained(
         "model_name_or_path",
         args.model_name_or_path,
@@ -44,3 +63,10 @@ def load_pretrained_config(args: ModelArguments, trust_remote_code: bool) -> Pre
         revision=args.model_revision,
         trust_remote_code=trust_remote_code,
     )
+
+
+def read_config(recipe: Recipe) -> PretrainedConfig | None:
+    """The configuration of the recipe's `model_name_or_path`; None for a model from scratch."""
+    if recipe.model.model_config is not None:
+        return None
+    return load_pretrained_config(recipe.model, recipe.training.trust_remote_code)

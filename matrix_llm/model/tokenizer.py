@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from matrix_llm.base.errors import RecipeError
@@ -61,6 +61,7 @@ def load_tokenizer(
     chat_template_path: str | None = None,
     eos_token: str | None = None,
     pad_token: str | None = None,
+    read: PretrainedConfig | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a recipe, ready for training.
 
@@ -70,6 +71,7 @@ def load_tokenizer(
         chat_template_path: a Jinja file that replaces the tokenizer's chat template.
         eos_token: the token that ends a row, in place of the tokenizer's own; one of its vocabulary.
         pad_token: the same for padding.
+        read: the configuration of `model_name_or_path`, where it has been read already.
 
     Raises:
         RecipeError: no tokenizer under this name, no end-of-text token, tokens without an embedding, no such template;
@@ -84,7 +86,7 @@ def load_tokenizer(
             )
         tokenizer: PreTrainedTokenizerBase = train_tokenizer(texts, args.tokenizer_vocab_size)
     else:
-        tokenizer = _load_pretrained_tokenizer(args, trust_remote_code)
+        tokenizer = _load_pretrained_tokenizer(args, trust_remote_code, read)
 
     # 2. special tokens and padding
     if eos_token is not None:
@@ -115,15 +117,19 @@ def load_tokenizer(
     return tokenizer
 
 
-def _load_pretrained_tokenizer(args: ModelArguments, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def _load_pretrained_tokenizer(
+    args: ModelArguments, trust_remote_code: bool, read: PretrainedConfig | None
+) -> PreTrainedTokenizerBase:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if args.tokenizer_name_or_path is None:
         options["revision"] = args.model_revision
+        if read is not None:
+            options["config"] = load_pretrained_config(args, trust_remote_code, read)
     name = args.tokenizer_name_or_path or args.model_name_or_path
     key = "tokenizer_name_or_path" if args.tokenizer_name_or_path else "model_name_or_path"
     tokenizer = load_pretrained(key, name, AutoTokenizer.from_pretrained, **options)
     if args.model_name_or_path is not None:
-        embeddings = load_pretrained_config(args, trust_remote_code).get_text_config().vocab_size
+        embeddings = load_pretrained_config(args, trust_remote_code, read).get_text_config().vocab_size
         # CodeLlama's class adds <FILL_ME> after the vocabulary. It marks infilling calls and is not needed here.
         if _tokens_beyond(tokenizer, embeddings) and getattr(tokenizer, "fill_token", None) is not None:
             tokenizer = load_pretrained(key, name, AutoTokenizer.from_pretrained, fill_token=None, **options)

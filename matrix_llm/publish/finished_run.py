@@ -23,7 +23,7 @@ DEFAULTS: dict[str, Any] = {
     for owner, names in {
         ModelArguments: ("model_name_or_path", "use_peft"),
         DataArguments: ("dataset",),
-        MatrixConfig: ("mce_weight", "mce_warmup_steps", "mce_solver", "mce_order"),
+        MatrixConfig: ("mce_weight", "mce_warmup_steps", "mce_solver", "mce_order", "mce_embeddings"),
     }.items()
     for name in names
 }
@@ -57,6 +57,9 @@ class RunSettings:
     mce_order: int
     """Order of the Taylor solver, at least 1."""
 
+    mce_embeddings: str
+    """"lm_head", "input", "centred" or the path of a .safetensors file."""
+
     given: dict[str, Any]
     """Every setting that was given, as recipe.yaml stores them."""
 
@@ -73,6 +76,7 @@ class RunSettings:
             mce_warmup_steps=training.mce_warmup_steps,
             mce_solver=training.mce_solver,
             mce_order=training.mce_order,
+            mce_embeddings=training.mce_embeddings,
             given=recipe.resolved,
         )
 

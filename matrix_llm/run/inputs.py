@@ -16,6 +16,7 @@ from matrix_llm.base.errors import RecipeError
 from matrix_llm.config import Recipe
 from matrix_llm.data.entries import names_of, question_source
 from matrix_llm.data.readers import file_digest
+from matrix_llm.loss.settings import EMBEDDINGS
 from matrix_llm.run.run_folder import PARTIAL, RESULTS
 
 INPUTS = "inputs"
@@ -47,6 +48,8 @@ def inputs_of(recipe: Recipe) -> Inputs:
     # 2. Other files that the recipe names
     for key in FILES:
         value = getattr(recipe.training, key, None) or getattr(recipe.model, key, None)
+        if key == "mce_embeddings" and value in EMBEDDINGS:
+            continue  # a name, even where a folder has the same one
         if isinstance(value, str) and (path := Path(value).expanduser()).exists():
             found[key] = ([str(recipe.resolved.get(key, value))], [_digest(path)])
     return {

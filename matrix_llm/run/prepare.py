@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from transformers import PretrainedConfig
 
 from matrix_llm.base.errors import DataError, RecipeError
 from matrix_llm.base.files import write_text
@@ -65,22 +66,29 @@ class Prepared:
     """The trainer's `dataset_kwargs`."""
 
 
-def prepare_data(recipe: Recipe, *, say: Callable[[str], None] = print, dry_run: bool = False) -> Prepared:
+def prepare_data(
+    recipe: Recipe,
+    *,
+    say: Callable[[str], None] = print,
+    dry_run: bool = False,
+    read: PretrainedConfig | None = None,
+) -> Prepared:
     """Read and tokenise what the recipe names; the recipe itself is not changed.
 
     Args:
         say: prints a line for the log.
         dry_run: write nothing to the output directory.
+        read: the configuration of `model_name_or_path`, where it has been read already.
 
     Raises:
         DataError: a row cannot be read, nothing is left to train on, or `leakage: stop` found test questions.
         RecipeError: accuracy_rows asks for problems, but there are none.
     """
     with recipe.training.main_process_first(desc="reading and tokenising"):
-        return _prepare(recipe, say, dry_run)
+        return _prepare(recipe, say, dry_run, read)
 
 
-def _prepare(recipe: Recipe, say: Callable[[str], None], dry_run: bool) -> Prepared:
+def _prepare(recipe: Recipe, say: Callable[[str], None], dry_run: bool, read: PretrainedConfig | None) -> Prepared:
     data, training = recipe.data, recipe.training
 
     # 1. The training rows and a tokenizer, trained on them if the recipe asks for it
@@ -90,7 +98,7 @@ def _prepare(recipe: Recipe, say: Callable[[str], None], dry_run: bool) -> Prepa
         say(f"=> nothing is cached: {folder} cannot be written. Set HF_DATASETS_CACHE to a folder that can.")
     entries = data.training_entries()
     sets = [RowSet(data.training_source(entry, training.seed), root, streaming=data.streaming) for entry in entries]
-    tokenizer = _load_tokenizer(recipe, sets)
+    tokenizer = _load_tokenizer(recipe, sets, read)
 
     for line in _idle_settings(recipe, sets):
         say(f"=> {line}")
@@ -119,7 +127,7 @@ def _prepare(recipe: Recipe, say: Callable[[str], None], dry_run: bool) -> Prepa
         train, report = mix(tokens, "train", seed)
 
     # 4. The held-out rows
-    held_out, held_out_report, problems = _prepare_held_out(recipe, tokenizer, root)
+    held_out, held_out_report, problems = _prepare_held_out(recipe, tokenizer, root, read)
     return Prepared(tokenizer, train, report, held_out, held_out_report, problems, _dataset_kwargs(recipe))
 
 
@@ -144,7 +152,7 @@ def _dataset_kwargs(recipe: Recipe) -> dict[str, Any] | None:
 # --- tokenizer and encoder --------------------------------------------------------------------------------------------
 
 
-def _load_tokenizer(recipe: Recipe, sets: Sequence[RowSet]) -> Any:
+def _load_tokenizer(recipe: Recipe, sets: Sequence[RowSet], read: PretrainedConfig | None) -> Any:
     """The recipe's tokenizer. One that is trained on the rows is cached: training it takes as long as tokenising."""
     data, model = recipe.data, recipe.model
     options: dict[str, Any] = {
@@ -154,7 +162,7 @@ def _load_tokenizer(recipe: Recipe, sets: Sequence[RowSet]) -> Any:
         "pad_token": recipe.training.pad_token,
     }
     if model.tokenizer_vocab_size is None:
-        return load_tokenizer(model, **options)
+        return load_tokenizer(model, read=read, **options)
 
     texts = itertools.chain.from_iterable(rows.texts(data.prompt_template, data.response_separator) for rows in sets)
     root = sets[0].root
@@ -229,7 +237,7 @@ def _make_encoder(recipe: Recipe, tokenizer: Any, rows: RowSet) -> Encoder:
 HeldOut = tuple[datasets.Dataset | dict[str, datasets.Dataset] | None, DataReport | None, list[HeldOutProblem]]
 
 
-def _prepare_held_out(recipe: Recipe, tokenizer: Any, root: Path | None) -> HeldOut:
+def _prepare_held_out(recipe: Recipe, tokenizer: Any, root: Path | None, read: PretrainedConfig | None) -> HeldOut:
     """The rows for the evaluation loss, a report on them, and the problems for greedy accuracy.
 
     The first data set is read once for both uses.
@@ -244,7 +252,7 @@ def _prepare_held_out(recipe: Recipe, tokenizer: Any, root: Path | None) -> Held
         sets.append((RowSet(_held_out_source(data.held_out_source(entry, seed), count, wanted), root), count))
         if wanted:
             problems = _find_problems(sets[0][0], wanted)
-            _check_room(recipe, tokenizer, problems)
+            _check_room(recipe, tokenizer, problems, read)
     if not entries:
         return None, None, problems
     # 2. The evaluation loss of all of them together, or of each by its name
@@ -293,7 +301,7 @@ def _ends_in_number(answer: str) -> bool:
 # --- the model's positions --------------------------------------------------------------------------------------------
 
 
-def limit_max_length(recipe: Recipe, *, say: Callable[[str], None]) -> None:
+def limit_max_length(recipe: Recipe, *, say: Callable[[str], None], read: PretrainedConfig | None = None) -> None:
     """Keep rows within the model's positions: sets training.max_length where the recipe leaves it open.
 
     Called before rows are read; it needs the model's configuration alone.
@@ -302,7 +310,7 @@ def limit_max_length(recipe: Recipe, *, say: Callable[[str], None]) -> None:
         RecipeError: the recipe's own max_length is beyond them.
     """
     training, scratch = recipe.training, recipe.model.model_config is not None
-    positions = position_limit(load_config(recipe.model, None, trust_remote_code=training.trust_remote_code))
+    positions = position_limit(load_config(recipe.model, None, trust_remote_code=training.trust_remote_code, read=read))
     if positions is None:
         return
     multiple = int(training.pad_to_multiple_of or 1)  # a row that is not too long may be padded beyond the positions
@@ -325,9 +333,10 @@ def limit_max_length(recipe: Recipe, *, say: Callable[[str], None]) -> None:
     training.max_length = limit
 
 
-def _check_room(recipe: Recipe, tokenizer: Any, problems: list[HeldOutProblem]) -> None:
+def _check_room(recipe: Recipe, tokenizer: Any, problems: list[HeldOutProblem], read: PretrainedConfig | None) -> None:
     """Refuse greedy answers that would run beyond the model's positions."""
-    limit = position_limit(load_config(recipe.model, None, trust_remote_code=recipe.training.trust_remote_code))
+    trusted = recipe.training.trust_remote_code
+    limit = position_limit(load_config(recipe.model, None, trust_remote_code=trusted, read=read))
     if limit is None:
         return
     prompts = prompts_of(tokenizer, resolve_template(recipe.data.prompt_template), problems)

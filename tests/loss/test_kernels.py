@@ -155,27 +155,38 @@ def test_probabilities_and_gradient_are_rounded_once(dtype, softcap, scale):
     z[0, 7] = -torch.inf if softcap is None else z[0, 7]
     log_z = kernels.logit_statistics(z, labels).log_z
     q = (z.double() - log_z.double()[:, None]).exp()
-    factor = torch.tensor([0.5, -3.0, 20.0], device=DEVICE)
-    gradient = q * factor[:, None] * scale * (1 if softcap is None else 1 - (z.double() / softcap) ** 2)
+    constant = torch.tensor([[0.5], [-3.0], [20.0]], device=DEVICE)
+    form, features = torch.randn(3, 37, device=DEVICE), torch.randn(5000, 40, device=DEVICE).to(dtype)
+    form[1] *= 1e9  # beyond float16
+    features[7] = 0
+    largest = form.abs().amax(1, keepdim=True)
+    rounded = (form / largest).to(dtype).double() * largest.double()
+    factor = constant.double() + rounded @ features[:, :37].double().T
+    gradient = q * factor * scale * (1 if softcap is None else 1 - (z.double() / softcap) ** 2)
     out = torch.full((3, 6000), 9.0, dtype=dtype, device=DEVICE)[:, :5000]  # rows apart, as in a buffer
     ulp = {torch.float32: 1e-5, torch.float16: 2**-11 + 1e-5, torch.bfloat16: 2**-8 + 1e-5}[dtype]  # half of one
     kernels.probabilities(z, log_z, out)
     torch.testing.assert_close(out.double(), q, rtol=ulp, atol=3e-8)
-    kernels.logit_gradient(z, log_z, factor, out, softcap=softcap, logit_scale=scale)
-    torch.testing.assert_close(out.double(), gradient, rtol=ulp, atol=3e-6 if softcap else 3e-8)
+    out = out.float() if dtype == torch.float16 else out  # the derivative of an unlikely target exceeds it here
+    kernels.logit_gradient(z, log_z, constant, form, features, out, softcap=softcap, logit_scale=scale)
+    size = q * (constant.abs() + rounded.abs() @ features[:, :37].double().abs().T)  # sums cancel
+    assert ((out.double() - gradient).abs() <= ulp * gradient.abs() + (1e-5 if softcap else 3e-6) * size + 3e-8).all()
 
 
 # -------------------------------------------------------------------------------------------------- small problems
 
 
-def small_problem(c, s, d, v, seed=0, dtype=torch.float32, *, norm=1.0, scale=3.0):
-    """Genuine heads and tails of softmax distributions over random rows, some of them zero, some of them equal."""
+def small_problem(c, s, d, v, seed=0, dtype=torch.float32, *, norm=1.0, scale=3.0, common=None):
+    """Genuine heads and tails of softmax distributions over random rows, some of them zero, some of them equal.
+
+    With `common`, which is added to every number, the rows are centred.
+    """
     g = torch.Generator().manual_seed(seed)
-    source = norm * torch.randn(v, d, generator=g)
+    source = norm * (torch.randn(v, d, generator=g) + (common or 0.0))
     source[3] = 0
     source[v // 2] = source[v // 2 + 1] = source[1]
     source = source.to(dtype).to(DEVICE)
-    summary = summarise(source, torch.float32)
+    summary = summarise(source, torch.float32, centred=common is not None)
     q = (scale * torch.randn(c, v, generator=g)).softmax(-1).to(DEVICE)
     top, ids = q.topk(s)
     moments = q.scatter(1, ids, 0.0) @ summary.features
@@ -191,7 +202,7 @@ def solved_by_both(problem, steps, monkeypatch):
 
 
 def assert_equal_solutions(ours, torchs):
-    for name in ("value", "at_kept", "tail"):
+    for name in ("value", "at_kept", "tail", "form"):
         a, b = getattr(ours, name), getattr(torchs, name)
         assert a.dtype == b.dtype == torch.float32
         torch.testing.assert_close(
@@ -221,6 +232,17 @@ def test_the_small_problem_is_solved_as_by_torch(c, s, d, v, steps, monkeypatch)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rows_are_read_without_another_rounding(dtype, monkeypatch):
     assert_equal_solutions(*solved_by_both(small_problem(2, 16, 70, 300, dtype=dtype), 3, monkeypatch))
+
+
+@compared
+@pytest.mark.parametrize("norm", [1e-25, 1.0, 1e25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("s", "d"), [(4, 5), (16, 70), (33, 20)])
+def test_centred_rows_are_those_of_torch_even_close_to_their_mean(s, d, dtype, norm, monkeypatch):
+    """Mean cosine 0.99: products of the differences rounded to bfloat16 would be off by far more."""
+    ours, torchs = solved_by_both(small_problem(2, s, d, 300, dtype=dtype, norm=norm, common=10.0), 3, monkeypatch)
+    assert torch.isfinite(torchs.value).all()
+    assert_equal_solutions(ours, torchs)
 
 
 @compared
@@ -261,7 +283,7 @@ def test_the_eigenproblem_keeps_small_eigenvalues(steps, monkeypatch):
     q[0] = torch.tensor([0.5, 1e-3, 1e-6, 1e-9], device=DEVICE)
     ours, torchs = solved_by_both((q, ids, ids[:, 3].contiguous(), moments, source, summary), steps, monkeypatch)
     torch.testing.assert_close(ours.value, torchs.value, rtol=1e-5, atol=0)
-    for name in ("at_kept", "tail"):
+    for name in ("at_kept", "tail", "form"):
         torch.testing.assert_close(getattr(ours, name), getattr(torchs, name), rtol=1e-4, atol=1e-5)
 
 
@@ -393,8 +415,8 @@ def test_the_host_never_waits_for_the_device(dtype, made_before):
 F32 = "*fp32"
 WIDTH = 4096
 STATISTICS = {"labels": "*i64", "largest": F32, "log_z": F32, "entropy": F32, "of_label": F32, "group_max": F32}
-GRAM = {"inverse_norm": F32, "kept": "*i64", "out": F32}
-SOLVE = dict.fromkeys(("gram", "q", "moments", "coordinates", "value", "at_kept", "tail"), F32) | {
+GRAM = {"inverse_norm": F32, "centre": F32, "kept": "*i64", "out": F32}
+SOLVE = dict.fromkeys(("gram", "q", "moments", "coordinates", "value", "at_kept", "tail", "form"), F32) | {
     "kept": "*i64",
     "labels": "*i64",
 }
@@ -408,14 +430,21 @@ BUILDS = {
     "solve-32-8": (kernels.solve_kernel, SOLVE, kernels.solve_tiles(32, 12, 8)),
 }
 for data in ("fp32", "bf16"):
-    at = {"z": F32, "log_z": F32, "factor": F32, "out": f"*{data}"}
+    at = {"z": F32, "log_z": F32, "out": f"*{data}"}
+    gradient = dict.fromkeys(("z", "log_z", "constant", "slope"), F32) | dict.fromkeys(
+        ("form", "features", "out"), f"*{data}"
+    )
+    gradient_tiles = kernels.gradient_tiles(79)
     tiles = {"GROUPS": GROUPS, "LEVELS": kernels.LEVELS, "num_warps": 8}
     BUILDS[f"statistics-{data}"] = (kernels.statistics_kernel, {"z": f"*{data}"} | STATISTICS, tiles)
     BUILDS[f"probabilities-{data}"] = (kernels.probabilities_kernel, at, BLOCKS)
-    BUILDS[f"gradient-{data}"] = (kernels.gradient_kernel, at, BLOCKS | {"CAPPED": False})
-    BUILDS[f"gradient-capped-{data}"] = (kernels.gradient_kernel, at, BLOCKS | {"CAPPED": True})
-    BUILDS[f"gram-16-{data}"] = (kernels.gram_kernel, {"vectors": f"*{data}"} | GRAM, kernels.gram_tiles(16, WIDTH))
-    BUILDS[f"gram-64-{data}"] = (kernels.gram_kernel, {"vectors": f"*{data}"} | GRAM, kernels.gram_tiles(64, WIDTH))
+    BUILDS[f"gradient-{data}"] = (kernels.gradient_kernel, gradient, gradient_tiles | {"CAPPED": False})
+    BUILDS[f"gradient-capped-{data}"] = (kernels.gradient_kernel, gradient, gradient_tiles | {"CAPPED": True})
+    for size in (16, 64):
+        of = {"vectors": f"*{data}"} | GRAM
+        for name, centred in (("gram", False), ("gram-centred", True)):
+            tiles = kernels.gram_tiles(size, WIDTH) | {"CENTRED": centred}
+            BUILDS[f"{name}-{size}-{data}"] = (kernels.gram_kernel, of, tiles)
 
 
 @real_triton
@@ -431,8 +460,11 @@ def test_compiles_for_a_gpu_that_is_not_here(build, tmp_path, record_property, m
     names = kernel.arg_names
     constants = {(names.index(name),): value for name, value in constants.items() if name != "num_warps"}
     scalars = {
+        "positions": "i32",
         "stride": "i32",
         "out_stride": "i32",
+        "form_stride": "i32",
+        "feature_stride": "i32",
         "vocabulary": "i32",
         "width": "i32",
         "cap": "fp32",

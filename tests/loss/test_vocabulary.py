@@ -59,7 +59,8 @@ def test_summary_spans_the_leading_directions_and_counts_no_zero_vector():
     torch.testing.assert_close(summary.coordinates, e @ summary.directions)
     assert summary.features[:, -1].sum() == 1995
     again = summarise(embeddings, F64)
-    assert all(torch.equal(a, b) for a, b in zip(summary, again, strict=True))
+    assert summary.centre is None
+    assert all(torch.equal(a, b) for a, b in zip(summary[:4], again[:4], strict=True))
 
 
 def test_summary_does_not_depend_on_the_norms_of_the_vectors():
@@ -73,7 +74,7 @@ def test_summary_does_not_depend_on_the_norms_of_the_vectors():
 def test_summary_of_half_precision_vectors_is_that_of_the_same_vectors_widened(dtype):
     embeddings = token_vectors(v=300, d=30)
     a, b = summarise(embeddings.to(dtype), torch.float32), summarise(embeddings.to(dtype).float(), torch.float32)
-    for x, y in zip(a, b, strict=True):
+    for x, y in zip(a[:4], b[:4], strict=True):
         assert x.dtype == torch.float32
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
@@ -84,7 +85,7 @@ def test_autocast_rounds_no_product_of_the_summary():
     outside = summarise(source, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = summarise(source, torch.float32)
-    for a, b in zip(inside, outside, strict=True):
+    for a, b in zip(inside[:4], outside[:4], strict=True):
         assert torch.equal(a, b)
 
 

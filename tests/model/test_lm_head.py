@@ -42,6 +42,27 @@ def test_loss_and_every_gradient_equal_the_dense_reference(name, embedding_grad)
             torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-7, msg=lambda m, p=parameter: f"{p}: {m}")
 
 
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gemma2", "cohere", "phi", "opt"])
+@pytest.mark.parametrize("embedding_grad", [False, True])
+@pytest.mark.parametrize("size", [V, 1100])
+def test_centred_vectors_are_the_heads_minus_their_mean(name, embedding_grad, size):
+    """Tied, capped, scaled, biased, narrower than the hidden states; read whole, or by head and tail."""
+    model = tiny_model(name, vocab_size=size).double().eval()
+    ids = torch.randint(3, size, (2, 9), generator=torch.Generator().manual_seed(1))
+    logits, target = model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    head = model.get_output_embeddings().weight
+    head = head if embedding_grad else head.detach()
+    top_k = 16 if size > 1024 and not embedding_grad else None
+    mce = token_mce(logits, target, head - head.mean(0), top_k=top_k)
+    expected = torch.autograd.grad(F.cross_entropy(logits, target, reduction="sum") + mce.sum(), model.parameters())
+
+    add_matrix_head(model, LossSettings(embeddings="centred", embedding_grad=embedding_grad))
+    out = model(input_ids=ids, labels=ids, matrix_loss=True)
+    torch.testing.assert_close(out.matrix_cross_entropy.flatten(), mce.detach())
+    for a, b in zip(torch.autograd.grad(out.loss_sum, model.parameters()), expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-7)
+
+
 def test_scale_and_cap_are_read_from_the_config():
     assert logit_transform(tiny_model("gemma2").config) == (1.0, 5.0)
     assert logit_transform(tiny_model("cohere").config) == (0.0625, None)

@@ -50,8 +50,16 @@ CASES = {
         2,
     ),  # FSDP2: a unit of its own
     "top_k 16": ({"architecture": "llama", "mce_top_k": 16, "mce_steps": 6}, 1),
+    "centred": ({"architecture": "llama_tied", "mce_embeddings": "centred", "mce_top_k": 16, "mce_steps": 6}, 2),
+    "centred, embedding_grad, lm_head saved": (
+        {"architecture": "llama", "lora": ["lm_head"], "mce_embedding_grad": True, "mce_embeddings": "centred"},
+        2,
+    ),
     "packed": ({"architecture": "llama", "packing": True, "max_length": 48, "mce_top_k": 16, "mce_steps": 6}, 1),
 }
+
+
+SHORT = ("packed", "centred", "centred, embedding_grad, lm_head saved")  # five steps
 
 
 def make_models(folder: Path) -> Path:
@@ -80,7 +88,7 @@ def job_of(name: str, out: Path, models: Path, cases: tuple[str, ...] = tuple(CA
         accumulation = at_once // (rows * engine.processes)
         settings = {**settings, "per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
         # within one epoch: accelerate completes a ragged end by repeating rows
-        settings["max_steps"] = 5 if case == "packed" else STEPS
+        settings["max_steps"] = 5 if case in SHORT else STEPS
         settings["fresh_summary"] = name == REFERENCE
         if engine.deepspeed:
             settings["deepspeed"] = deepspeed_config(out / f"{engine.deepspeed}.json", engine.deepspeed)
