@@ -177,6 +177,17 @@ def test_a_run_is_diagnosed_by_its_recipe_and_its_adapter_counts(tmp_path, folde
     assert "head is frozen" in capsys.readouterr().out
 
 
+def test_a_run_from_scratch_is_diagnosed_with_its_own_weights_and_tokenizer(tmp_path, tiny_llama, tiny_tokenizer):
+    run = write_run(tmp_path)
+    tiny_llama().save_pretrained(run)
+    tiny_tokenizer.save_pretrained(str(run))
+    assert main([str(run), "--out", str(run), "--positions", "64", "--prompt_template", "plain"]) == 0
+    figures = json.loads((run / "diagnosis.json").read_text())
+    assert figures["model"]["name"] == str(run)
+    assert figures["model"]["hidden_width"] == 64  # that of the weights; the recipe's model_config says 32
+    assert (figures["rows"]["dataset"], figures["rows"]["read"]) == ("builtin", 2000)
+
+
 def test_a_runs_diagnosis_stands_on_its_card_once_it_is_in_its_folder(tmp_path, diagnosed):
     run = write_run(tmp_path)
     assert hub(["card", str(run)]) == 0
