@@ -23,7 +23,7 @@ from matrix_llm.mce import token_mce
 
 STEPS, MORE_STEPS = 32, 48
 CHECKED = 4  # positions on which the reference itself is checked
-BUDGET = 5e11  # multiplications that the reference may cost: about 20 s on two CPU cores
+BUDGET = 2.5e11  # multiplications that the reference may cost: about 15 s on two idle CPU cores
 LEAST = 32  # positions, whatever they cost
 DENSE_WIDTH, DENSE_BYTES = 1024, 2**31  # the dense logarithm up to this width, and this much memory for each position
 
@@ -88,7 +88,7 @@ def count_affordable(positions: int, vocabulary: int, width: int) -> int:
     """The number of positions that the reference can treat within its budget.
 
     >>> count_affordable(480, 49152, 576), count_affordable(480, 151936, 3584)
-    (275, 32)
+    (137, 32)
     """
     cost = 2 * STEPS * vocabulary * width
     return min(positions, max(LEAST, int(BUDGET // cost)))

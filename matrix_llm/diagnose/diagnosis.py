@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from matrix_llm.base.errors import ModelError
 from matrix_llm.config import Recipe
 from matrix_llm.diagnose.accuracy import count_affordable, mce_loss, measure_solver, spread_by_ce
 from matrix_llm.diagnose.forgiven import Forgiven, forgiven
@@ -44,6 +45,7 @@ from matrix_llm.diagnose.positions import Positions, check_weights, draw_positio
 from matrix_llm.diagnose.reading import read_figures
 from matrix_llm.diagnose.subject import Subject, not_applied, read_model, read_rows
 from matrix_llm.loss.settings import LossSettings
+from matrix_llm.loss.vocabulary import mean_vector, subtract_mean
 from matrix_llm.model.lm_head import check_head, load_embeddings
 from matrix_llm.publish.card import versions
 
@@ -186,7 +188,7 @@ def token_vectors(recipe: Recipe, model: Any) -> dict[str, Tensor]:
     else:
         vectors = load_embeddings(chosen, len(weight)).to(weight.device)
     vectors = vectors.float()
-    centred = vectors - vectors.mean(0)
+    centred = subtract_mean(vectors, mean_vector(vectors, torch.float32))
     return {IN_USE: centred, "lm_head": vectors} if chosen == "centred" else {IN_USE: vectors, "centred": centred}
 
 
@@ -198,6 +200,7 @@ def _measure(recipe: Recipe, model: Any, tokenizer: Any, positions: Positions, c
 
     # 1. CE, which all else is compared with
     ce = evaluate(cross_entropy, hidden, labels, head)
+    _check_finite("CE", ce.value, labels, tokenizer)
     ce_ce = overlap(ce, ce, hidden)
     groups = {"all": {"all": torch.arange(len(labels))}}
     groups |= {"by_kind": by_kind(labels, tokenizer), "by_ce": by_cross_entropy(ce.value)}
@@ -211,6 +214,7 @@ def _measure(recipe: Recipe, model: Any, tokenizer: Any, positions: Positions, c
         result["head"][name] = _head(vectors, targets, tokenizer)
         clock.finish(f"rows of the LM head, {said}")
         mce = evaluate(mce_loss(settings, vectors), hidden, labels, head)
+        _check_finite(f"MCE with {said} vectors", mce.value, labels, tokenizer)
         values[name] = mce.value
         result["forgiven"][name] = _forgiven(
             forgiven(hidden, labels, head, vectors, ce.value - mce.value), labels, tokenizer
@@ -224,6 +228,17 @@ def _measure(recipe: Recipe, model: Any, tokenizer: Any, positions: Positions, c
         del mce
     result["loss"] = {name: _losses(group, ce.value, values) for name, group in groups.items()}
     return result
+
+
+def _check_finite(what: str, values: Tensor, labels: Tensor, tokenizer: Any) -> None:
+    """Refuse a loss that is not finite: one target's logit is -inf, or the hidden states overflow."""
+    if not torch.isfinite(values).all():
+        place = int(torch.nonzero(~torch.isfinite(values))[0])
+        target = show_token(tokenizer, int(labels[place]))
+        raise ModelError(
+            f"{what} is {values[place].item()} where the target is {target}, so its gradient says nothing. Give other "
+            "rows, or another checkpoint."
+        )
 
 
 def _head(vectors: Tensor, targets: Tensor, tokenizer: Any) -> dict[str, Any]:
@@ -240,12 +255,13 @@ def _token(tokenizer: Any, token: int) -> dict[str, Any]:
 
 
 def _forgiven(found: Forgiven, labels: Tensor, tokenizer: Any) -> dict[str, Any]:
+    whole = found.nats * len(labels)
     pairs = [
         {
             **asdict(each),
             "target": _token(tokenizer, each.target),
             "token": _token(tokenizer, each.token),
-            "share": each.nats / (found.nats * len(labels)),
+            "share": each.nats / whole if whole > 0 else None,
         }
         for each in found.pairs
     ]

@@ -56,8 +56,8 @@ def draw_positions(model: Any, rows: Any, wanted: int, seed: int, say: Callable[
     size = model.get_output_embeddings().weight.shape[0]
     with torch.no_grad(), evaluation_mode(model):
         for count, row in enumerate(_in_random_order(rows, seed), start=1):
-            ids = torch.tensor(row["input_ids"], device=model.device)
-            shifted = torch.tensor(row["labels"], device=model.device)[1:]
+            ids = torch.as_tensor(row["input_ids"], dtype=torch.long, device=model.device)  # a stream gives int32
+            shifted = torch.as_tensor(row["labels"], dtype=torch.long, device=model.device)[1:]
             at = torch.nonzero(shifted != -100).squeeze(1)
             tokens += len(ids)
             if len(at):

@@ -21,7 +21,7 @@ from matrix_llm.model.lm_head import add_matrix_head
 from matrix_llm.publish.command import main as hub
 from tests.diagnose.conftest import OPTIONS, ROWS
 from tests.support.finished_run import write_run
-from tests.support.tiny import TINY
+from tests.support.tiny import TINY, tiny_model
 
 KEYS = ["format", "version", "model", "rows", "settings", "head", "forgiven", "gradients", "solver", "loss", "reading"]
 
@@ -177,6 +177,17 @@ def test_a_run_is_diagnosed_by_its_recipe_and_its_adapter_counts(tmp_path, folde
     assert "head is frozen" in capsys.readouterr().out
 
 
+def test_a_run_from_scratch_is_diagnosed_with_its_own_weights_and_tokenizer(tmp_path, tiny_llama, tiny_tokenizer):
+    run = write_run(tmp_path)
+    tiny_llama().save_pretrained(run)
+    tiny_tokenizer.save_pretrained(str(run))
+    assert main([str(run), "--out", str(run), "--positions", "64", "--prompt_template", "plain"]) == 0
+    figures = json.loads((run / "diagnosis.json").read_text())
+    assert figures["model"]["name"] == str(run)
+    assert figures["model"]["hidden_width"] == 64  # that of the weights; the recipe's model_config says 32
+    assert (figures["rows"]["dataset"], figures["rows"]["read"]) == ("builtin", 2000)
+
+
 def test_a_runs_diagnosis_stands_on_its_card_once_it_is_in_its_folder(tmp_path, diagnosed):
     run = write_run(tmp_path)
     assert hub(["card", str(run)]) == 0
@@ -258,3 +269,33 @@ def test_a_tokenizer_with_tokens_beyond_the_model_is_refused(folder, tmp_path, t
     tokens["added_tokens"].append({**tokens["added_tokens"][0], "id": 300, "content": "<extra>"})
     file.write_text(json.dumps(tokens))
     assert "<extra>" in refused(capsys, tmp_path, folder / "rows.jsonl", *OPTIONS)
+
+
+def test_a_target_whose_logit_is_minus_infinity_is_named(tmp_path, tiny_tokenizer, capsys):
+    model = tiny_model("phi", vocab_size=300, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    equals = tiny_tokenizer.encode(" =", add_special_tokens=False)[0]
+    model.lm_head.bias.data[equals] = -math.inf  # removes a token, which these rows train
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(str(tmp_path))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(map(json.dumps, ROWS)))
+    assert "CE is inf" in refused(capsys, tmp_path, rows, *OPTIONS)
+
+
+def test_centred_vectors_in_use_stand_beside_the_heads_own(folder, tmp_path, diagnosed):
+    words = [str(folder), str(folder / "rows.jsonl"), *OPTIONS, "--positions", "100000", "--out", str(tmp_path)]
+    assert main([*words, "--mce_embeddings", "centred"]) == 0
+    figures = json.loads((tmp_path / "diagnosis.json").read_text())
+    for part in ("head", "forgiven", "gradients"):
+        assert list(figures[part]) == ["in use", "lm_head"]
+    plain, centred = diagnosed[1], figures
+    for mine, theirs in (("in use", "centred"), ("lm_head", "in use")):
+        found = centred["gradients"][mine]["all"]["all"]["mce"]["hidden"]
+        wanted = plain["gradients"][theirs]["all"]["all"]["mce"]["hidden"]
+        assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_stream_is_diagnosed_on_its_first_rows(folder, tmp_path):
+    words = [str(folder), str(folder / "rows.jsonl"), *OPTIONS, "--out", str(tmp_path), "--positions", "20"]
+    assert main([*words, "--streaming", "--max_steps", "1"]) == 0
+    assert json.loads((tmp_path / "diagnosis.json").read_text())["rows"]["rows_used"] == 32
