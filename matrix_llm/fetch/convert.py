@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from matrix_llm.base.errors import FetchError, one_line
+from matrix_llm.checks.machine import require
 from matrix_llm.fetch.header import Header, read_header
 from matrix_llm.fetch.tokenizer import load_gguf_tokenizer
 from matrix_llm.model.older_readers import add_older_names
@@ -72,6 +73,7 @@ def check_gguf(file: Path) -> Header:
     Raises:
         FetchError: damaged, one part of several, or too large for the memory.
     """
+    require("gguf", "reading a .gguf file")
     header = read_header(file)
     if (parts := header.metadata.get("split.count", 1)) != 1:
         raise FetchError(

