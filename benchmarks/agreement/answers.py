@@ -99,6 +99,8 @@ def _of_ours(row: Mapping[str, Any]) -> Answer:
 
 def _of_harness(row: Mapping[str, Any]) -> Answer:
     prompt = row["arguments"]["gen_args_0"]["arg_0"]
+    if [len(responses) for responses in row["resps"]] != [1]:
+        raise ValueError("single response: it was asked several times")
     answer, correct = row["filtered_resps"][0], bool(row["exact_match"])
     return Answer(
         int(row["doc_id"]),

@@ -134,6 +134,7 @@ def test_the_command_writes_rows_from_which_it_prints_the_same_tables(
 
 def bad_files(tmp_path: Path) -> dict[str, list[str]]:
     good = write(tmp_path / "good.jsonl", [ours(0, "18")])
+    repeated = theirs(0, "18", "18", 1.0, "strict-match") | {"resps": [["18", "19"]]}
     return {
         "NAME=FILE": [str(good)],
         "given twice": [f"a={good}", f"a={good}"],
@@ -151,6 +152,7 @@ def bad_files(tmp_path: Path) -> dict[str, list[str]]:
         "Leave NAME=FILE": [f"a={good}", "--tables", str(good)],
         "no rows of a run": ["--tables", str(good)],
         "config.json": [f"a={good}", f"b={good}", "--model", str(tmp_path)],
+        "several times": [f"a={good}", f"b={write(tmp_path / 'repeats.jsonl', [repeated])}"],
         "holds no answers": [f"a={good}", f"b={write(tmp_path / 'none.jsonl', [])}"],
     }
 
