@@ -183,9 +183,10 @@ def _solve_block(
     value, derivative, log_column = tridiagonal_log(alphas, betas, EIGENVALUE_FLOOR[dtype])
     at_kept = probability_gradient(products[..., :size], derivative)
     along = products[..., size:]  # (C, K, p) A = V^T U
-    outside = torch.bmm(coefficients, products.mT) - torch.bmm(along, along.mT)  # V^T V - A A^T
-    rest = (derivative * outside).sum((1, 2)) / max(1, width - p)
-    rest = torch.where(even == 0, 0.0, rest)  # r; where c is clamped, or p = D, nothing is spread
+    rest = torch.zeros_like(even)  # r
+    if p < width:
+        outside = torch.bmm(coefficients, products.mT) - torch.bmm(along, along.mT)  # V^T V - A A^T
+        rest = (derivative * outside).sum((1, 2)) / (width - p)
     form = tail_form(torch.bmm(along.mT, torch.bmm(derivative, along)), rest)
     tail = (form * moments).sum(-1)
 

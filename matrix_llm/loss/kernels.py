@@ -359,7 +359,7 @@ def solve_kernel(
         inner += a_k[:, None] * moved_k[None, :]
     diagonal = (r == c) & direction_r
     outside -= tl.sum(tl.sum(tl.where(diagonal, inner, 0.0), 1), 0)
-    rest = tl.where(even == 0.0, 0.0, outside / tl.maximum(width - P, 1).to(tl.float64))
+    rest = tl.where(width == P, 0.0, outside / tl.maximum(width - P, 1).to(tl.float64))
     form += position * (P * (P + 1) // 2 + 1)
     value_at = tl.where(r == c, rest - inner, -2.0 * inner)
     at = form + (r - S) * (2 * P - (r - S) + 1) // 2 + c - r
