@@ -101,8 +101,9 @@ def test_what_would_give_another_model_is_refused_in_one_line(name, tmp_path, wr
     assert sorted(tmp_path.iterdir()) == [file]
 
 
-def test_files_beside_it_are_not_taken_for_its_own(tmp_path, write, model):
+def test_files_beside_it_are_not_taken_for_its_own(tmp_path, write, model, tokenizer, tiny_tokenizer):
     file = write()
+    tiny_tokenizer.save_pretrained(tmp_path)
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         (tmp_path / name).write_text('{"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "gpt2", "top_k": 7}')
     (tmp_path / "chat_template.jinja").write_text("another")
@@ -110,7 +111,9 @@ def test_files_beside_it_are_not_taken_for_its_own(tmp_path, write, model):
     assert main([str(file), str(tmp_path / "out")]) == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "{{ messages[0]['content'] }}"
+    read = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert read(TEXTS[0]).input_ids == tokenizer(TEXTS[0]).input_ids
+    assert read.chat_template == "{{ messages[0]['content'] }}"
     assert "top_k" not in (tmp_path / "out" / "generation_config.json").read_text()
 
 
