@@ -85,7 +85,10 @@ REFUSED = {
     "a weight that is not there": ({"drop": ["blk.1.ffn_up.weight"]}, r"holds no model\.layers\.1\.mlp\.up_proj"),
     "a part": ({"metadata": {"split.count": 3}}, r"one part of 3.*gguf-split"),
     "layers": ({"metadata": {"llama.block_count": 2**31}}, r"block_count = 2,147,483,648"),
-    "a width that does not fit": ({"metadata": {"llama.embedding_length": 96}}, r"does not fit its weights.*embed_tok"),
+    "a width that does not fit": (
+        {"metadata": {"llama.embedding_length": 96}},
+        r"(does not fit its|cannot read the) weights",
+    ),
     "a huge head": ({"metadata": {"llama.rope.dimension_count": 2**31}}, r"dimension_count = 2,147,483,648"),
 }
 
@@ -98,13 +101,19 @@ def test_what_would_give_another_model_is_refused_in_one_line(name, tmp_path, wr
     assert sorted(tmp_path.iterdir()) == [file]
 
 
-def test_files_beside_it_are_not_taken_for_its_own(tmp_path, write, model):
+def test_files_beside_it_are_not_taken_for_its_own(tmp_path, write, model, tokenizer, tiny_tokenizer):
     file = write()
+    tiny_tokenizer.save_pretrained(tmp_path)
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         (tmp_path / name).write_text('{"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "gpt2", "top_k": 7}')
+    (tmp_path / "chat_template.jinja").write_text("another")
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "another", "tokenizer_class": "BertTokenizer"}')
     assert main([str(file), str(tmp_path / "out")]) == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
+    read = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert read(TEXTS[0]).input_ids == tokenizer(TEXTS[0]).input_ids
+    assert read.chat_template == "{{ messages[0]['content'] }}"
     assert "top_k" not in (tmp_path / "out" / "generation_config.json").read_text()
 
 

@@ -88,6 +88,8 @@ def write_gguf(path, model, tokenizer, *, pre="smollm", architecture="llama", me
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_chat_template("{{ messages[0]['content'] }}")
     for key, value in (metadata or {}).items():
+        for written in writer.kv_data:
+            written.pop(key, None)
         kind = gguf.GGUFValueType.get_type(value)
         writer.add_key_value(key, value, gguf.GGUFValueType.UINT32 if kind == gguf.GGUFValueType.INT32 else kind)
     # 3. the weights
