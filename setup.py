@@ -15,6 +15,7 @@ setup(
     ],
     package_dir={f"matrix_llm.{name}": name for name in INSIDE},
     package_data={
+        "matrix_llm.diagnose": ["*.jinja"],
         "matrix_llm.publish": ["templates/*.jinja"],
         "matrix_llm.eval.report": ["*.j2"],
         "matrix_llm.recipes": ["*.yaml"],

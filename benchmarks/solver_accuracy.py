@@ -1,11 +1,24 @@
-"""Accuracy of every MCE solver on the real predictions of a trained model (what each costs: lm_head.py).
+"""Accuracy of every MCE solver on a trained model's real predictions, over ALL positions (the cost: lm_head.py).
 
-    python benchmarks/solver_accuracy.py runs/gsm8k_small rows.jsonl [--positions 2000] [--json table.json]
+    python benchmarks/solver_accuracy.py MODEL rows.jsonl [--positions 240] [--heads own clusters random] [--json FILE]
 
-Takes the hidden states of a model on rows it was not trained on, and compares each solver with the dense logarithm in
-float64, in value and in the gradient in the logits, by the position's cross-entropy. Errors are means over positions of
-|v - v*| / v* and ||g - g*|| / ||g*||, over positions with v* > 0.001 nats (below, both are rounding noise of a
-confident prediction).
+Each solver is compared, on rows that the model was not trained on, with 32 Lanczos steps over the whole vocabulary in
+float64, which are themselves compared with `exact` on a few positions. Most of the loss and of its gradient comes from
+the positions that are predicted badly, so the columns that matter to training are sums over every position:
+
+    sum of values       (sum of v - v*) / sum of v*: the bias of the reported MCE
+    mean |error|        sum of |v - v*| / sum of v*
+    hidden, head        |G - G*| / |G*|, G the gradient of the summed CE + MCE in the hidden states and in the LM head
+    MCE alone           the same for MCE's own gradient in the hidden states
+    worst               the largest |v - v*| / v* of a position
+
+The columns by cross-entropy are means over positions of |v - v*| / v* and of |g - g*| / |g*|, g the gradient in the
+logits. Relative errors leave out positions with v* < 0.001 nats, where both are rounding noise; sums leave out none.
+
+`--heads` compares other token vectors under the same predictions: "clusters" moves every vector to within a cosine of
+0.999 of the nearest of V / 8 vectors (a head full of near-duplicates), "random" are Gaussian vectors.
+
+Legend: N positions, V vocabulary, H hidden width, D = H width of the token vectors.
 """
 
 import sys
@@ -17,35 +30,79 @@ if not __package__:
 
 import argparse
 import json
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.lm_head.accuracy import lanczos_mce
+from benchmarks.lm_head.inputs import unit
+from benchmarks.output import markdown_table
 from matrix_llm.base.files import write_text
 from matrix_llm.data.readers import Source
 from matrix_llm.data.rowset import RowSet
 from matrix_llm.data.selection import drop_unusable
 from matrix_llm.data.tokens import Encoder
-from matrix_llm.mce import token_mce
+from matrix_llm.mce import linear_matrix_cross_entropy, token_mce
+from matrix_llm.model.lm_head import lm_head_of, logit_transform
 
-BINS = {"CE <= 0.5": (0.0, 0.5), "0.5 to 2": (0.5, 2.0), "CE <= 2": (0.0, 2.0), "CE > 2": (2.0, float("inf"))}
-SOLVERS = {
+BINS = {"CE < 2": (0.0, 2.0), "2 to 5": (2.0, 5.0), "CE > 5": (5.0, math.inf)}
+COUNTED = 1e-3  # nats; below, a relative error is rounding noise of a confident prediction
+SUMS = ("sum of values", "mean |error|", "hidden", "head", "MCE alone", "worst")
+FUSED = "the default, fused, float32"  # as it trains; the other rows are float64
+WORST_OF = ("top 16 and tail, 6 steps", "top 32 and tail, 6 steps")  # whose worst positions are printed
+HEADS = ("own", "clusters", "random")
+SOLVERS: dict[str, dict[str, Any]] = {
     **{f"whole vocabulary, {k} steps": {"steps": k} for k in (2, 3, 4, 6, 8, 12)},
-    **{f"top {s} and tail, {k} steps": {"steps": k, "top_k": s} for s in (4, 8, 16, 32, 64) for k in (4, 6)},
-    **{f"whole vocabulary, 6 steps, sketch {r}": {"steps": 6, "sketch_dim": r} for r in (64, 128)},
-    **{f"top 16 and tail, 6 steps, sketch {r}": {"steps": 6, "top_k": 16, "sketch_dim": r} for r in (64, 128)},
-    **{f"taylor, order {m}": {"solver": "taylor", "order": m} for m in (4, 16)},
+    **{
+        f"top {s} and tail, {k} steps": {"top_k": s, "steps": k}
+        for s, k in [(8, 6), (16, 4), (16, 6), (16, 8), (16, 12), (32, 6), (32, 8), (32, 12), (64, 6), (64, 12)]
+    },
+    "whole vocabulary, 6 steps, sketch 256": {"steps": 6, "sketch_dim": 256},
+    "taylor, order 4": {"solver": "taylor", "order": 4},
+    "taylor, order 16": {"solver": "taylor", "order": 16},
 }
 
 
-def predictions(
-    folder: str, rows: str, template: str, positions: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states (N, H), LM head weight (V, H) and labels (N,) of the trained positions of unseen rows."""
-    tokenizer, model = (
-        AutoTokenizer.from_pretrained(folder),
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
-    )
+class Predictions(NamedTuple):
+    """What a model predicts at the trained positions of unseen rows, in float64."""
+
+    hidden: Tensor  # (N, H)
+    weight: Tensor  # (V, H) of the LM head
+    bias: Tensor | None  # (V,)
+    scale: float  # factor on the logits
+    cap: float | None  # soft-cap of the logits
+    labels: Tensor  # (N,)
+    tokens: list[str]  # N, the labels' text
+
+    def logits(self) -> Tensor:
+        """(N, V) as the model gives them to the softmax."""
+        z = self.hidden @ self.weight.T
+        z = self.scale * (z if self.bias is None else z + self.bias)
+        return z if self.cap is None else self.cap * torch.tanh(z / self.cap)
+
+    def before_scale(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """A gradient in the logits (N, V), taken back through soft-cap and scale."""
+        if self.cap is not None:
+            gradient = gradient * (1 - (logits / self.cap) ** 2)
+        return self.scale * gradient
+
+
+class Found(NamedTuple):
+    """A solver's MCE and its gradient in the logits."""
+
+    value: Tensor  # (N,)
+    gradient: Tensor  # (N, V)
+
+
+def predict(folder: str, rows: str, template: str, positions: int) -> Predictions:
+    """The first `positions` trained positions of at most 200 rows."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     unseen = RowSet(Source(rows, split="test", max_rows=200), root=None)
     longest = model.config.max_position_embeddings
     encoder = Encoder(tokenizer, unseen.layout, prompt_template=template, max_length=longest)
@@ -59,62 +116,196 @@ def predictions(
             labels.append(label[label != -100])
             if sum(map(len, labels)) >= positions:
                 break
-    return torch.cat(hidden)[:positions], model.get_output_embeddings().weight.detach(), torch.cat(labels)[:positions]
+    if not sum(map(len, labels)):
+        raise SystemExit(f"error: no position of {rows} is trained. Give rows with responses.")
+    head, (scale, cap) = lm_head_of(model), logit_transform(model.config)
+    bias = getattr(head, "bias", None)
+    label = torch.cat(labels)[:positions]
+    return Predictions(
+        torch.cat(hidden)[:positions].double(),
+        head.weight.detach().double(),
+        None if bias is None else bias.detach().double(),
+        scale,
+        cap,
+        label,
+        [tokenizer.decode([i]) for i in label.tolist()],
+    )
 
 
-def value_and_gradient(logits, labels, weight, kwargs, chunk=64):
-    """MCE (N,) and its gradient in the logits (N, V), in float64."""
+def token_vectors(head: str, weight: Tensor) -> Tensor:
+    """(V, D) unit vectors of one of HEADS."""
+    e = unit(weight)
+    if head == "own":
+        return e
+    noise = torch.randn(e.shape, dtype=e.dtype, generator=torch.Generator().manual_seed(0))
+    if head == "random":
+        return unit(noise)
+    centres = e[::8]
+    nearest = torch.cat([(part.float() @ centres.float().T).argmax(1) for part in e.split(2048)])
+    return unit(centres[nearest] + math.sqrt(1 / 0.999**2 - 1) * unit(noise))
+
+
+def reference(logits: Tensor, labels: Tensor, vectors: Tensor) -> Found:
+    """32 steps over the whole vocabulary, by code that the library does not share."""
+    made = [lanczos_mce(z, y, vectors) for z, y in zip(logits.split(8), labels.split(8), strict=True)]
+    return Found(torch.cat([m[0] for m in made]), torch.cat([m[1] for m in made]))
+
+
+def solve(logits: Tensor, labels: Tensor, vectors: Tensor, settings: dict[str, Any], chunk: int = 60) -> Found:
+    """The library's solver with these settings, in float64."""
     values, gradients = [], []
-    for start in range(0, len(labels), chunk):
-        z = logits[start : start + chunk].clone().requires_grad_()
-        value = token_mce(z, labels[start : start + chunk], weight, **kwargs)
+    for z, y in zip(logits.split(chunk), labels.split(chunk), strict=True):
+        z = z.clone().requires_grad_()
+        value = token_mce(z, y, vectors, **settings)
         gradients.append(torch.autograd.grad(value.sum(), z)[0])
         values.append(value.detach())
-    return torch.cat(values), torch.cat(gradients)
+    return Found(torch.cat(values), torch.cat(gradients))
 
 
-def main() -> None:
+def relative(made: Tensor, true: Tensor) -> float:
+    return ((made - true).norm() / true.norm()).item()
+
+
+def value_errors(value: Tensor, true: Tensor) -> dict[str, float]:
+    counted = true > COUNTED
+    return {
+        "sum of values": ((value - true).sum() / true.sum()).item(),
+        "mean |error|": ((value - true).abs().sum() / true.sum()).item(),
+        "worst": ((value - true).abs() / true)[counted].max().item(),
+    }
+
+
+def errors(given: Predictions, logits: Tensor, ce: Tensor, found: Found, true: Found, through: list[Tensor]) -> dict:
+    """All figures of one solver. `through`: CE's own and CE + MCE's true gradients (N, V) before the scale."""
+    made = given.before_scale(found.gradient, logits)
+    ce_gradient, total = through
+    row: dict[str, Any] = value_errors(found.value, true.value) | {
+        "hidden": relative((ce_gradient + made) @ given.weight, total @ given.weight),
+        "head": relative((ce_gradient + made).T @ given.hidden, total.T @ given.hidden),
+        "MCE alone": relative(made @ given.weight, (total - ce_gradient) @ given.weight),
+    }
+    value_error = (found.value - true.value).abs() / true.value
+    gradient_error = (found.gradient - true.gradient).norm(dim=1) / true.gradient.norm(dim=1)
+    for name, (low, high) in BINS.items():
+        chosen = (ce >= low) & (ce < high) & (true.value > COUNTED)
+        row[name] = [value_error[chosen].mean().item(), gradient_error[chosen].mean().item()]
+    return row
+
+
+def fused_errors(given: Predictions, vectors: Tensor, true: Found, total: Tensor) -> dict[str, float]:
+    """The same figures of the fused pass with its own defaults, in float32, where they can be had from it."""
+    hidden, weight = (x.float().requires_grad_() for x in (given.hidden, given.weight))
+    out = linear_matrix_cross_entropy(
+        hidden, weight, given.labels, bias=None if given.bias is None else given.bias.float(),
+        embeddings=vectors.float(), logit_scale=given.scale, softcap=given.cap, reduction="sum",
+    )  # fmt: skip
+    grad_hidden, grad_weight = torch.autograd.grad(out.loss, [hidden, weight])
+    return value_errors(out.matrix_cross_entropy.double(), true.value) | {
+        "hidden": relative(grad_hidden.double(), total @ given.weight),
+        "head": relative(grad_weight.double(), total.T @ given.hidden),
+    }
+
+
+def worst_positions(given: Predictions, logits: Tensor, ce: Tensor, found: Found, true: Found, count: int) -> list:
+    """The positions with the largest share of the squared error of the hidden states' gradient."""
+    square = (given.before_scale(found.gradient - true.gradient, logits) @ given.weight).square().sum(1)
+    return [
+        {
+            "position": i,
+            "token": given.tokens[i],
+            "CE": ce[i].item(),
+            "MCE": true.value[i].item(),
+            "found": found.value[i].item(),
+            "share": (square[i] / square.sum()).item(),
+        }
+        for i in square.topk(min(count, len(ce))).indices.tolist()
+    ]
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    by_ce = [f"{100 * row[b][0]:.2f} / {100 * row[b][1]:.2f}" if b in row else "" for b in BINS]
+    return by_ce + [f"{100 * row[name]:{'+' if 'sum' in name else ''}.2f}" if name in row else "" for name in SUMS]
+
+
+def as_cells(worst: dict[str, Any]) -> list[str]:
+    return [f"{value:.3f}" if isinstance(value, float) else repr(value) for value in worst.values()]
+
+
+def measure_head(head: str, given: Predictions, solvers: dict[str, dict[str, Any]], exact_positions: int) -> dict:
+    """All solvers against the reference, with the token vectors of one of HEADS."""
+    # 1. the reference, and how far it is from `exact` itself
+    vectors, logits = token_vectors(head, given.weight), given.logits()
+    true = reference(logits, given.labels, vectors)
+    few = slice(0, exact_positions)
+    exact = solve(logits[few], given.labels[few], vectors, {"solver": "exact"}, chunk=1)
+    check = [relative(true.value[few], exact.value), relative(true.gradient[few], exact.gradient)]
+
+    # 2. what is being predicted
+    ce = F.cross_entropy(logits, given.labels, reduction="none")
+    q = logits.softmax(-1)
+    ce_gradient = q.scatter_add(1, given.labels[:, None], torch.full_like(q[:, :1], -1.0))
+    through = [given.before_scale(g, logits) for g in (ce_gradient, ce_gradient + true.gradient)]
+    of_ce, of_mce = through[0] @ given.weight, (through[1] - through[0]) @ given.weight
+    about: dict[str, Any] = {
+        "head": head,
+        "positions": len(ce),
+        "vocabulary": len(vectors),
+        "width": vectors.shape[1],
+        "mean cosine": mean_cosine(vectors),
+        "CE": ce.mean().item(),
+        "MCE": true.value.mean().item(),
+        "positions by CE": {b: int(((ce >= low) & (ce < high)).sum()) for b, (low, high) in BINS.items()},
+        "reference against exact, value and gradient": check,
+        "cosine of MCE's hidden gradient with CE's": F.cosine_similarity(of_ce.flatten(), of_mce.flatten(), 0).item(),
+        "mass of the 16 likeliest": q.topk(16).values.sum(-1).mean().item(),
+    }
+    print(f"\n{json.dumps(about, indent=1)}\n", flush=True)
+
+    # 3. every solver
+    table = []
+    for name, settings in solvers.items():
+        found = solve(logits, given.labels, vectors, settings)
+        worst = worst_positions(given, logits, ce, found, true, 5)
+        table.append({"solver": name, **errors(given, logits, ce, found, true, through), "worst positions": worst})
+        print(f"  {name}: " + ", ".join(cells(table[-1])), file=sys.stderr, flush=True)
+    table.append({"solver": FUSED, **fused_errors(given, vectors, true, through[1])})
+    print(markdown_table(["solver", *BINS, *SUMS], [[row["solver"], *cells(row)] for row in table]), flush=True)
+    return about | {"table": table}
+
+
+def mean_cosine(vectors: Tensor) -> float:
+    """Mean cosine of two different vectors: (|sum|^2 - V) / (V (V - 1)) for unit vectors."""
+    v = len(vectors)
+    return ((vectors.sum(0).square().sum().item() - v) / (v * (v - 1))) if v > 1 else 1.0
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", help="a model folder")
     parser.add_argument("rows", help="a file of rows, or builtin")
     parser.add_argument("--template", default="plain")
-    parser.add_argument("--positions", type=int, default=2000)
+    parser.add_argument("--positions", type=int, default=240, help="each takes 24 V bytes")
+    parser.add_argument("--heads", nargs="+", choices=HEADS, default=["own"])
+    parser.add_argument("--exact-positions", type=int, default=4, help="positions to compare with the dense logarithm")
+    parser.add_argument("--only", nargs="+", default=[], help="solvers whose name contains one of these, e.g. 'top 16'")
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    return parser
 
-    # 1. Predictions, and the exact value and gradient that solvers are compared with
-    hidden, weight, labels = predictions(args.model, args.rows, args.template, args.positions)
-    logits = hidden.double() @ weight.double().T
-    ce = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    exact, exact_gradient = value_and_gradient(logits, labels, weight.double(), {"solver": "exact"}, chunk=8)
-    counted = exact > 1e-3
-    print(
-        f"{len(labels)} positions, V = {weight.shape[0]}, D = {weight.shape[1]}, "
-        f"mean CE {ce.mean():.3f}, mean MCE {exact.mean():.3f}"
-    )
-    for name, (low, high) in BINS.items():
-        print(f"  {name}: {int(((ce >= low) & (ce <= high) & counted).sum())} positions")
 
-    # 2. Mean errors of each solver, by the position's cross-entropy
-    table = []
-    print(f"\n| solver | {' | '.join(BINS)} |\n|---|{'---|' * len(BINS)}")
-    for name, kwargs in SOLVERS.items():
-        value, gradient = value_and_gradient(logits, labels, weight.double(), kwargs)
-        value_error = (value - exact).abs() / exact
-        gradient_error = (gradient - exact_gradient).norm(dim=1) / exact_gradient.norm(dim=1)
-        row = {"solver": name}
-        for label, (low, high) in BINS.items():
-            chosen = (ce >= low) & (ce <= high) & counted
-            row[label] = [value_error[chosen].mean().item(), gradient_error[chosen].mean().item()]
-        table.append(row)
-        print(
-            f"| {name} | " + " | ".join(f"{100 * v:.2f} / {100 * g:.2f}" for v, g in (row[b] for b in BINS)) + " |",
-            flush=True,
-        )
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = make_parser().parse_args(arguments)
+    solvers = {n: s for n, s in SOLVERS.items() if not args.only or any(part in n for part in args.only)}
+    given = predict(args.model, args.rows, args.template, args.positions)
+    results = [measure_head(head, given, solvers, args.exact_positions) for head in args.heads]
+    for result in results:
+        for row in result["table"]:
+            if row["solver"] in WORST_OF:
+                print(
+                    f"\n{result['head']}, {row['solver']}: the largest shares of the squared error in the hidden states"
+                )
+                print(markdown_table(list(row["worst positions"][0]), [as_cells(w) for w in row["worst positions"]]))
     if args.json:
-        write_text(
-            args.json, json.dumps({"positions": len(labels), "vocabulary": weight.shape[0], "table": table}, indent=1)
-        )
+        write_text(args.json, json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ COMMANDS: dict[str, Command] = {
         help="The shipped recipe tiny. Writes runs/tiny. Any setting can follow as --key value.",
         first=(str(SHIPPED / "recipes" / "tiny.yaml"),),
     ),
+    "fetch": Command("get a pretrained model, or make a plain folder of a .gguf file", "matrix_llm.fetch.command"),
     "pretrain": Command(
         "pre-train an image backbone without labels",
         "matrix_llm.ssl.pretrain",
@@ -93,6 +94,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "compare": Command("two evaluated runs on the same problems, paired", "eval.compare"),
     "regrade": Command("grade saved responses again, under every convention", "eval.regrade"),
+    "diagnose": Command("measure what MCE will do to a model, before it is trained", "matrix_llm.diagnose.command"),
     "merge": Command("merge a LoRA adapter into its base model", "matrix_llm.merge"),
     "checkpoints": Command(
         "check a run's checkpoints, or turn a sharded one into plain weights", "matrix_llm.checkpoints"

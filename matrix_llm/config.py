@@ -9,7 +9,7 @@ would silently train wrongly are all checked here, before any weight or row is l
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -614,9 +614,25 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run: boo
     Raises:
         RecipeError: the recipe cannot be read, or a setting or a combination of settings cannot work.
     """
-    # 1. What is given: names, types and ranges are checked
     path = find_recipe(path)
-    resolved = SETTINGS.read(path, overrides)
+    return make_recipe(SETTINGS.read(path, overrides), path, SETTINGS.read_overrides(overrides), dry_run=dry_run)
+
+
+def make_recipe(
+    settings: Mapping[str, Any], path: Path, overrides: Collection[str] = (), *, dry_run: bool = False
+) -> Recipe:
+    """A recipe from settings whose names and types `SETTINGS` has checked.
+
+    Args:
+        path: the recipe file, for messages, for relative paths and for the default of output_dir.
+        overrides: the names that the command line gave.
+        dry_run: see `load_recipe`.
+
+    Raises:
+        RecipeError: a setting or a combination of settings cannot work.
+    """
+    # 1. What is given
+    resolved = dict(settings)
     given = copy.deepcopy(resolved)  # a change to a dataclass must not change what the run writes down
     resolved.pop("hub_token", None)  # a secret: it is passed on, and never written
 
@@ -640,7 +656,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, dry_run: boo
     try:
         model, data = ModelArguments(**parts["model"]), DataArguments(**parts["data"])
         check_keys(given)
-        check_combinations(model, data, given, SETTINGS.read_overrides(overrides).keys())
+        check_combinations(model, data, given, overrides)
         training = _build_training(parts["training"], dry_run)
         # 4. What the training settings ask of transformers, TRL and this machine
         check_training(model, training, given)

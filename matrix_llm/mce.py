@@ -120,7 +120,7 @@ def token_mce(
 
     Returns:
         (N,) in nats, float32 or float64; 0 where the target's vector is zero. Differentiable in logits, and in
-        embeddings where they require grad (with top_k, the shape of the tail counts as a constant).
+        embeddings where they require grad (with top_k, the vectors outside the kept tokens count as constants).
 
     Raises:
         ValueError: shapes that do not fit, a label outside the vocabulary, NaN or +inf in logits, unknown solver.

@@ -22,7 +22,7 @@ for words in sys.argv[1:]:
 assert not {"torch", "transformers", "datasets"} & set(sys.modules)
 """
 WITH_HELP = ["", "train", "plan", "demo", "pretrain", "eval", "eval gsm8k", "eval math", "compare", "regrade"]
-WITH_HELP += ["merge", "hub", "hub push", "checkpoints", "checkpoints consolidate"]
+WITH_HELP += ["fetch", "merge", "diagnose", "hub", "hub push", "checkpoints", "checkpoints consolidate"]
 
 
 def commands(table=cli.COMMANDS, name=""):

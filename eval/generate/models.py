@@ -53,6 +53,8 @@ def locate(model: str, revision: str | None = None) -> Source:
     folder = Path(model).expanduser()
     if not folder.is_dir():
         if folder.exists():
+            if model.endswith(".gguf"):
+                raise EvalError(_gguf(model))
             raise EvalError(f"--model {model} is a file. Give the folder that holds config.json, or a Hub id.")
         if model.startswith((".", "/", "~")) or model.count("/") > 1:
             raise EvalError(f"--model {model}: no such folder.")
@@ -63,6 +65,8 @@ def locate(model: str, revision: str | None = None) -> Source:
         )
     adapter = (folder / "adapter_config.json").is_file()
     if not adapter and not (folder / "config.json").is_file():
+        if any(folder.glob("*.gguf")):
+            raise EvalError(_gguf(model))
         saved = sorted(child.name for child in folder.iterdir() if (child / "config.json").is_file())
         hint = f" It holds {', '.join(saved[-3:])}: give one of them." if saved else ""
         raise EvalError(
@@ -71,6 +75,13 @@ def locate(model: str, revision: str | None = None) -> Source:
     if adapter:
         return _adapter(model, str(folder), fingerprint(folder))
     return Source(model, fingerprint(folder), str(folder), None)
+
+
+def _gguf(model: str) -> str:
+    return (
+        f"--model {model} is a .gguf file, or a folder with one. Make a plain folder of it first, and give that: "
+        f"matrix-llm fetch {model} FOLDER"
+    )
 
 
 def _adapter(model: str, folder: str, revision: str) -> Source:

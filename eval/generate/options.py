@@ -24,7 +24,7 @@ class Options:
     revision: str | None = None
     """Branch, tag or commit of a Hub model."""
     data: str | None = None
-    """File with the problems, or "builtin" (GSM8K only); None: the test set on the Hub."""
+    """File with the problems, or a key of BUILTIN (GSM8K only); None: the test set on the Hub."""
     subset: str | None = None
     """One of SUBSETS, for MATH; None: all problems."""
     ids: str | None = None
@@ -80,7 +80,7 @@ class Options:
             )
         if self.subset not in (None, *SUBSETS):
             raise EvalError(f"--subset {self.subset} is not known. Known: {', '.join(SUBSETS)}.")
-        if self.ids and (self.data is None or self.data == BUILTIN):
+        if self.ids and (self.data is None or self.data in BUILTIN):
             raise EvalError("--ids picks problems from a file, so it needs --data FILE.")
 
 
@@ -95,7 +95,8 @@ def parse_options(benchmark: str, description: str, arguments: Sequence[str] | N
     add("--revision", help="branch, tag or commit of a Hub model")
     # the problems
     columns = "question, answer" if benchmark == "gsm8k" else "problem, solution or answer"
-    builtin = " Or 'builtin': generated word problems, no download." if benchmark == "gsm8k" else ""
+    generated = " Or 'builtin', generated word problems, or 'builtin_new_kinds', of kinds that no recipe trains on."
+    builtin = generated if benchmark == "gsm8k" else ""
     add("--data", help=f".jsonl, .json or .parquet file with {columns}; default: the test set from the Hub.{builtin}")
     if benchmark == "math":
         add("--subset", choices=SUBSETS, help="MATH-500 instead of all 5,000")

@@ -165,7 +165,7 @@ def _make_plan(benchmark: str, options: Options, engine: TransformersEngine | No
     prompt, why = choose_prompt(
         options.prompt,
         benchmark=benchmark,
-        builtin=options.data == BUILTIN,
+        builtin=options.data in BUILTIN,
         recipe=read_recipe(source) if source else None,
         chat_template=bool(getattr(tokenizer, "chat_template", None)),
     )

@@ -19,7 +19,7 @@ from ..grader.text import last_boxed
 from ..text import first_line
 
 BENCHMARKS = ("gsm8k", "math")
-BUILTIN = "builtin"
+BUILTIN = {"builtin": "test", "builtin_new_kinds": "new_kinds"}  # the splits of matrix_llm.data.wordproblems
 BUILTIN_SEED, BUILTIN_PROBLEMS = 0, 512
 MATH_SUBJECTS = (
     "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
@@ -71,18 +71,18 @@ def load_problems(
     """All problems of a benchmark, in their own order.
 
     Args:
-        data: a file, "builtin", or None for the test set on the Hub.
+        data: a file, a key of BUILTIN, or None for the test set on the Hub.
         subset: "math500" or None.
         ids: a file with a JSON list of the ids to take from `data`.
-        limit: how many problems "builtin" must generate at least. The limit itself is applied by `choose`.
+        limit: how many problems must be generated at least. The limit itself is applied by `choose`.
     """
     # 1. rows
-    if data == BUILTIN:
+    if data in BUILTIN:
         if benchmark != "gsm8k":
             raise EvalError(
-                "--data builtin makes grade-school problems, so it cannot stand in for MATH. Use eval/gsm8k.py."
+                f"--data {data} makes grade-school problems, so it cannot stand in for MATH. Use eval/gsm8k.py."
             )
-        return _builtin(limit)
+        return _builtin(data, limit)
     if data is not None:
         rows, source = list(read_rows(Path(data))), data
     elif benchmark == "gsm8k":
@@ -172,11 +172,12 @@ def _pick(problems: Sequence[Problem], path: Path, source: str) -> list[Problem]
     return [by_id[name] for name in wanted]
 
 
-def _builtin(limit: int | None) -> list[Problem]:
+def _builtin(data: str, limit: int | None) -> list[Problem]:
     from matrix_llm.data.wordproblems import generate
 
-    made = generate(max(limit or 0, BUILTIN_PROBLEMS), seed=BUILTIN_SEED, split="test")
-    return [Problem(f"builtin/test/{index}", row.query, row.answer, row.type) for index, row in enumerate(made)]
+    split = BUILTIN[data]
+    made = generate(max(limit or 0, BUILTIN_PROBLEMS), seed=BUILTIN_SEED, split=split)
+    return [Problem(f"builtin/{split}/{index}", row.query, row.answer, row.type) for index, row in enumerate(made)]
 
 
 def _hub(name: str, config: str | None = None) -> list[dict[str, Any]]:

@@ -155,12 +155,12 @@ NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)?\.?\d+")
 
 def _strict_gsm8k(response: str) -> str | None:
     found = STRICT_GSM8K.search(response)
-    return found.group(1).rstrip(".").replace(",", "") if found else None
+    return found.group(1).replace(",", "").removesuffix(".") if found else None  # one full stop, as the source drops
 
 
 def _flexible_gsm8k(response: str) -> str | None:
     found = [match.group() for match in FLEXIBLE_GSM8K.finditer(response)]
-    return found[-1].replace(",", "").replace("$", "").rstrip(".") if found else None
+    return found[-1].replace(",", "").replace("$", "").removesuffix(".") if found else None
 
 
 def _flexible_math(response: str) -> str | None:

@@ -48,6 +48,10 @@ class PushError(MatrixLLMError, RuntimeError):
     """The Hub could not be reached, or refused the request."""
 
 
+class FetchError(MatrixLLMError, RuntimeError):
+    """A model that could not be downloaded, or a file that cannot be made into a folder for `from_pretrained`."""
+
+
 class NonFiniteRowsError(MatrixLLMError, ValueError):
     """NaN or infinity in the rows that an image loss or a metric reads: the run has diverged."""
 

@@ -14,7 +14,8 @@ Each problem comes in one of MetaMathQA's four styles; here `change` with n=3 pe
     The pens cost 3 * 4 = 12 dollars. So x = 8 + 12 = 20. The answer is: 20                    (the last two)
 
 Train and test cannot overlap: their people have different names, every query names somebody, and a stable hash of
-(family, operands) gives each combination of numbers to one split only. Standard library only.
+(family, operands) gives each combination of numbers to one split only. The third split, "new_kinds", has stories of
+which no training problem tells (`NEW_KINDS` in stories.py), with the people of the test split. Standard library only.
 
     python -m matrix_llm.data.wordproblems --count 20000 --seed 0 --split train --out train.jsonl
 """
@@ -35,9 +36,10 @@ from dataclasses import dataclass
 
 from matrix_llm.base.errors import DataError
 from matrix_llm.base.files import atomic_path
+from matrix_llm.data.stories import FAMILIES, NEW_KINDS, Family
 
 STYLES = ("GSM_AnsAug", "GSM_Rephrased", "GSM_SV", "GSM_FOBAR")
-SPLITS = ("train", "test")
+KINDS = {"train": FAMILIES, "test": FAMILIES, "new_kinds": NEW_KINDS}  # of each split
 COLUMNS = ("query", "response", "type", "original_question")  # MetaMathQA's, in its order
 
 # fmt: off
@@ -92,210 +94,6 @@ class Problem:
     """The operand that is replaced by x; None for a forward question."""
 
 
-Step = tuple[str, str, str, str]  # (result, left, operator, right); the names are operands or earlier results
-
-
-@dataclass(frozen=True)
-class Family:
-    """A story whose numbers vary. Texts are format strings over the operands, {result}, {a}, {b} (people), {things}."""
-
-    name: str
-    """Its name, which also enters the hash that decides the split."""
-    ranges: dict[str, tuple[int, int]]
-    """Inclusive bounds of each operand."""
-    story: str
-    """The sentences that give the numbers."""
-    question: str
-    """`story` + `question` is the original question."""
-    statement: str
-    """The question turned into a statement, for GSM_SV."""
-    rephrased: tuple[str, ...]
-    """Complete questions that say the same in other words."""
-    steps: tuple[Step, ...]
-    """From the operands to `result`."""
-    inverse: dict[str, tuple[Step, ...]]
-    """For each operand that may become x: the steps from the others and `result` back to it."""
-    wording: dict[str, tuple[str, ...]]
-    """Sentences for each intermediate result; {} is its equation. They read correctly forwards and backwards."""
-
-
-FAMILIES = (
-    Family(
-        name="change",
-        ranges={"n": (2, 9), "p": (2, 9), "m": (10, 60)},
-        story="{a} buys {n} {things} at {p} dollars each and pays with {m} dollars.",
-        question="How many dollars are left?",
-        statement="{result} dollars are left.",
-        rephrased=("{a} has {m} dollars and buys {n} {things}. If each costs {p} dollars, how many dollars remain?",),
-        steps=(("cost", "n", "*", "p"), ("result", "m", "-", "cost")),
-        inverse={
-            "m": (("cost", "n", "*", "p"), ("m", "result", "+", "cost")),
-            "p": (("cost", "m", "-", "result"), ("p", "cost", "/", "n")),
-        },
-        wording={
-            "cost": ("The {things} cost {} dollars.", "The price of all {things} is {} dollars."),
-            "result": ("The change is {} dollars.", "This leaves {} dollars."),
-        },
-    ),
-    Family(
-        name="share",
-        ranges={"f": (2, 40), "g": (2, 40), "n": (2, 9)},
-        story="{a} has {f} {things}, gets {g} more and shares all equally among {n} friends.",
-        question="How many {things} does each friend get?",
-        statement="Each friend gets {result} {things}.",
-        rephrased=("With {f} {things} and {g} new ones, {a} makes {n} equal piles. How many {things} are in a pile?",),
-        steps=(("total", "f", "+", "g"), ("result", "total", "/", "n")),
-        inverse={
-            "f": (("total", "result", "*", "n"), ("f", "total", "-", "g")),
-            "n": (("total", "f", "+", "g"), ("n", "total", "/", "result")),
-        },
-        wording={
-            "total": ("There are {} {things}.", "The total is {} {things}."),
-            "result": ("Each share is {} {things}.", "One part is {} {things}."),
-        },
-    ),
-    Family(
-        name="more",
-        ranges={"f": (2, 28), "d": (2, 40)},
-        story="{a} has {f} {things} and {b} has {d} more than that.",
-        question="How many {things} do they have together?",
-        statement="Together they have {result} {things}.",
-        rephrased=("{b} owns {d} more {things} than {a}, who owns {f}. How many {things} do both own in total?",),
-        steps=(("second", "f", "+", "d"), ("result", "f", "+", "second")),
-        inverse={"d": (("second", "result", "-", "f"), ("d", "second", "-", "f"))},
-        wording={
-            "second": ("The second person has {} {things}.", "The other one has {} {things}."),
-            "result": ("Together they have {} {things}.", "In total this makes {} {things}."),
-        },
-    ),
-    Family(
-        name="fewer",
-        ranges={"f": (4, 50), "d": (2, 40)},
-        story="{a} has {f} {things} and {b} has {d} fewer than that.",
-        question="How many {things} do they have together?",
-        statement="Together they have {result} {things}.",
-        rephrased=("{b} owns {d} fewer {things} than {a}, who owns {f}. How many {things} do both own in total?",),
-        steps=(("second", "f", "-", "d"), ("result", "f", "+", "second")),
-        inverse={"d": (("second", "result", "-", "f"), ("d", "f", "-", "second"))},
-        wording={
-            "second": ("The second person has {} {things}.", "The other one has {} {things}."),
-            "result": ("Together they have {} {things}.", "In total this makes {} {things}."),
-        },
-    ),
-    Family(
-        name="travel",
-        ranges={"v": (2, 12), "t": (2, 9), "w": (2, 40)},
-        story="{a} cycles {v} miles per hour for {t} hours and then walks {w} miles.",
-        question="How many miles is that in all?",
-        statement="That is {result} miles in all.",
-        rephrased=(
-            "After {t} hours on a bicycle at {v} miles per hour, {a} walks {w} miles more. "
-            "How long is the whole way in miles?",
-        ),
-        steps=(("ride", "v", "*", "t"), ("result", "ride", "+", "w")),
-        inverse={
-            "w": (("ride", "v", "*", "t"), ("w", "result", "-", "ride")),
-            "v": (("ride", "result", "-", "w"), ("v", "ride", "/", "t")),
-        },
-        wording={
-            "ride": ("The ride is {} miles.", "The bicycle covers {} miles."),
-            "result": ("The whole way is {} miles.", "All in all this is {} miles."),
-        },
-    ),
-    Family(
-        name="savings",
-        ranges={"s": (2, 12), "t": (2, 9), "g": (2, 40)},
-        story="{a} has {g} dollars and saves {s} dollars a week for {t} weeks.",
-        question="How many dollars are there then?",
-        statement="Then there are {result} dollars.",
-        rephrased=(
-            "For {t} weeks {a} puts {s} dollars a week into a box that held {g} dollars. "
-            "How many dollars are in the box now?",
-        ),
-        steps=(("saved", "s", "*", "t"), ("result", "g", "+", "saved")),
-        inverse={
-            "g": (("saved", "s", "*", "t"), ("g", "result", "-", "saved")),
-            "t": (("saved", "result", "-", "g"), ("t", "saved", "/", "s")),
-        },
-        wording={
-            "saved": ("The savings are {} dollars.", "Saving brings {} dollars."),
-            "result": ("Now there are {} dollars.", "The sum is {} dollars."),
-        },
-    ),
-    Family(
-        name="boxes",
-        ranges={"n": (2, 9), "p": (2, 9), "k": (2, 9), "q": (2, 9)},
-        story="{a} packs {n} boxes of {p} {things} and {k} bags of {q} {things}.",
-        question="How many {things} is that?",
-        statement="That is {result} {things}.",
-        rephrased=(
-            "There are {p} {things} in a box and {q} in a bag. {a} buys {n} boxes and {k} bags. "
-            "How many {things} is that?",
-        ),
-        steps=(("boxed", "n", "*", "p"), ("bagged", "k", "*", "q"), ("result", "boxed", "+", "bagged")),
-        inverse={"p": (("bagged", "k", "*", "q"), ("boxed", "result", "-", "bagged"), ("p", "boxed", "/", "n"))},
-        wording={
-            "boxed": ("The boxes hold {} {things}.", "In the boxes are {} {things}."),
-            "bagged": ("The bags hold {} {things}.", "In the bags are {} {things}."),
-            "result": ("Together they hold {} {things}.", "In total this makes {} {things}."),
-        },
-    ),
-    Family(
-        name="trade",
-        ranges={"f": (4, 60), "g": (2, 40), "h": (2, 40)},
-        story="{a} had {f} {things}, gave away {g} and then found {h}.",
-        question="How many {things} are there now?",
-        statement="Now there are {result} {things}.",
-        rephrased=(
-            "From a box of {f} {things}, {a} takes out {g} and later puts in {h}. How many {things} does it hold?",
-        ),
-        steps=(("kept", "f", "-", "g"), ("result", "kept", "+", "h")),
-        inverse={
-            "h": (("kept", "f", "-", "g"), ("h", "result", "-", "kept")),
-            "f": (("kept", "result", "-", "h"), ("f", "kept", "+", "g")),
-        },
-        wording={
-            "kept": ("Before the last change there were {} {things}.", "In between there were {} {things}."),
-            "result": ("Now there are {} {things}.", "In the end there are {} {things}."),
-        },
-    ),
-    Family(
-        name="times",
-        ranges={"f": (2, 12), "k": (2, 9), "g": (2, 40)},
-        story="{a} has {f} {things}. {b} had {k} times as many, but lost {g}.",
-        question="How many {things} are left?",
-        statement="{result} {things} are left.",
-        rephrased=("{b} had {k} times the {f} {things} of {a} before losing {g}. How many {things} does that leave?",),
-        steps=(("many", "f", "*", "k"), ("result", "many", "-", "g")),
-        inverse={
-            "g": (("many", "f", "*", "k"), ("g", "many", "-", "result")),
-            "k": (("many", "result", "+", "g"), ("k", "many", "/", "f")),
-        },
-        wording={
-            "many": ("At first there were {} {things}.", "The start was {} {things}."),
-            "result": ("What remains is {} {things}.", "After the loss it is {} {things}."),
-        },
-    ),
-    Family(
-        name="reading",
-        ranges={"p": (2, 12), "t": (2, 9), "m": (10, 60)},
-        story="{a} reads {p} pages a day for {t} days. The book has {m} pages.",
-        question="How many pages are left?",
-        statement="There are {result} pages left.",
-        rephrased=("A book has {m} pages. How many are left once {a} has read {p} pages a day for {t} days?",),
-        steps=(("read", "p", "*", "t"), ("result", "m", "-", "read")),
-        inverse={
-            "m": (("read", "p", "*", "t"), ("m", "result", "+", "read")),
-            "t": (("read", "m", "-", "result"), ("t", "read", "/", "p")),
-        },
-        wording={
-            "read": ("The pages read are {}.", "Reading covers {} pages."),
-            "result": ("The rest is {} pages.", "Still to read are {} pages."),
-        },
-    ),
-)
-
-
 def split_of(family: str, operands: tuple[int, ...]) -> str:
     """The split that owns these numbers. A cryptographic hash, since Python's own changes with every process."""
     digest = hashlib.sha256(f"{family}{operands}".encode()).digest()
@@ -312,7 +110,7 @@ def _apply(left: int, operator: str, right: int) -> int | None:
 
 
 def _draw(family: Family, split: str, rng: random.Random) -> dict[str, int]:
-    """Operands that belong to `split`, with all their results. Draws until every result is within bounds."""
+    """Operands that belong to "train" or "test", with all their results. Draws until every result is within bounds."""
     while True:
         values: dict[str, int] = {name: rng.randint(*bounds) for name, bounds in family.ranges.items()}
         if split_of(family.name, tuple(values.values())) != split:
@@ -340,9 +138,10 @@ def _solution(family: Family, values: dict[str, int], unknown: str | None, thing
 
 def _problem(split: str, rng: random.Random) -> Problem:
     # 1. The family, its numbers and its people
-    family, style = rng.choice(FAMILIES), rng.choice(STYLES)
-    values = _draw(family, split, rng)
-    first, second = rng.sample(NAMES[split], 2)
+    family, style = rng.choice(KINDS[split]), rng.choice(STYLES)
+    owner = split if split in NAMES else "test"  # "new_kinds" has the people of "test"
+    values = _draw(family, owner, rng)
+    first, second = rng.sample(NAMES[owner], 2)
     words = {name: str(value) for name, value in values.items()}
     words |= {"a": first, "b": second, "things": rng.choice(THINGS)}
     original = f"{family.story} {family.question}".format(**words)
@@ -384,8 +183,8 @@ def generate(count: int, *, seed: int, split: str = "train") -> list[Problem]:
     """
     if count < 0:
         raise DataError(f"count={count} is negative. Ask for 0 problems or more.")
-    if split not in SPLITS:
-        raise DataError(f"split={split!r} is unknown. Choose one of {', '.join(SPLITS)}.")
+    if split not in KINDS:
+        raise DataError(f"split={split!r} is unknown. Choose one of {', '.join(KINDS)}.")
     # One generator per problem, so that the first problems do not depend on how many follow. It is seeded with a text,
     # which Python hashes, so that neighbouring seeds are unrelated.
     return [_problem(split, random.Random(f"{split}/{seed}/{index}")) for index in range(count)]
@@ -406,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--count", type=int, required=True, help="number of problems")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", default="train", help=" or ".join(SPLITS))
+    parser.add_argument("--split", default="train", help=" or ".join(KINDS))
     parser.add_argument("--out", type=Path, required=True, help="the .jsonl file to write")
     options = parser.parse_args(arguments)
     try:

@@ -198,14 +198,16 @@ def _chunk_by_kernels(
     # 4. the logits' gradient
     grad = None
     if want_logits:
-        assert terms.g is not None
         assert terms.mean is not None
-        assert terms.at_kept is not None
+        assert terms.kept is not None
         mce_weight = weight * options.mce_weight
         kernels.logit_gradient(
-            z, log_z, weight + mce_weight * (terms.g - terms.mean), q, softcap=cap, logit_scale=options.logit_scale
+            z, log_z, weight - mce_weight * terms.mean, mce_weight * terms.kept.form, features, q,
+            softcap=cap, logit_scale=options.logit_scale,
+        )  # fmt: skip
+        at_kept = q_kept * (weight + mce_weight * (terms.kept.at_kept - terms.mean)) - weight * (
+            kept == labels[:, None]
         )
-        at_kept = q_kept * (weight + mce_weight * (terms.at_kept - terms.mean)) - weight * (kept == labels[:, None])
         if cap is not None:
             at_kept *= 1 - (z_kept / cap).square_()
         grad = q.scatter_(1, kept, (at_kept * options.logit_scale).to(q.dtype))

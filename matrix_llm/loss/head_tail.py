@@ -17,8 +17,15 @@ Everything lives in the span of the kept vectors and U, in coefficients. With R 
 v = R^T a is stored as `a`; its products R v are G a, with the Gram matrix G = R R^T; and Q v = R^T (W G a + c a), with
 W = diag(q_S) + (B - c I). Lanczos (krylov.py) then takes K products with (S + p)-square matrices.
 
-The gradient in q treats the shape of the tail as a constant: g_j = -u_j^T M u_j at the kept tokens, and one mean value
--tr(M V^T Q_tail V) / (the tail's mass) at all others.
+The gradient in q is that of this Q, which every probability enters linearly. With V the basis, M = Dlog_T[e_1 e_1^T],
+u_j = V^T e_j, x_j = U^T e_j and A = V^T U,
+
+    kept tokens    g_j = -u_j^T M u_j
+    all others     g_j = -x_j^T (A^T M A) x_j - r (|e_j|^2 - |x_j|^2),     r = tr(M (V^T V - A A^T)) / (D - p)
+
+The second is linear in the same features as B and the tail's mass: g_j = form . features_j, one more product with them.
+It is the derivative of the value once K exhausts the Krylov space; for fewer steps both are approximations (krylov.py).
+The vectors of the tail's tokens count as constants.
 
 Legend: C positions, V vocabulary, D embedding width, S kept tokens, p directions, n = S + p, K Lanczos steps.
 """
@@ -40,6 +47,7 @@ class HeadTail(NamedTuple):
     value: Tensor  # (C,) MCE in nats
     at_kept: Tensor  # (C, S) d MCE / d q_j at the kept tokens
     tail: Tensor  # (C,) sum of q_j d MCE / d q_j over all other tokens
+    form: Tensor  # (C, p (p + 1) / 2 + 1) d MCE / d q_j = form . features_j at all other tokens
     at_vectors: Tensor | None  # (C, S, D) d MCE / d e_j of the kept tokens, where asked for
 
 
@@ -65,6 +73,17 @@ def unpack_moments(
     return full
 
 
+def tail_form(
+    inner: Tensor,  # (C, p, p) A^T M A, symmetric
+    rest: Tensor,  # (C,) r
+) -> Tensor:
+    """(C, p (p + 1) / 2 + 1), whose product with a token's features is -x^T inner x - rest (|e|^2 - |x|^2)."""
+    upper = torch.triu_indices(inner.shape[1], inner.shape[1], device=inner.device)
+    form = inner[:, upper[0], upper[1]]
+    form = torch.where(upper[0] == upper[1], form - rest.unsqueeze(-1), 2 * form)
+    return -torch.cat([form, rest.unsqueeze(-1)], dim=1)
+
+
 def solve_by_torch(
     q_kept: Tensor,  # (C, S) probabilities of the kept tokens
     kept: Tensor,  # (C, S) their ids; the target is among them
@@ -84,9 +103,13 @@ def solve_by_torch(
     ]
     if len(parts) == 1:
         return parts[0]
-    values, at_kept, tails, at_vectors = zip(*parts, strict=True)
+    values, at_kept, tails, forms, at_vectors = zip(*parts, strict=True)
     return HeadTail(
-        torch.cat(values), torch.cat(at_kept), torch.cat(tails), torch.cat(at_vectors) if want_vectors else None
+        torch.cat(values),
+        torch.cat(at_kept),
+        torch.cat(tails),
+        torch.cat(forms),
+        torch.cat(at_vectors) if want_vectors else None,
     )
 
 
@@ -159,10 +182,13 @@ def _solve_block(
     # 4. value, and derivatives at the kept tokens and over the tail
     value, derivative, log_column = tridiagonal_log(alphas, betas, EIGENVALUE_FLOOR[dtype])
     at_kept = probability_gradient(products[..., :size], derivative)
-    along = products[..., size:]  # (C, K, p) U^T v_k
-    gathered = torch.bmm(torch.bmm(along, tail_excess), along.mT)  # V^T Q_tail V, with V^T V for the even part
-    gathered += even[:, None, None] * torch.bmm(coefficients, products.mT)
-    tail = -(derivative * gathered).sum((1, 2))
+    along = products[..., size:]  # (C, K, p) A = V^T U
+    rest = torch.zeros_like(even)  # r
+    if p < width:
+        outside = torch.bmm(coefficients, products.mT) - torch.bmm(along, along.mT)  # V^T V - A A^T
+        rest = (derivative * outside).sum((1, 2)) / (width - p)
+    form = tail_form(torch.bmm(along.mT, torch.bmm(derivative, along)), rest)
+    tail = (form * moments).sum(-1)
 
     # 5. derivatives at the kept vectors: -2 q_j V M u_j, and -2 V log(T) e_1 more at the target's
     at_vectors = None
@@ -173,4 +199,4 @@ def _solve_block(
         at_vectors = torch.bmm(weighted.mT, torch.bmm(derivative, basis))
         on_target = torch.bmm(log_column.unsqueeze(1), basis)  # (C, 1, D)
         at_vectors = (at_vectors - 2 * (kept == labels.unsqueeze(-1)).unsqueeze(-1) * on_target).to(dtype)
-    return HeadTail(value.to(dtype), at_kept.to(dtype), tail.to(dtype), at_vectors)
+    return HeadTail(value.to(dtype), at_kept.to(dtype), tail.to(dtype), form.to(dtype), at_vectors)

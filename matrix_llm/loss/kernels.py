@@ -2,7 +2,7 @@
 
     logit_statistics  one read of the logits: log-sum-exp, entropy, the largest logit, the label's, and maxima of groups
     probabilities     one read of the logits, one write of q in the products' dtype
-    logit_gradient    one read of the logits, one write of the gradient over q
+    logit_gradient    one read of the logits, one write of the gradient over q; the tail's own by one small product
     solve_head_tail   one read of the kept vectors: their Gram matrices; then one warp or a few per position for
                       Lanczos, the tridiagonal eigenproblem and its logarithm, all in registers
 
@@ -97,18 +97,54 @@ def probabilities_kernel(z, log_z, out, stride, out_stride, vocabulary, BLOCK: t
     tl.store(out + position * out_stride + at, q.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize_on_alignment=["factor"])
+@triton.jit(do_not_specialize_on_alignment=["constant", "slope"])
 def gradient_kernel(
-    z, log_z, factor, out, stride, out_stride, vocabulary, cap, scale, CAPPED: tl.constexpr, BLOCK: tl.constexpr
+    z,  # (C, V)
+    log_z,  # (C,)
+    constant,  # (C,)
+    slope,  # (C,)
+    form,  # (C, F) in the features' dtype
+    features,  # (V, F)
+    out,  # (C, V)
+    positions,
+    vocabulary,
+    stride,
+    out_stride,
+    form_stride,
+    feature_stride,
+    cap,
+    scale,
+    CAPPED: tl.constexpr,
+    F: tl.constexpr,
+    LINES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    position = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < vocabulary
-    x = tl.load(z + position * stride + at, mask=inside, other=0.0).to(tl.float32)
-    g = tl.exp(x - tl.load(log_z + position)) * (tl.load(factor + position) * scale)
+    """LINES positions by BLOCK tokens at a time, so that a token's features are read once for LINES positions."""
+    line = tl.program_id(1) * LINES + tl.arange(0, LINES)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    counted, inside = line < positions, at < vocabulary
+    both = counted[:, None] & inside[None, :]
+    g = tl.zeros((LINES, BLOCK), tl.float32)
+    for start in range(0, F, 16):
+        column = start + tl.arange(0, 16)
+        known = column < F
+        a = tl.load(
+            form + line[:, None] * form_stride + column[None, :], mask=counted[:, None] & known[None, :], other=0
+        )
+        b = tl.load(
+            features + at[None, :].to(tl.int64) * feature_stride + column[:, None],
+            mask=known[:, None] & inside[None, :],
+            other=0,
+        )
+        g = tl.dot(a, b, g, input_precision="ieee")
+    wide = line.to(tl.int64)
+    x = tl.load(z + wide[:, None] * stride + at[None, :], mask=both, other=0.0).to(tl.float32)
+    factor = tl.load(constant + line, mask=counted, other=0.0)[:, None]
+    factor += tl.load(slope + line, mask=counted, other=0.0)[:, None] * g
+    grad = tl.exp(x - tl.load(log_z + line, mask=counted, other=0.0)[:, None]) * (factor * scale)
     if CAPPED:
-        g = g * (1.0 - (x / cap) * (x / cap))
-    tl.store(out + position * out_stride + at, g.to(out.dtype.element_ty), mask=inside)
+        grad = grad * (1.0 - (x / cap) * (x / cap))
+    tl.store(out + wide[:, None] * out_stride + at[None, :], grad.to(out.dtype.element_ty), mask=both)
 
 
 # -------------------------------------------------------------------------------------------------- small problems
@@ -229,6 +265,7 @@ def solve_kernel(
     value,  # (C,)
     at_kept,  # (C, S)
     tail,  # (C,)
+    form,  # (C, P (P + 1) / 2 + 1)
     stride,
     width,
     S: tl.constexpr,
@@ -313,6 +350,22 @@ def solve_kernel(
     tl.store(at_kept + position * S + slot, -tl.sum(moved * products, 0).to(tl.float32), mask=is_kept)
     tl.store(tail + position, -tl.sum(tl.sum(moved * spread, 1), 0).to(tl.float32))
 
+    # A^T M A at [S:, S:] of an (N, N) tile, r, and the form
+    inner = tl.zeros((N, N), tl.float64)
+    outside = tl.sum(tl.sum(moved * coefficients, 1), 0)  # tr(M V^T V), of which tr(M A A^T) is taken below
+    for k in range(KP):
+        here = (k_index == k)[:, None]
+        a_k, moved_k = tl.sum(tl.where(here, products, 0.0), 0), tl.sum(tl.where(here, moved, 0.0), 0)
+        inner += a_k[:, None] * moved_k[None, :]
+    diagonal = (r == c) & direction_r
+    outside -= tl.sum(tl.sum(tl.where(diagonal, inner, 0.0), 1), 0)
+    rest = tl.where(width == P, 0.0, outside / tl.maximum(width - P, 1).to(tl.float64))
+    form += position * (P * (P + 1) // 2 + 1)
+    value_at = tl.where(r == c, rest - inner, -2.0 * inner)
+    at = form + (r - S) * (2 * P - (r - S) + 1) // 2 + c - r
+    tl.store(at, value_at.to(tl.float32), mask=direction_r & direction_c & (r <= c))
+    tl.store(form + P * (P + 1) // 2, -rest.to(tl.float32))
+
 
 # -------------------------------------------------------------------------------------------------------- wrappers
 
@@ -365,21 +418,35 @@ def probabilities(
         )
 
 
+def gradient_tiles(columns: int) -> dict[str, Any]:
+    return {"F": columns, "LINES": 64, "BLOCK": 128, "num_warps": 8}
+
+
 def logit_gradient(
     z: Tensor,  # (C, V) after scale and cap; each position contiguous
     log_z: Tensor,  # (C,)
-    factor: Tensor,  # (C,)
+    constant: Tensor,  # (C, 1)
+    form: Tensor,  # (C, F), or fewer columns than the features', whose others are zero
+    features: Tensor,  # (V, F) in the products' dtype
     out: Tensor,  # (C, V) of any float dtype
     *,
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> None:
-    """out = factor exp(z - log_z), through cap and scale, rounded once."""
+    """out = (constant + form features^T) exp(z - log_z), through cap and scale, rounded once.
+
+    Each position's form is scaled to a largest element of 1 before it is rounded to the features' dtype: derivatives
+    of unlikely targets exceed float16.
+    """
     positions, vocabulary = z.shape
+    largest = form.abs().amax(1, keepdim=True)
+    form = (form / torch.where(largest > 0, largest, 1.0)).to(features.dtype)
+    tiles = gradient_tiles(form.shape[1])
     with _device_of(z):
-        gradient_kernel[(positions, triton.cdiv(vocabulary, BLOCK))](
-            z, log_z, factor, out, z.stride(0), out.stride(0), vocabulary, float(softcap or 1.0), float(logit_scale),
-            CAPPED=softcap is not None, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=True,
+        gradient_kernel[(triton.cdiv(vocabulary, tiles["BLOCK"]), triton.cdiv(positions, tiles["LINES"]))](
+            z, log_z, constant.contiguous(), largest, form, features, out, positions, vocabulary,
+            z.stride(0), out.stride(0), form.stride(0), features.stride(0), float(softcap or 1.0), float(logit_scale),
+            CAPPED=softcap is not None, **tiles, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -418,6 +485,7 @@ def solve_head_tail(
     gram = torch.empty(positions, size, size, dtype=torch.float32, device=q.device)
     value, tail = (torch.empty(positions, dtype=torch.float32, device=q.device) for _ in range(2))
     at_kept = torch.empty_like(q)
+    form = torch.empty(positions, p * (p + 1) // 2 + 1, dtype=torch.float32, device=q.device)
     with _device_of(q):
         gram_kernel[(positions,)](
             vectors,
@@ -432,7 +500,7 @@ def solve_head_tail(
             enable_fp_fusion=True,
         )
         solve_kernel[(positions,)](
-            gram, q, kept, labels, moments, summary.coordinates, value, at_kept, tail, moments.stride(0), width,
+            gram, q, kept, labels, moments, summary.coordinates, value, at_kept, tail, form, moments.stride(0), width,
             **solve_tiles(size, p, min(steps, size + p)), enable_fp_fusion=True,
         )  # fmt: skip
-    return HeadTail(value, at_kept, tail, None)
+    return HeadTail(value, at_kept, tail, form, None)

@@ -137,7 +137,7 @@ class LossSettings:
         Args:
             vocabulary_size: V; a `top_k` of V or more means the whole vocabulary.
             choose_top_k: whether `top_k=None` means 16 tokens for V above 1,024, rather than the whole vocabulary.
-                Never with a sketch or trained embeddings, since the tail counts as a constant in the gradient.
+                Never with a sketch or trained embeddings, since the tail's vectors count as constants.
                 None: decided by `embedding_grad`.
         """
         top_k = self.top_k

@@ -21,6 +21,8 @@ from matrix_llm.loss.krylov import probability_gradient, quadrature
 from matrix_llm.loss.settings import Solver
 from matrix_llm.loss.vocabulary import VocabularySummary, find_likeliest, summarise, unit_vectors
 
+FORM_ELEMENTS = 2**18  # elements of the tail's gradient at a time, a (C, block) buffer: it stays in cache
+
 
 def kernels_for(tensor: Tensor) -> Any:
     """The Triton kernels if `tensor` is on a GPU, else None. Triton is imported here, and needed nowhere else."""
@@ -82,15 +84,23 @@ def prepare_embeddings(
 # --------------------------------------------------------------------------------------------------------- one chunk
 
 
+class KeptTokens(NamedTuple):
+    """Head and tail's gradient in q: `at_kept` at the kept tokens, form . features_j at all others."""
+
+    ids: Tensor  # (C, S)
+    q: Tensor  # (C, S) their probabilities
+    at_kept: Tensor  # (C, S) dMCE / dq
+    form: Tensor  # (C, p (p + 1) / 2 + 1)
+    features: Tensor  # (V, p (p + 1) / 2 + 1)
+
+
 class ChunkTerms(NamedTuple):
-    """MCE of one chunk, and its gradient in q: `g`, except at the kept tokens, where it is `at_kept`."""
+    """MCE of one chunk, and its gradient in q: `g`, or what `kept` says."""
 
     value: Tensor  # (C,) MCE in nats
-    g: Tensor | None  # (C, V) dMCE / dq, or (C, 1) where all tokens but the kept ones share one value
+    g: Tensor | None  # (C, V) dMCE / dq
     mean: Tensor | None  # (C, 1) sum_j q_j g_j
-    kept: Tensor | None = None  # (C, S) ids of the kept tokens
-    at_kept: Tensor | None = None  # (C, S) dMCE / dq at the kept tokens
-    q_kept: Tensor | None = None  # (C, S) their probabilities
+    kept: KeptTokens | None = None
 
 
 def solve_chunk(
@@ -143,10 +153,9 @@ def head_tail_terms(
     )
     if grad_vectors is not None and position_weight is not None and result.at_vectors is not None:
         grad_vectors.index_add_(0, kept.flatten(), (result.at_vectors * position_weight[:, None, None]).flatten(0, 1))
-    mass = moments[:, -1:]  # of the tail's tokens, except those with a zero vector
-    g = torch.where(mass > 0, result.tail.unsqueeze(-1) / torch.where(mass > 0, mass, 1.0), 0.0)
     mean = (q_kept * result.at_kept).sum(-1, keepdim=True) + result.tail.unsqueeze(-1)
-    return ChunkTerms(result.value, g, mean, kept, result.at_kept, q_kept)
+    tokens = KeptTokens(kept, q_kept, result.at_kept, result.form, embeddings.summary.features)
+    return ChunkTerms(result.value, None, mean, tokens)
 
 
 def solve_head_tail(
@@ -239,9 +248,15 @@ def logit_gradient_(
     `weight` times the chain rule of MCE through the softmax, plus `constant` times q, which is cross-entropy's gradient
     but for its -1 at the label.
     """
-    assert terms.g is not None  # the solver was asked for a gradient
-    assert terms.mean is not None
-    q.mul_(terms.g.sub_(terms.mean).mul_(weight).add_(constant))
-    if terms.kept is not None and terms.at_kept is not None and terms.q_kept is not None:
-        q.scatter_(1, terms.kept, terms.q_kept * (constant + weight * (terms.at_kept - terms.mean)))
-    return q
+    assert terms.mean is not None  # the solver was asked for a gradient
+    if terms.kept is None:
+        assert terms.g is not None
+        return q.mul_(terms.g.sub_(terms.mean).mul_(weight).add_(constant))
+    ids, q_kept, at_kept, form, features = terms.kept
+    at_kept = q_kept * (constant + weight * (at_kept - terms.mean))
+    form, constant = weight * form, constant - weight * terms.mean
+    block = max(1, FORM_ELEMENTS // max(1, q.shape[0]))
+    for start in range(0, q.shape[1], block):
+        tokens = slice(start, start + block)
+        q[:, tokens].mul_(torch.mm(form, features[tokens].T).add_(constant))
+    return q.scatter_(1, ids, at_kept)

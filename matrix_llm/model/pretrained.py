@@ -24,6 +24,7 @@ def load_pretrained(key: str, name: str | None, loader: Any, **options: Any) -> 
         RecipeError: no such folder, or `loader` could not read it; one line, with the loader's own reason.
     """
     path = os.path.expanduser(str(name))
+    _refuse_gguf(key, path)
     if str(name).startswith((".", "/", "~")) and not os.path.isdir(path):
         raise RecipeError(f"{key}={name!r}: no folder at {os.path.abspath(path)}. Correct the path.")
     try:
@@ -34,6 +35,16 @@ def load_pretrained(key: str, name: str | None, loader: Any, **options: Any) -> 
         raise RecipeError(
             f"{key}={name!r} {cannot}: {reason} Correct the name, log in, or download it first and give the folder."
         ) from error
+
+
+def _refuse_gguf(key: str, path: str) -> None:
+    """Refuse a .gguf file, or a folder that holds nothing else: transformers would say that it is no folder."""
+    files = os.listdir(path) if os.path.isdir(path) else []
+    if path.endswith(".gguf") or ("config.json" not in files and any(file.endswith(".gguf") for file in files)):
+        raise RecipeError(
+            f"{key}={path!r} is a .gguf file, or a folder with one. Make a plain folder of it first, and give that: "
+            f"matrix-llm fetch {path} FOLDER"
+        )
 
 
 def load_pretrained_config(

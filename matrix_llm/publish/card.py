@@ -12,19 +12,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.files import read_jsonl, write_text
 from matrix_llm.config import Recipe
 from matrix_llm.data.entries import names_of
+from matrix_llm.publish.base_model import find_base_model, licence_in
 from matrix_llm.publish.finished_run import (
     CARD,
     RESULTS,
+    Diagnosis,
     Evaluation,
     RunSettings,
+    Score,
     is_image_run,
+    read_diagnosis,
     read_evaluations,
     read_json,
     read_settings,
@@ -71,7 +74,9 @@ def model_card(
     entries: list[dict[str, Any]],
     results: Mapping[str, Any],
     evaluations: Sequence[Evaluation] = (),
+    before: Sequence[Evaluation] = (),
     *,
+    diagnosis: Diagnosis | None = None,
     licence: str | None = None,
     base_model: str | None = None,
 ) -> ModelCard:
@@ -82,11 +87,15 @@ def model_card(
         entries: the run's metrics.jsonl.
         results: the run's results.json: accuracy before and after training, row counts, wall time.
         evaluations: benchmark scores. Those on complete public benchmarks also enter the front matter's `model-index`.
-        licence: as the Hub spells it, e.g. "llama2" or "apache-2.0".
-        base_model: the base model's name on the Hub, where the recipe names a folder.
+        before: benchmark scores of the base model, shown where it was asked the same problems in the same way.
+        diagnosis: of `matrix-llm diagnose`, if it was asked to put one on the card.
+        licence: as the Hub spells it, e.g. "llama2" or "apache-2.0"; None: that of the base model, if it is a folder.
+        base_model: the base model's name on the Hub, where the recipe names a folder; None: as `matrix-llm fetch`
+            noted it in that folder.
     """
     run = recipe if isinstance(recipe, RunSettings) else RunSettings.of_recipe(recipe)
-    base, datasets = base_model or run.model_name_or_path, names_of(run.dataset)
+    found, datasets = find_base_model(run.model_name_or_path), names_of(run.dataset)
+    base = base_model or found.name
 
     # 1. the front matter: what the Hub indexes
     eval_results = _eval_results(evaluations)
@@ -100,7 +109,7 @@ def model_card(
         eval_results=eval_results or None,
         library_name="peft" if run.use_peft else "transformers",
         pipeline_tag="text-generation",
-        license=licence,
+        license=licence or found.licence,
         tags=tags,
         base_model=base if is_hub_name(base) else None,
         datasets=[each for each in datasets if "/" in each and is_hub_name(each)] or None,
@@ -113,6 +122,7 @@ def model_card(
         settings=run.given,
         title=run.title,
         base_model=base,
+        base_note="" if base_model else found.note,
         use_peft=run.use_peft,
         dataset=", ".join(datasets),
         mce_weight=f"{run.mce_weight:g}",
@@ -123,7 +133,22 @@ def model_card(
         plot=PLOT,
         measured=_measured(entries, results),
         evaluations=evaluations,
+        before=_scores_before(evaluations, before),
+        diagnosis=diagnosis,
     )
+
+
+def _scores_before(after: Sequence[Evaluation], before: Sequence[Evaluation]) -> dict[tuple[str, str], Score]:
+    """{(benchmark, convention): score of the base model}, where it was asked the same problems with the same prompt."""
+    scores = {}
+    for each in after:
+        for base in before:
+            if (base.name, base.prompt, base.is_complete) != (each.name, each.prompt, each.is_complete):
+                continue
+            for convention in base.scores.keys() & each.scores.keys():
+                if base.scores[convention].total == each.scores[convention].total:
+                    scores[each.name, convention] = base.scores[convention]
+    return scores
 
 
 def _eval_results(evaluations: Sequence[Evaluation]) -> list[EvalResult]:
@@ -248,22 +273,20 @@ def card_of(run: Path, settings: RunSettings, licence: str | None, base_model: s
 
     Without `licence` it takes that of the run's old card, or else of the base model if that is a folder.
     """
-    licence = licence or _licence_in(run)
-    if licence is None and settings.model_name_or_path is not None:
-        licence = _licence_in(Path(settings.model_name_or_path))
+    licence = licence or licence_in(run)
     entries, results, evaluations = read_jsonl(run / METRICS), read_json(run / RESULTS), read_evaluations(run)
-    return str(model_card(settings, entries, results, evaluations, licence=licence, base_model=base_model))
-
-
-def _licence_in(folder: Path) -> str | None:
-    """The licence that a folder's README.md states."""
-    card = folder / CARD
-    if not card.is_file():
-        return None
-    try:
-        return ModelCard.load(card, ignore_metadata_errors=True).data.license
-    except (OSError, ValueError, yaml.YAMLError):  # a file or front matter that cannot be read states nothing
-        return None
+    base = settings.model_name_or_path
+    card = model_card(
+        settings,
+        entries,
+        results,
+        evaluations,
+        before=read_evaluations(Path(base)) if base and evaluations else [],  # of a folder: eval/ writes into it
+        diagnosis=read_diagnosis(run),
+        licence=licence,
+        base_model=base_model,
+    )
+    return str(card)
 
 
 def write_card(run: Path, *, licence: str | None = None, base_model: str | None = None) -> Path:

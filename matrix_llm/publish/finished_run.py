@@ -12,6 +12,7 @@ import yaml
 
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.config import DataArguments, MatrixConfig, ModelArguments, Recipe
+from matrix_llm.run.run_folder import DIAGNOSIS
 
 RECIPE, RESULTS, CARD = "recipe.yaml", "results.json", "README.md"
 PROCESSOR = "preprocessor_config.json"  # an image backbone has one, where a language model has a tokenizer
@@ -117,6 +118,20 @@ class Evaluation:
     """What generated the answers, e.g. "vllm"; "" where the file does not say."""
 
 
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `matrix-llm diagnose` found, as far as the card shows it."""
+
+    model: str
+    """Name of the last folder or repository of the model that was measured."""
+
+    measured: list[tuple[str, str]]
+    """(quantity, value) for each row of the card's table."""
+
+    reading: list[str]
+    """The figures in words."""
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file of a run.
 
@@ -179,6 +194,39 @@ def read_evaluations(run: Path) -> list[Evaluation]:
                 f"{path} is not a result file of eval/. Remove it, or regrade it with eval/regrade.py."
             ) from None
     return found
+
+
+def read_diagnosis(run: Path) -> Diagnosis | None:
+    """The diagnosis.json in a run's folder; None if there is none.
+
+    Raises:
+        RecipeError: the file is not one that `matrix-llm diagnose` of this version wrote.
+    """
+    path = run / DIAGNOSIS
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    try:
+        if (content["format"], content["version"]) != ("matrix_llm.diagnosis", 1):
+            raise ValueError
+        return _parse_diagnosis(content)
+    except (ValueError, KeyError, TypeError, AttributeError):  # a field is missing, or of another type
+        raise RecipeError(
+            f"{path} is not what `matrix-llm diagnose` writes. Remove it, or diagnose the run again."
+        ) from None
+
+
+def _parse_diagnosis(content: dict[str, Any]) -> Diagnosis:
+    whole, mce = content["loss"]["all"]["all"], content["gradients"]["in use"]["all"]["all"]["mce"]["hidden"]
+    measured = [
+        ("trained positions measured", f"{content['rows']['positions']:,}"),
+        ("CE, MCE", f"{whole['ce']:.3f}, {whole['mce']['in use']:.3f} nats"),
+        ("mean cosine of two token vectors", f"{content['head']['in use']['mean_cosine']:.3f}"),
+    ]
+    if mce["cosine"] is not None:
+        ratio = f"cosine {mce['cosine']:.3f}, norm {mce['norm_ratio']:.2f}"
+        measured.append(("MCE's gradient against CE's in the hidden states", ratio))
+    return Diagnosis(Path(content["model"]["name"]).name, measured, [str(each) for each in content["reading"]])
 
 
 def _parse_evaluation(content: dict[str, Any]) -> Evaluation:

@@ -84,28 +84,40 @@ def merge(run: str, out: Path, *, dtype: str | None = None, base_model: str | No
     adapter = find_adapter(run, base_model)
     tokenizer = _load_tokenizer(adapter)
 
-    # 2. base and adapter
+    # 2. one model
+    merged = load_merged(adapter, tokenizer, dtype="auto" if dtype is None else getattr(torch, dtype))
+    repair_generation_settings(merged)
+
+    # 3. its files
+    line = _describe(adapter, run, merged)
+    _write(out, merged, tokenizer, adapter, _card(adapter, out.name, line))
+    return line
+
+
+def load_merged(adapter: Adapter, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The base with the adapter added to its weights, and the tokenizer's special ids.
+
+    Args:
+        dtype: of the weights; "auto": the base's own.
+
+    Raises:
+        RecipeError: no base, or tokens beyond its embeddings.
+        ModelError: the adapter does not fit the base, or the merged model is not the one that was trained.
+    """
     model = load_pretrained(
         "the base model",
         adapter.base,
         AutoModelForCausalLM.from_pretrained,
         revision=adapter.revision,
-        dtype="auto" if dtype is None else getattr(torch, dtype),
+        dtype=dtype,
     )
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
     adapted = _put_on(model, adapter)
-
-    # 3. one model
     expected = _few_logits(adapted)
     merged = _merge_weights(adapted)
     _check_same(expected, _few_logits(merged), merged.dtype)
     set_special_ids(merged, tokenizer)
-    repair_generation_settings(merged)
-
-    # 4. its files
-    line = _describe(adapter, run, merged)
-    _write(out, merged, tokenizer, adapter, _card(adapter, out.name, line))
-    return line
+    return merged
 
 
 # --------------------------------------------------------------------------------------------------- what to merge

@@ -15,6 +15,7 @@ import errno
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,14 @@ def _flush(path: Path) -> None:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint. It is renamed first: a kill half-way leaves a temporary folder, never half a checkpoint."""
-    if not folder.exists():
-        return
+    """Remove a checkpoint. It is renamed first: a kill half-way leaves a temporary folder, never half a checkpoint.
+
+    Several processes may do so at once, and one that is not there is no error.
+    """
     doomed = folder.with_name(DELETING + folder.name)
     shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(folder, doomed)
+    with suppress(FileNotFoundError):
+        os.rename(folder, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 

@@ -32,6 +32,7 @@ METRICS = "metrics.jsonl"  # one line for each log entry, while the run trains
 PLOT = "loss.png"
 RESULTS = "results.json"
 CARD = "README.md"
+DIAGNOSIS = "diagnosis.json"  # what `matrix-llm diagnose RUN --out RUN` measured; it then stands on the card
 PARTIAL = "results.partial.json"  # results so far; removed last, so a run that still has it is unfinished
 NON_FINITE = "non_finite.txt"  # the error of a run whose loss became NaN or infinite; removed when the run resumes
 STAGING = ".saving"  # the final weights, until they are moved into place

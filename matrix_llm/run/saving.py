@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from torch.distributed.checkpoint import CheckpointException
 from transformers import Trainer
 
-from matrix_llm.base.errors import RecipeError
-from matrix_llm.run.checkpoint_files import SAVING, finish_checkpoint, last_complete_checkpoint, remove_old_checkpoints
+from matrix_llm.base.errors import CheckpointError, RecipeError
+from matrix_llm.run.checkpoint_files import (
+    SAVING,
+    finish_checkpoint,
+    last_complete_checkpoint,
+    remove_checkpoint,
+    remove_old_checkpoints,
+)
 from matrix_llm.run.failures import cannot_write, why_not_written
 
 
@@ -33,7 +40,7 @@ class AtomicCheckpoints(Trainer):
         """Trainer's own, written into a temporary folder that takes the checkpoint's name when it is complete.
 
         Raises:
-            CheckpointError: this process could not write its share. Nothing of the checkpoint stays.
+            CheckpointError: this process or another could not write its share. Nothing of the checkpoint stays.
         """
         output = Path(self._get_output_dir(trial))
         final = output / f"checkpoint-{self.state.global_step}"
@@ -43,6 +50,7 @@ class AtomicCheckpoints(Trainer):
             # 1. an empty temporary folder, before any process writes into it
             if self.args.should_save:
                 shutil.rmtree(staged.parent, ignore_errors=True)
+                staged.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
             # 2. every process writes its share
             super()._save_checkpoint(model, trial)
@@ -55,11 +63,13 @@ class AtomicCheckpoints(Trainer):
                 finish_checkpoint(staged, final, processes=self.args.world_size)
                 staged.parent.rmdir()
         except (Exception, CheckpointException) as error:  # the latter is a BaseException
-            reason = why_not_written(error)
-            if reason is None:
-                raise
-            shutil.rmtree(staged.parent, ignore_errors=True)  # it may be what fills the disk
-            raise cannot_write(final, reason, output) from error
+            if reason := why_not_written(error):
+                with suppress(OSError):
+                    remove_checkpoint(staged.parent)  # it may be what fills the disk
+                raise cannot_write(final, reason, output) from error
+            if not staged.exists():  # removed by the line above, in a process that failed while this one was writing
+                raise CheckpointError(f"{final} was abandoned: another process could not write its share.") from error
+            raise
         finally:
             self._saving = False
         self.accelerator.wait_for_everyone()  # no process continues before the checkpoint exists

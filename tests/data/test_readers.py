@@ -13,6 +13,7 @@ from matrix_llm.base.errors import DataError
 from matrix_llm.data import formats
 from matrix_llm.data.forms import Row
 from matrix_llm.data.readers import Source
+from matrix_llm.data.wordproblems import generate
 
 OBJECTS = [{"query": f"{i} + 1?", "response": f"The answer is: {i + 1}", "type": "x"} for i in range(5)]
 ROWS = [Row("template", each["query"], each["response"]) for each in OBJECTS]
@@ -67,6 +68,8 @@ def test_builtin_rows_differ_between_splits_and_repeat_with_the_seed():
     assert train == read("builtin", builtin_rows=20, seed=1) != read("builtin", builtin_rows=20, seed=2)
     assert not {row.question for row in train} & {row.question for row in test}
     assert read("builtin", max_rows=5, seed=1) == train[:5]
+    unseen = [problem.query for problem in generate(20, seed=1, split="new_kinds")]
+    assert [row.question for row in read("builtin", builtin_rows=20, seed=1, split="new_kinds")] == unseen
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])

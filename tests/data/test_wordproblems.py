@@ -14,12 +14,14 @@ import pytest
 
 from matrix_llm.base.errors import DataError
 from matrix_llm.data import wordproblems
-from matrix_llm.data.wordproblems import COLUMNS, FAMILIES, NAMES, STYLES, generate, main, split_of, write_jsonl
+from matrix_llm.data.stories import FAMILIES, NEW_KINDS
+from matrix_llm.data.wordproblems import COLUMNS, KINDS, NAMES, STYLES, generate, main, split_of, write_jsonl
 from tests.support.paths import ROOT
 
-FAMILY = {family.name: family for family in FAMILIES}
+FAMILY = {family.name: family for family in FAMILIES + NEW_KINDS}
 SAMPLE = {split: generate(4000, seed=3, split=split) for split in ("train", "test")}
-EVERY = SAMPLE["train"] + SAMPLE["test"]
+UNSEEN = generate(2000, seed=3, split="new_kinds")
+EVERY = SAMPLE["train"] + SAMPLE["test"] + UNSEEN
 
 # Written out by hand, so that an error in a family's steps cannot hide behind itself. Arguments: as in `ranges`.
 ANSWERS = {
@@ -33,6 +35,11 @@ ANSWERS = {
     "trade": lambda f, g, h: f - g + h,
     "times": lambda f, k, g: f * k - g,
     "reading": lambda p, t, m: m - p * t,
+    "garden": lambda r, c, w: r * c - w,
+    "voucher": lambda p, h, v: p + h - v,
+    "ages": lambda f, d, k: f + d + k,
+    "lawns": lambda n, e, k: Fraction(n * e, k),
+    "typing": lambda v, w, t: (v + w) * t,
 }
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
 FOBAR = re.compile(r" If we know the answer to the above question is (\d+), what is the value of unknown variable x\?$")
@@ -84,15 +91,31 @@ def test_splits_share_no_name_no_numbers_and_no_query():
     assert not queries["train"] & queries["test"]
 
 
+def test_new_kinds_tell_no_story_of_training_and_name_nobody_of_it():
+    stories = {split: {text_of(problem) for problem in problems} for split, problems in SAMPLE.items()}
+    assert stories["train"] & stories["test"]  # the same kinds
+    assert not stories["train"] & {text_of(problem) for problem in UNSEEN}
+    for problem in UNSEEN:
+        words = set(re.findall(r"\w+", problem.query))
+        assert words & set(NAMES["test"])
+        assert not words & set(NAMES["train"])
+
+
+def text_of(problem) -> str:
+    """The original question without its names and numbers."""
+    return re.sub(r"\d+|\b[A-Z]\w+", "", problem.original_question)
+
+
 def test_every_family_appears_in_every_style_and_every_inverse_is_asked():
-    for problems in SAMPLE.values():
-        assert {(p.family, p.type) for p in problems} == {(f, s) for f in FAMILY for s in STYLES}
+    for split, problems in [*SAMPLE.items(), ("new_kinds", UNSEEN)]:
+        of_split = {family.name: family for family in KINDS[split]}
+        assert {(p.family, p.type) for p in problems} == {(f, s) for f in of_split for s in STYLES}
         for style in ("GSM_SV", "GSM_FOBAR"):
             asked = defaultdict(set)
             for problem in problems:
                 if problem.type == style:
                     asked[problem.family].add(problem.unknown)
-            assert asked == {name: set(family.inverse) for name, family in FAMILY.items()}
+            assert asked == {name: set(family.inverse) for name, family in of_split.items()}
 
 
 def test_answers_match_formulas_written_by_hand():
@@ -158,7 +181,7 @@ def test_a_question_has_several_wordings_of_its_solution():
 def test_negative_count_and_unknown_split_are_refused():
     with pytest.raises(DataError, match=r"count=-1.*0 problems or more"):
         generate(-1, seed=0)
-    with pytest.raises(DataError, match=r"split='dev'.*train, test"):
+    with pytest.raises(DataError, match=r"split='dev'.*train, test, new_kinds"):
         generate(1, seed=0, split="dev")
 
 

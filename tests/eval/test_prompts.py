@@ -13,6 +13,7 @@ from eval.generate.prompts import METAMATH_STOP, PROMPTS, WIZARDMATH_STOP, choos
 from eval.generate.tasks import choose, load_problems, problem_set_name
 from eval.grader.text import last_boxed
 from matrix_llm.base.errors import EvalError
+from matrix_llm.data.wordproblems import generate
 from tests.support.paths import ROOT, SHARED
 
 DATA = SHARED / "data"
@@ -225,8 +226,13 @@ def test_builtin_problems_are_fixed_and_held_out():
     problems = load_problems("gsm8k", data="builtin")
     assert len(problems) == 512
     assert load_problems("gsm8k", data="builtin", limit=600)[:512] == problems
-    with pytest.raises(EvalError, match=r"gsm8k\.py"):
-        load_problems("math", data="builtin")
+    unseen = load_problems("gsm8k", data="builtin_new_kinds")
+    assert len(unseen) == 512
+    assert not {problem.id for problem in unseen} & {problem.id for problem in problems}
+    assert [problem.problem for problem in unseen] == [row.query for row in generate(512, seed=0, split="new_kinds")]
+    for name in ("builtin", "builtin_new_kinds"):
+        with pytest.raises(EvalError, match=rf"{name} .*gsm8k\.py"):
+            load_problems("math", data=name)
 
 
 def test_limit_and_shuffle_keep_the_order_of_the_data():
@@ -244,6 +250,7 @@ def test_names_tell_data_sets_apart():
         == "gsm8k"
     )
     assert problem_set_name("gsm8k", data="builtin", subset=None) == "gsm8k_builtin"
+    assert problem_set_name("gsm8k", data="builtin_new_kinds", subset=None) == "gsm8k_builtin_new_kinds"
     assert problem_set_name("math", data="x/test.jsonl", subset="math500") == "math500"
     assert problem_set_name("gsm8k", data="x/backward test.jsonl", subset=None) == "gsm8k_backward_test"
 

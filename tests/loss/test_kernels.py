@@ -155,14 +155,22 @@ def test_probabilities_and_gradient_are_rounded_once(dtype, softcap, scale):
     z[0, 7] = -torch.inf if softcap is None else z[0, 7]
     log_z = kernels.logit_statistics(z, labels).log_z
     q = (z.double() - log_z.double()[:, None]).exp()
-    factor = torch.tensor([0.5, -3.0, 20.0], device=DEVICE)
-    gradient = q * factor[:, None] * scale * (1 if softcap is None else 1 - (z.double() / softcap) ** 2)
+    constant = torch.tensor([[0.5], [-3.0], [20.0]], device=DEVICE)
+    form, features = torch.randn(3, 37, device=DEVICE), torch.randn(5000, 40, device=DEVICE).to(dtype)
+    form[1] *= 1e9  # beyond float16
+    features[7] = 0
+    largest = form.abs().amax(1, keepdim=True)
+    rounded = (form / largest).to(dtype).double() * largest.double()
+    factor = constant.double() + rounded @ features[:, :37].double().T
+    gradient = q * factor * scale * (1 if softcap is None else 1 - (z.double() / softcap) ** 2)
     out = torch.full((3, 6000), 9.0, dtype=dtype, device=DEVICE)[:, :5000]  # rows apart, as in a buffer
     ulp = {torch.float32: 1e-5, torch.float16: 2**-11 + 1e-5, torch.bfloat16: 2**-8 + 1e-5}[dtype]  # half of one
     kernels.probabilities(z, log_z, out)
     torch.testing.assert_close(out.double(), q, rtol=ulp, atol=3e-8)
-    kernels.logit_gradient(z, log_z, factor, out, softcap=softcap, logit_scale=scale)
-    torch.testing.assert_close(out.double(), gradient, rtol=ulp, atol=3e-6 if softcap else 3e-8)
+    out = out.float() if dtype == torch.float16 else out  # the derivative of an unlikely target exceeds it here
+    kernels.logit_gradient(z, log_z, constant, form, features, out, softcap=softcap, logit_scale=scale)
+    size = q * (constant.abs() + rounded.abs() @ features[:, :37].double().abs().T)  # sums cancel
+    assert ((out.double() - gradient).abs() <= ulp * gradient.abs() + (1e-5 if softcap else 3e-6) * size + 3e-8).all()
 
 
 # -------------------------------------------------------------------------------------------------- small problems
@@ -194,7 +202,7 @@ def solved_by_both(problem, steps, monkeypatch):
 
 
 def assert_equal_solutions(ours, torchs):
-    for name in ("value", "at_kept", "tail"):
+    for name in ("value", "at_kept", "tail", "form"):
         a, b = getattr(ours, name), getattr(torchs, name)
         assert a.dtype == b.dtype == torch.float32
         torch.testing.assert_close(
@@ -275,7 +283,7 @@ def test_the_eigenproblem_keeps_small_eigenvalues(steps, monkeypatch):
     q[0] = torch.tensor([0.5, 1e-3, 1e-6, 1e-9], device=DEVICE)
     ours, torchs = solved_by_both((q, ids, ids[:, 3].contiguous(), moments, source, summary), steps, monkeypatch)
     torch.testing.assert_close(ours.value, torchs.value, rtol=1e-5, atol=0)
-    for name in ("at_kept", "tail"):
+    for name in ("at_kept", "tail", "form"):
         torch.testing.assert_close(getattr(ours, name), getattr(torchs, name), rtol=1e-4, atol=1e-5)
 
 
@@ -408,7 +416,7 @@ F32 = "*fp32"
 WIDTH = 4096
 STATISTICS = {"labels": "*i64", "largest": F32, "log_z": F32, "entropy": F32, "of_label": F32, "group_max": F32}
 GRAM = {"inverse_norm": F32, "centre": F32, "kept": "*i64", "out": F32}
-SOLVE = dict.fromkeys(("gram", "q", "moments", "coordinates", "value", "at_kept", "tail"), F32) | {
+SOLVE = dict.fromkeys(("gram", "q", "moments", "coordinates", "value", "at_kept", "tail", "form"), F32) | {
     "kept": "*i64",
     "labels": "*i64",
 }
@@ -422,12 +430,16 @@ BUILDS = {
     "solve-32-8": (kernels.solve_kernel, SOLVE, kernels.solve_tiles(32, 12, 8)),
 }
 for data in ("fp32", "bf16"):
-    at = {"z": F32, "log_z": F32, "factor": F32, "out": f"*{data}"}
+    at = {"z": F32, "log_z": F32, "out": f"*{data}"}
+    gradient = dict.fromkeys(("z", "log_z", "constant", "slope"), F32) | dict.fromkeys(
+        ("form", "features", "out"), f"*{data}"
+    )
+    gradient_tiles = kernels.gradient_tiles(79)
     tiles = {"GROUPS": GROUPS, "LEVELS": kernels.LEVELS, "num_warps": 8}
     BUILDS[f"statistics-{data}"] = (kernels.statistics_kernel, {"z": f"*{data}"} | STATISTICS, tiles)
     BUILDS[f"probabilities-{data}"] = (kernels.probabilities_kernel, at, BLOCKS)
-    BUILDS[f"gradient-{data}"] = (kernels.gradient_kernel, at, BLOCKS | {"CAPPED": False})
-    BUILDS[f"gradient-capped-{data}"] = (kernels.gradient_kernel, at, BLOCKS | {"CAPPED": True})
+    BUILDS[f"gradient-{data}"] = (kernels.gradient_kernel, gradient, gradient_tiles | {"CAPPED": False})
+    BUILDS[f"gradient-capped-{data}"] = (kernels.gradient_kernel, gradient, gradient_tiles | {"CAPPED": True})
     for size in (16, 64):
         of = {"vectors": f"*{data}"} | GRAM
         for name, centred in (("gram", False), ("gram-centred", True)):
@@ -448,8 +460,11 @@ def test_compiles_for_a_gpu_that_is_not_here(build, tmp_path, record_property, m
     names = kernel.arg_names
     constants = {(names.index(name),): value for name, value in constants.items() if name != "num_warps"}
     scalars = {
+        "positions": "i32",
         "stride": "i32",
         "out_stride": "i32",
+        "form_stride": "i32",
+        "feature_stride": "i32",
         "vocabulary": "i32",
         "width": "i32",
         "cap": "fp32",

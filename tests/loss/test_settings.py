@@ -28,7 +28,7 @@ def test_doctests(module):
         ({"top_k": 8, "steps": 3}, 32016, 3, 8),
         ({"top_k": 8}, 8, 6, None),  # all tokens
         ({"sketch_dim": 64}, 32016, 6, None),
-        ({"embedding_grad": True}, 32016, 6, None),  # the tail would count as a constant
+        ({"embedding_grad": True}, 32016, 6, None),  # the tail's vectors would count as constants
         ({"solver": "exact"}, 32016, 6, None),
         ({"solver": "taylor"}, 32016, 6, None),
     ],

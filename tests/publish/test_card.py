@@ -1,6 +1,7 @@
 """The model card: what was measured, how the run was made, and nothing that could break out of its place."""
 
 import functools
+import json
 
 import pytest
 import yaml
@@ -8,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from matrix_llm.publish.card import image_card, model_card
 from matrix_llm.publish.command import main
-from tests.support.finished_run import change_recipe, write_run
+from tests.support.finished_run import SCORE, change_recipe, write_run
 from tests.support.planned_recipe import planned_recipe
 
 
@@ -84,6 +85,77 @@ def test_part_of_a_benchmark_and_own_problems_are_shown_but_stay_out_of_the_mode
     card = ModelCard.load(run / "README.md")
     assert "| verified | 75.0 %" in card.text
     assert not card.data.eval_results
+
+
+FETCHED = {
+    "repo": "user/base",
+    "licence": "apache-2.0",
+    "gguf": "base.Q4_1.gguf",
+    "package": "some-wheel==1.0",
+    "stored_as": "Q4_1",
+}
+
+
+def write_base(tmp_path, record=FETCHED, **summary):
+    """A folder as `matrix-llm fetch` leaves it, scored by eval/gsm8k.py."""
+    base = write_run(tmp_path / "at_home", **summary).rename(tmp_path / "base")
+    (base / "fetched.json").write_text(json.dumps(record) if isinstance(record, dict) else record)
+    return base
+
+
+def test_a_card_names_the_fetched_model_and_not_the_folder_that_it_lies_in(tmp_path):
+    run, base = write_run(tmp_path), write_base(tmp_path)
+    change_recipe(run, model_name_or_path=str(base), model_config=None)
+    assert main(["card", str(run)]) == 0
+    card = ModelCard.load(run / "README.md")
+    assert (card.data.base_model, card.data.license) == ("user/base", "apache-2.0")
+    assert "Fine-tuned from `user/base` on" in card.text
+    assert "the file base.Q4_1.gguf in the package some-wheel==1.0, where they are rounded to Q4_1;" in card.text
+
+
+def test_the_base_model_of_a_run_just_trained_is_named_as_well(recipe, tmp_path):
+    settings = {"model_name_or_path": str(write_base(tmp_path)), "model_config": None, "tokenizer_vocab_size": None}
+    card = model_card(recipe(**settings), [], {})
+    assert (card.data.base_model, card.data.license) == ("user/base", "apache-2.0")
+
+
+@pytest.mark.parametrize("record", ["", "[1]", "\x00", '{"repo": 3, "licence": null}'])
+def test_a_record_that_says_nothing_leaves_the_folder_as_the_recipe_gives_it(tmp_path, record):
+    run, base = write_run(tmp_path), write_base(tmp_path, record)
+    change_recipe(run, model_name_or_path=str(base), model_config=None)
+    assert main(["card", str(run)]) == 0
+    card = ModelCard.load(run / "README.md")
+    assert card.data.base_model is None
+    assert f"Fine-tuned from `{base}`" in card.text
+
+
+def test_the_base_models_scores_stand_beside_those_on_the_same_problems(tmp_path):
+    lower = {**SCORE, "accuracy": 0.25, "low": 0.089, "high": 0.532}
+    run, base = write_run(tmp_path), write_base(tmp_path, scores={"verified": lower, "strict": lower})
+    change_recipe(run, model_name_or_path=str(base), model_config=None)
+    assert main(["card", str(run)]) == 0
+    text = ModelCard.load(run / "README.md").text
+    assert "| gsm8k | verified | 25.0 % (8.9 to 53.2) | 75.0 % | 46.8 to 91.1 | 12 | metamath | vllm |" in text
+    assert "strict" not in text
+
+
+@pytest.mark.parametrize(
+    "summary",
+    [
+        {"name": "others"},
+        {"limit": 12},
+        {"settings": {"prompt": "chat"}},
+        {"scores": {"verified": {**SCORE, "total": 13}}},
+        {"scores": {"strict": SCORE}},
+    ],
+)
+def test_scores_of_the_base_on_other_problems_or_asked_otherwise_are_not_compared(tmp_path, summary):
+    run, base = write_run(tmp_path), write_base(tmp_path, **summary)
+    change_recipe(run, model_name_or_path=str(base), model_config=None)
+    assert main(["card", str(run)]) == 0
+    text = ModelCard.load(run / "README.md").text
+    assert "before training" not in text
+    assert "| gsm8k | verified | 75.0 % | 46.8 to 91.1 | 12 | metamath | vllm |" in text
 
 
 def test_a_rendered_card_keeps_the_licence_of_the_old_one(tmp_path):

@@ -192,11 +192,8 @@ def test_a_checkpoint_that_one_process_cannot_write_stops_all(engine, server, un
     skip_without_deepspeed(engine)
     run = tmp_path / "run"
     codes, shown = server.run(run, engine=engine, limit={"step": 5, "bytes": 150_000}, grace=60)
-    assert codes[0] == 1, (codes, shown[-4000:])
-    assert codes[1] in (1, -signal.SIGTERM), (
-        codes,
-        shown[-4000:],
-    )  # by itself, or with the launcher's SIGTERM: nobody hangs
+    # each by itself, or with the launcher's SIGTERM after the other: nobody hangs
+    assert set(codes) in ({1}, {1, -signal.SIGTERM}), (codes, shown[-4000:])
     assert "Traceback" not in shown
     assert "checkpoint-6 could not be written" in shown
     assert last_complete_checkpoint(run).name == "checkpoint-4"

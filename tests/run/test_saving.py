@@ -5,8 +5,12 @@ import shutil
 
 import pytest
 
-from matrix_llm.run.checkpoint_files import last_complete_checkpoint
+from matrix_llm.base.errors import CheckpointError
+from matrix_llm.config import MatrixConfig
+from matrix_llm.run.checkpoint_files import last_complete_checkpoint, remove_checkpoint
+from matrix_llm.trainer import MatrixTrainer
 from tests.support.killed_runs import assert_one_line, assert_same_run, kill_and_resume, kill_points
+from tests.support.tiny import config, rows, tiny_model
 
 # ----------------------------------------------------------------------------------------------------------- kills
 
@@ -84,3 +88,25 @@ def test_a_full_disk_stops_with_one_line_and_the_last_checkpoint_whole(server, u
     assert last_complete_checkpoint(disk / "run").name == "checkpoint-2"
     assert server.run(disk / "run", "--resume_from_checkpoint", "true")[0] == [1]  # still full, and still whole
     assert last_complete_checkpoint(disk / "run").name == "checkpoint-2"
+
+
+@pytest.mark.parametrize(
+    ("is_removed", "kind", "message"),
+    [(True, CheckpointError, "checkpoint-1 was abandoned: another process"), (False, FileNotFoundError, "of a bug")],
+)
+def test_a_checkpoint_that_another_process_removes_is_one_line_and_any_other_missing_file_is_a_bug(
+    is_removed, kind, message, tmp_path, tiny_tokenizer
+):
+    """What a process meets that is still writing when another one runs out of space and removes the checkpoint."""
+
+    class Interrupted(MatrixTrainer):
+        def _save_window(self, folder):
+            if is_removed:
+                remove_checkpoint(folder.parent)
+                remove_checkpoint(folder.parent)  # by a third one
+            (folder / "missing" if is_removed else tmp_path / "of a bug" / "missing").touch()
+
+    settings = config(tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1)
+    trainer = Interrupted(tiny_model(), MatrixConfig(**settings), train_dataset=rows(), processing_class=tiny_tokenizer)
+    with pytest.raises(kind, match=message):
+        trainer.train()

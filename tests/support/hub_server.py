@@ -392,6 +392,7 @@ def _load(local: str, repo: str, cache: str, base: str = "") -> int:
 def _serve_orders():
     environment = dict(os.environ)
     from matrix_llm import train
+    from matrix_llm.fetch import command as fetching
     from matrix_llm.publish import client, command
 
     really_sleep, waits = time.sleep, []
@@ -408,7 +409,8 @@ def _serve_orders():
         os.environ.clear()
         os.environ.update({**environment, **order["environment"]})
         waits.clear()
-        run = {"hub": command.main, "train": train.main, "load": lambda a: _load(*a)}[order["module"]]
+        mains = {"hub": command.main, "train": train.main, "fetch": fetching.main, "load": lambda a: _load(*a)}
+        run = mains[order["module"]]
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
