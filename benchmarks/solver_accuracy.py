@@ -175,25 +175,49 @@ def value_errors(value: Tensor, true: Tensor) -> dict[str, float]:
     }
 
 
-def errors(given: Predictions, logits: Tensor, ce: Tensor, found: Found, true: Found, through: list[Tensor]) -> dict:
-    """All figures of one solver. `through`: CE's own and CE + MCE's true gradients (N, V) before the scale."""
-    made = given.before_scale(found.gradient, logits)
-    ce_gradient, total = through
+class Sizes(NamedTuple):
+    """Norms of the true gradients, which errors are divided by."""
+
+    hidden: float  # of CE + MCE, in the hidden states
+    head: float  # of CE + MCE, in the LM head
+    mce: float  # of MCE, in the hidden states
+
+
+def errors(given: Predictions, logits: Tensor, ce: Tensor, found: Found, true: Found, sizes: Sizes) -> dict[str, Any]:
+    """All figures of one solver, with its worst positions."""
+    wrong = given.before_scale(found.gradient - true.gradient, logits)
+    in_hidden = wrong @ given.weight
     row: dict[str, Any] = value_errors(found.value, true.value) | {
-        "hidden": relative((ce_gradient + made) @ given.weight, total @ given.weight),
-        "head": relative((ce_gradient + made).T @ given.hidden, total.T @ given.hidden),
-        "MCE alone": relative(made @ given.weight, (total - ce_gradient) @ given.weight),
+        "hidden": in_hidden.norm().item() / sizes.hidden,
+        "head": (wrong.T @ given.hidden).norm().item() / sizes.head,
+        "MCE alone": in_hidden.norm().item() / sizes.mce,
     }
     value_error = (found.value - true.value).abs() / true.value
     gradient_error = (found.gradient - true.gradient).norm(dim=1) / true.gradient.norm(dim=1)
     for name, (low, high) in BINS.items():
         chosen = (ce >= low) & (ce < high) & (true.value > COUNTED)
         row[name] = [value_error[chosen].mean().item(), gradient_error[chosen].mean().item()]
+    share = in_hidden.square().sum(1) / in_hidden.square().sum()
+    row["worst positions"] = [
+        {
+            "position": i,
+            "token": given.tokens[i],
+            "CE": ce[i].item(),
+            "MCE": true.value[i].item(),
+            "found": found.value[i].item(),
+            "share": share[i].item(),
+        }
+        for i in share.topk(min(5, len(ce))).indices.tolist()
+    ]
     return row
 
 
 def fused_errors(given: Predictions, vectors: Tensor, true: Found, total: Tensor) -> dict[str, float]:
-    """The same figures of the fused pass with its own defaults, in float32, where they can be had from it."""
+    """The same figures of the fused pass with its own defaults, in float32, where they can be had from it.
+
+    Args:
+        total: (N, V) the true gradient of CE + MCE, before the logits' scale.
+    """
     hidden, weight = (x.float().requires_grad_() for x in (given.hidden, given.weight))
     out = linear_matrix_cross_entropy(
         hidden, weight, given.labels, bias=None if given.bias is None else given.bias.float(),
@@ -204,22 +228,6 @@ def fused_errors(given: Predictions, vectors: Tensor, true: Found, total: Tensor
         "hidden": relative(grad_hidden.double(), total @ given.weight),
         "head": relative(grad_weight.double(), total.T @ given.hidden),
     }
-
-
-def worst_positions(given: Predictions, logits: Tensor, ce: Tensor, found: Found, true: Found, count: int) -> list:
-    """The positions with the largest share of the squared error of the hidden states' gradient."""
-    square = (given.before_scale(found.gradient - true.gradient, logits) @ given.weight).square().sum(1)
-    return [
-        {
-            "position": i,
-            "token": given.tokens[i],
-            "CE": ce[i].item(),
-            "MCE": true.value[i].item(),
-            "found": found.value[i].item(),
-            "share": (square[i] / square.sum()).item(),
-        }
-        for i in square.topk(min(count, len(ce))).indices.tolist()
-    ]
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -244,8 +252,11 @@ def measure_head(head: str, given: Predictions, solvers: dict[str, dict[str, Any
     ce = F.cross_entropy(logits, given.labels, reduction="none")
     q = logits.softmax(-1)
     ce_gradient = q.scatter_add(1, given.labels[:, None], torch.full_like(q[:, :1], -1.0))
-    through = [given.before_scale(g, logits) for g in (ce_gradient, ce_gradient + true.gradient)]
-    of_ce, of_mce = through[0] @ given.weight, (through[1] - through[0]) @ given.weight
+    ce_gradient, mce_gradient = (given.before_scale(g, logits) for g in (ce_gradient, true.gradient))
+    total = ce_gradient + mce_gradient
+    of_ce, of_mce = ce_gradient @ given.weight, mce_gradient @ given.weight
+    of_head = total.T @ given.hidden
+    sizes = Sizes((of_ce + of_mce).norm().item(), of_head.norm().item(), of_mce.norm().item())
     about: dict[str, Any] = {
         "head": head,
         "positions": len(ce),
@@ -265,10 +276,9 @@ def measure_head(head: str, given: Predictions, solvers: dict[str, dict[str, Any
     table = []
     for name, settings in solvers.items():
         found = solve(logits, given.labels, vectors, settings)
-        worst = worst_positions(given, logits, ce, found, true, 5)
-        table.append({"solver": name, **errors(given, logits, ce, found, true, through), "worst positions": worst})
+        table.append({"solver": name, **errors(given, logits, ce, found, true, sizes)})
         print(f"  {name}: " + ", ".join(cells(table[-1])), file=sys.stderr, flush=True)
-    table.append({"solver": FUSED, **fused_errors(given, vectors, true, through[1])})
+    table.append({"solver": FUSED, **fused_errors(given, vectors, true, total)})
     print(markdown_table(["solver", *BINS, *SUMS], [[row["solver"], *cells(row)] for row in table]), flush=True)
     return about | {"table": table}
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from matrix_llm.base.errors import EvalError
+from matrix_llm.base.values import nearest
 
 from ..files import read_rows
 from ..grader.text import last_boxed
@@ -83,6 +84,8 @@ def load_problems(
                 f"--data {data} makes grade-school problems, so it cannot stand in for MATH. Use eval/gsm8k.py."
             )
         return _builtin(data, limit)
+    if data is not None and data.startswith("builtin") and not Path(data).exists():
+        raise EvalError(f"--data {data}: generated problems are {' and '.join(BUILTIN)}.{nearest(data, BUILTIN)}")
     if data is not None:
         rows, source = list(read_rows(Path(data))), data
     elif benchmark == "gsm8k":

@@ -105,6 +105,7 @@ def diagnose(subject: Subject, asked: int, say: Callable[[str], None] = print) -
     result["reading"] = read_figures(result)
     result["cost"] = {
         "seconds": clock.seconds,
+        "cpu_seconds": round(time.process_time(), 1),  # all threads of this process, its imports included
         "peak_memory_gib": round(_peak_memory(), 2),
         "device": str(model.device),
     }

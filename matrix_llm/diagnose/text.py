@@ -81,7 +81,8 @@ def facts(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("positions", f"{rows['positions']:,} of the {rows['trained_positions_in_them']:,} trained ones in these rows"),
         ("MCE", f"weight {settings['mce_weight_shown']:g}, {how.get(solver['name'], solver['name'])}{sketch}, vectors "
                 f"{settings['mce_embeddings']}"),
-        ("cost", f"{seconds:.0f} s, {cost['peak_memory_gib']:.1f} GiB at the peak, on {cost['device']}"),
+        ("cost", f"{seconds:.0f} s ({cost['cpu_seconds']:.0f} s of CPU time), "
+                 f"{cost['peak_memory_gib']:.1f} GiB at the peak, on {cost['device']}"),
     ]  # fmt: skip
     if model["base_of_adapter"]:
         lines.insert(1, ("adapter", f"merged into {model['base_of_adapter']}"))

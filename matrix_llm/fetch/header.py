@@ -113,7 +113,7 @@ class _Reader:
         element, count = self.number("I"), self.count("elements in one array", MOST_ELEMENTS)
         if element == STRING:
             for _ in range(count):
-                self.skip(self.count("bytes in one text", LONGEST_STRING))
+                self.string()  # not kept, but it has to be text
             return count
         if element not in SCALARS:
             raise _DamagedError(f"its header holds an array of the unknown type {element}")

@@ -191,7 +191,7 @@ def test_where_two_texts_part_the_model_tells_how_near_the_other_token_was(
     assert not parting.top_two  # of 300 tokens, a random model prefers others to 1 and 2
 
 
-@pytest.mark.parametrize("prompt", ["8shot"])
+@pytest.mark.parametrize("prompt", ["8shot", "chat"])
 def test_the_page_of_scores_is_what_its_rows_say(prompt: str) -> None:
     page = (ROOT / "docs/pretrained_scores.md").read_text(encoding="utf-8")
     rows = list(read_rows(ROOT / f"docs/pretrained_scores_{prompt}.jsonl"))

@@ -230,6 +230,8 @@ def test_builtin_problems_are_fixed_and_held_out():
     assert len(unseen) == 512
     assert not {problem.id for problem in unseen} & {problem.id for problem in problems}
     assert [problem.problem for problem in unseen] == [row.query for row in generate(512, seed=0, split="new_kinds")]
+    with pytest.raises(EvalError, match=r"builtin_new_kind: .*Did you mean builtin_new_kinds"):
+        load_problems("gsm8k", data="builtin_new_kind")
     for name in ("builtin", "builtin_new_kinds"):
         with pytest.raises(EvalError, match=rf"{name} .*gsm8k\.py"):
             load_problems("math", data=name)

@@ -43,6 +43,7 @@ BAD = {
     "no architecture": (header(1, entry(b"k", 4, b"abcd") + TENSOR + bytes(200)), "general.architecture"),
     "the same key": (header(0, NAME + NAME, count=2), "twice"),
     "not UTF-8": (header(0, entry(b"\xff\xfe", 4, b"abcd")), "utf-8"),
+    "a token that is not UTF-8": (header(0, entry(b"k", 9, struct.pack("<IQQ", 8, 1, 1) + b"\xff")), "utf-8"),
     "no tensors": (header(0, NAME), "no tensors"),
     "the same tensor": (header(2, NAME + TENSOR + TENSOR + bytes(200)), "twice"),
     "dimensions": (header(1, NAME + ENTRY.pack(1) + b"w" + struct.pack("<I", 2**32 - 1)), "dimensions"),

