@@ -1,6 +1,6 @@
 """Accuracy of every MCE solver on a trained model's real predictions, over ALL positions (the cost: lm_head.py).
 
-    python benchmarks/solver_accuracy.py MODEL rows.jsonl [--positions 240] [--heads own clusters random] [--json FILE]
+    python benchmarks/solver_accuracy.py MODEL rows.jsonl [--positions 240] [--heads own centred clusters random]
 
 Each solver is compared, on rows that the model was not trained on, with 32 Lanczos steps over the whole vocabulary in
 float64, which are themselves compared with `exact` on a few positions. Most of the loss and of its gradient comes from
@@ -15,8 +15,9 @@ the positions that are predicted badly, so the columns that matter to training a
 The columns by cross-entropy are means over positions of |v - v*| / v* and of |g - g*| / |g*|, g the gradient in the
 logits. Relative errors leave out positions with v* < 0.001 nats, where both are rounding noise; sums leave out none.
 
-`--heads` compares other token vectors under the same predictions: "clusters" moves every vector to within a cosine of
-0.999 of the nearest of V / 8 vectors (a head full of near-duplicates), "random" are Gaussian vectors.
+`--heads` compares other token vectors under the same predictions: "centred" are the head's own minus their mean,
+"clusters" moves every vector to within a cosine of 0.999 of the nearest of V / 8 vectors (a head full of
+near-duplicates), "random" are Gaussian vectors.
 
 Legend: N positions, V vocabulary, H hidden width, D = H width of the token vectors.
 """
@@ -55,7 +56,7 @@ COUNTED = 1e-3  # nats; below, a relative error is rounding noise of a confident
 SUMS = ("sum of values", "mean |error|", "hidden", "head", "MCE alone", "worst")
 FUSED = "the default, fused, float32"  # as it trains; the other rows are float64
 WORST_OF = ("top 16 and tail, 6 steps", "top 32 and tail, 6 steps")  # whose worst positions are printed
-HEADS = ("own", "clusters", "random")
+HEADS = ("own", "centred", "clusters", "random")
 SOLVERS: dict[str, dict[str, Any]] = {
     **{f"whole vocabulary, {k} steps": {"steps": k} for k in (2, 3, 4, 6, 8, 12)},
     **{
@@ -137,6 +138,8 @@ def token_vectors(head: str, weight: Tensor) -> Tensor:
     e = unit(weight)
     if head == "own":
         return e
+    if head == "centred":
+        return unit(weight - weight.mean(0))
     noise = torch.randn(e.shape, dtype=e.dtype, generator=torch.Generator().manual_seed(0))
     if head == "random":
         return unit(noise)

@@ -88,10 +88,10 @@ def mean_vector(
     vectors: Tensor,  # (V, D) any float dtype
     dtype: torch.dtype,
 ) -> Tensor:
-    """(D,) mean over all V vectors in `dtype`, summed in float64 a block at a time. Differentiable."""
+    """(D,) mean over all V vectors in `dtype`, summed a block at a time, and the blocks in float64. Differentiable."""
     total = torch.zeros(vectors.shape[1], dtype=torch.float64, device=vectors.device)
     for part in vectors.split(max(1, BLOCK_ELEMENTS // vectors.shape[1])):
-        total = total + part.double().sum(0)
+        total = total + part.sum(0, dtype=dtype)
     return (total / vectors.shape[0]).to(dtype)
 
 
@@ -109,7 +109,8 @@ def subtract_mean(
     """
     moved = vectors.to(mean.dtype) - mean
     rounding = 16 * torch.finfo(mean.dtype).eps * mean.detach().abs().amax()
-    return torch.where(moved.detach().abs().amax(-1, keepdim=True) <= rounding, 0.0, moved)  # NaN stays
+    largest = torch.linalg.vector_norm(moved.detach(), ord=torch.inf, dim=-1, keepdim=True)
+    return torch.where(largest <= rounding, 0.0, moved)  # NaN stays
 
 
 # ----------------------------------------------------------------------------------------------------------- summary
@@ -139,7 +140,7 @@ def summarise(
     """
     vocabulary_size, width = vectors.shape
     device = vectors.device
-    block = max(1, BLOCK_ELEMENTS // width)
+    block = max(1, (BLOCK_ELEMENTS // 4 if centred else BLOCK_ELEMENTS) // width)  # centring makes more copies of it
     centre = mean_vector(vectors, dtype) if centred else None
     if centre is None:
         inverse_norm = inverse_norms(vectors, dtype)
@@ -180,7 +181,8 @@ def summarise(
 
 
 def _centre_or_widen(vectors: Tensor, centre: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return vectors.to(dtype) if centre is None else subtract_mean(vectors, centre)
+    widened = vectors.to(dtype)
+    return widened if centre is None else widened - centre
 
 
 # --------------------------------------------------------------------------------------------------- likeliest tokens

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from benchmarks.solver_accuracy import FUSED, Predictions, measure_head, token_vectors
 from matrix_llm.mce import linear_matrix_cross_entropy
@@ -59,3 +60,8 @@ def test_clusters_are_near_duplicates():
     alike = (cosine > 0.996).sum(1)  # two vectors within 0.999 of one centre are within about 0.998 of each other
     assert (vectors.norm(dim=1) - 1).abs().max() < 1e-12
     assert alike.double().mean() > 4
+
+
+def test_centred_vectors_are_those_of_the_head_minus_their_mean():
+    weight = predictions().weight
+    torch.testing.assert_close(token_vectors("centred", weight), F.normalize(weight - weight.mean(0), dim=-1))
