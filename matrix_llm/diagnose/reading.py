@@ -14,6 +14,7 @@ SMALL = 0.1  # w |MCE| / |CE|, of gradients: less cannot matter much
 RANDOM, SOLVED = 0.9, 0.1  # CE / log V of a model that predicts nothing yet; CE of rows that are nearly solved
 LOSS_SMALL, LOSS_SAME = 0.1, 0.95  # MCE / CE
 SHARED, ISOTROPIC = 0.2, 0.05  # mean cosine of two rows of the LM head
+COMMON, LOWER = 0.05, 0.1  # share of the positions of a kind, and how far its MCE / CE is below that of all
 CENTRING = 0.01  # fall of the cosine that makes centring worth a mention
 NEAR = ("0.6 to 0.8", "0.8 and more")  # cosines of tokens that stand for much the same
 ACCURATE, ROUGH = 0.02, 0.1  # relative error of the hidden gradient of CE + w MCE
@@ -25,6 +26,7 @@ def read_figures(figures: Mapping[str, Any]) -> list[str]:
     lines = [
         *_level(figures),
         *_ratio(figures),
+        *_kinds(figures),
         *_direction(figures),
         *_head(figures),
         *_centring(figures),
@@ -78,6 +80,24 @@ def _ratio(figures: Mapping[str, Any]) -> list[str]:
     return [
         f"MCE is {ratio:.2f} of CE: it forgives {1 - ratio:.0%}, and {near:.0%} of that goes to tokens whose cosine "
         "with the target is at least 0.6."
+    ]
+
+
+def _kinds(figures: Mapping[str, Any]) -> list[str]:
+    """The kind of token that MCE forgives most, where it stands out."""
+    whole, kinds = figures["loss"]["all"]["all"], figures["loss"]["by_kind"]
+    ratios = {
+        kind: _in_use(each["mce"]) / each["ce"]
+        for kind, each in kinds.items()
+        if each["share_of_positions"] >= COMMON and each["ce"] > 0
+    }
+    kind = min(ratios, key=lambda each: ratios[each], default=None)
+    overall = _in_use(whole["mce"]) / whole["ce"] if whole["ce"] > 0 else 0.0
+    if kind is None or ratios[kind] > overall - LOWER:
+        return []
+    return [
+        f"It forgives {kind} most: there MCE is {ratios[kind]:.2f} of CE, so a wrong token counts for less than "
+        "elsewhere."
     ]
 
 
@@ -143,7 +163,7 @@ def _head(figures: Mapping[str, Any]) -> list[str]:
         f"{rows[key]:,} {name}" for key, name in (("zero_rows", "zero"), ("duplicate_rows", "duplicate")) if rows[key]
     ]
     if odd:
-        lines.append(f"The token vectors have {' and '.join(odd)} rows: tokens that were never trained, or padding.")
+        lines.append(f"The token vectors have {' and '.join(odd)} rows, most likely of tokens that were never trained.")
     return lines
 
 

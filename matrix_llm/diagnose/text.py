@@ -130,7 +130,7 @@ def _forgiven(figures: Mapping[str, Any], name: str) -> tuple[str, list[str], li
     spread = ", ".join(f"{percent(share)} {where}" for where, share in found["by_cosine"].items())
     title = (
         f"forgiven with {choice_name(name, figures)}: CE - MCE = {found['nats']:.3f} nats\n"
-        f"# by |cosine| with the target: {spread}"
+        f"by |cosine| with the target: {spread}"
     )
     rows = [
         [each["target"]["text"], each["token"]["text"], percent(each["share"], 1), str(each["positions"]),
