@@ -52,9 +52,9 @@ def find_base_model(given: str | None) -> BaseModel:
 def licence_in(folder: Path) -> str | None:
     """The licence that a folder's README.md states."""
     card = folder / CARD
-    if not card.is_file():
-        return None
     try:
+        if not card.read_text(encoding="utf-8").startswith("---"):  # no front matter: huggingface_hub would warn
+            return None
         return ModelCard.load(card, ignore_metadata_errors=True).data.license
     except (OSError, ValueError, yaml.YAMLError):  # a file or front matter that cannot be read states nothing
         return None

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from matrix_llm.publish.base_model import licence_in
 from matrix_llm.publish.card import image_card, model_card
 from matrix_llm.publish.command import main
 from tests.support.finished_run import SCORE, change_recipe, write_run
@@ -225,3 +226,12 @@ def test_the_card_of_an_image_backbone_shows_how_to_load_it():
     assert "hub_token" not in card.text
     assert card.data.pipeline_tag == "image-feature-extraction"
     assert card.data.tags[-1] == "simsiam"
+
+
+def test_a_readme_without_front_matter_states_no_licence_and_nothing_is_said_of_it(tmp_path, caplog):
+    """As `matrix-llm fetch` writes it."""
+    (tmp_path / "README.md").write_text("# A model\n\nIts weights are from a file.\n")
+    assert licence_in(tmp_path) is None
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    assert licence_in(tmp_path) == "mit"
+    assert not caplog.records
