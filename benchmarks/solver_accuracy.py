@@ -30,6 +30,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -48,8 +49,9 @@ from matrix_llm.data.readers import Source
 from matrix_llm.data.rowset import RowSet
 from matrix_llm.data.selection import drop_unusable
 from matrix_llm.data.tokens import Encoder
+from matrix_llm.diagnose.gradients import LMHead
+from matrix_llm.diagnose.head import describe_rows
 from matrix_llm.mce import linear_matrix_cross_entropy, token_mce
-from matrix_llm.model.lm_head import lm_head_of, logit_transform
 
 BINS = {"CE < 2": (0.0, 2.0), "2 to 5": (2.0, 5.0), "CE > 5": (5.0, math.inf)}
 COUNTED = 1e-3  # nats; below, a relative error is rounding noise of a confident prediction
@@ -73,24 +75,9 @@ class Predictions(NamedTuple):
     """What a model predicts at the trained positions of unseen rows, in float64."""
 
     hidden: Tensor  # (N, H)
-    weight: Tensor  # (V, H) of the LM head
-    bias: Tensor | None  # (V,)
-    scale: float  # factor on the logits
-    cap: float | None  # soft-cap of the logits
+    head: LMHead
     labels: Tensor  # (N,)
     tokens: list[str]  # N, the labels' text
-
-    def logits(self) -> Tensor:
-        """(N, V) as the model gives them to the softmax."""
-        z = self.hidden @ self.weight.T
-        z = self.scale * (z if self.bias is None else z + self.bias)
-        return z if self.cap is None else self.cap * torch.tanh(z / self.cap)
-
-    def before_scale(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """A gradient in the logits (N, V), taken back through soft-cap and scale."""
-        if self.cap is not None:
-            gradient = gradient * (1 - (logits / self.cap) ** 2)
-        return self.scale * gradient
 
 
 class Found(NamedTuple):
@@ -119,18 +106,11 @@ def predict(folder: str, rows: str, template: str, positions: int) -> Prediction
                 break
     if not sum(map(len, labels)):
         raise SystemExit(f"error: no position of {rows} is trained. Give rows with responses.")
-    head, (scale, cap) = lm_head_of(model), logit_transform(model.config)
-    bias = getattr(head, "bias", None)
-    label = torch.cat(labels)[:positions]
-    return Predictions(
-        torch.cat(hidden)[:positions].double(),
-        head.weight.detach().double(),
-        None if bias is None else bias.detach().double(),
-        scale,
-        cap,
-        label,
-        [tokenizer.decode([i]) for i in label.tolist()],
-    )
+    head, label = LMHead.of(model), torch.cat(labels)[:positions]
+    bias = None if head.bias is None else head.bias.double()
+    head = dataclasses.replace(head, weight=head.weight.double(), bias=bias)
+    tokens = [tokenizer.decode([i]) for i in label.tolist()]
+    return Predictions(torch.cat(hidden)[:positions].double(), head, label, tokens)
 
 
 def token_vectors(head: str, weight: Tensor) -> Tensor:
@@ -188,8 +168,8 @@ class Sizes(NamedTuple):
 
 def errors(given: Predictions, logits: Tensor, ce: Tensor, found: Found, true: Found, sizes: Sizes) -> dict[str, Any]:
     """All figures of one solver, with its worst positions."""
-    wrong = given.before_scale(found.gradient - true.gradient, logits)
-    in_hidden = wrong @ given.weight
+    wrong = given.head.before_transform(found.gradient - true.gradient, logits)
+    in_hidden = wrong @ given.head.weight
     row: dict[str, Any] = value_errors(found.value, true.value) | {
         "hidden": in_hidden.norm().item() / sizes.hidden,
         "head": (wrong.T @ given.hidden).norm().item() / sizes.head,
@@ -221,14 +201,15 @@ def fused_errors(given: Predictions, vectors: Tensor, true: Found, total: Tensor
     Args:
         total: (N, V) the true gradient of CE + MCE, before the logits' scale.
     """
-    hidden, weight = (x.float().requires_grad_() for x in (given.hidden, given.weight))
+    head = given.head
+    hidden, weight = (x.float().requires_grad_() for x in (given.hidden, head.weight))
     out = linear_matrix_cross_entropy(
-        hidden, weight, given.labels, bias=None if given.bias is None else given.bias.float(),
-        embeddings=vectors.float(), logit_scale=given.scale, softcap=given.cap, reduction="sum",
+        hidden, weight, given.labels, bias=None if head.bias is None else head.bias.float(),
+        embeddings=vectors.float(), logit_scale=head.scale, softcap=head.softcap, reduction="sum",
     )  # fmt: skip
     grad_hidden, grad_weight = torch.autograd.grad(out.loss, [hidden, weight])
     return value_errors(out.matrix_cross_entropy.double(), true.value) | {
-        "hidden": relative(grad_hidden.double(), total @ given.weight),
+        "hidden": relative(grad_hidden.double(), total @ head.weight),
         "head": relative(grad_weight.double(), total.T @ given.hidden),
     }
 
@@ -242,10 +223,12 @@ def as_cells(worst: dict[str, Any]) -> list[str]:
     return [f"{value:.3f}" if isinstance(value, float) else repr(value) for value in worst.values()]
 
 
-def measure_head(head: str, given: Predictions, solvers: dict[str, dict[str, Any]], exact_positions: int) -> dict:
+def measure_head(
+    head: str, given: Predictions, solvers: dict[str, dict[str, Any]], exact_positions: int
+) -> dict[str, Any]:
     """All solvers against the reference, with the token vectors of one of HEADS."""
     # 1. the reference, and how far it is from `exact` itself
-    vectors, logits = token_vectors(head, given.weight), given.logits()
+    vectors, logits = token_vectors(head, given.head.weight), given.head.logits(given.hidden)
     true = reference(logits, given.labels, vectors)
     few = slice(0, exact_positions)
     exact = solve(logits[few], given.labels[few], vectors, {"solver": "exact"}, chunk=1)
@@ -255,9 +238,9 @@ def measure_head(head: str, given: Predictions, solvers: dict[str, dict[str, Any
     ce = F.cross_entropy(logits, given.labels, reduction="none")
     q = logits.softmax(-1)
     ce_gradient = q.scatter_add(1, given.labels[:, None], torch.full_like(q[:, :1], -1.0))
-    ce_gradient, mce_gradient = (given.before_scale(g, logits) for g in (ce_gradient, true.gradient))
+    ce_gradient, mce_gradient = (given.head.before_transform(g, logits) for g in (ce_gradient, true.gradient))
     total = ce_gradient + mce_gradient
-    of_ce, of_mce = ce_gradient @ given.weight, mce_gradient @ given.weight
+    of_ce, of_mce = ce_gradient @ given.head.weight, mce_gradient @ given.head.weight
     of_head = total.T @ given.hidden
     sizes = Sizes((of_ce + of_mce).norm().item(), of_head.norm().item(), of_mce.norm().item())
     about: dict[str, Any] = {
@@ -265,7 +248,7 @@ def measure_head(head: str, given: Predictions, solvers: dict[str, dict[str, Any
         "positions": len(ce),
         "vocabulary": len(vectors),
         "width": vectors.shape[1],
-        "mean cosine": mean_cosine(vectors),
+        "mean cosine": describe_rows(vectors).mean_cosine,
         "CE": ce.mean().item(),
         "MCE": true.value.mean().item(),
         "positions by CE": {b: int(((ce >= low) & (ce < high)).sum()) for b, (low, high) in BINS.items()},
@@ -284,12 +267,6 @@ def measure_head(head: str, given: Predictions, solvers: dict[str, dict[str, Any
     table.append({"solver": FUSED, **fused_errors(given, vectors, true, total)})
     print(markdown_table(["solver", *BINS, *SUMS], [[row["solver"], *cells(row)] for row in table]), flush=True)
     return about | {"table": table}
-
-
-def mean_cosine(vectors: Tensor) -> float:
-    """Mean cosine of two different vectors: (|sum|^2 - V) / (V (V - 1)) for unit vectors."""
-    v = len(vectors)
-    return ((vectors.sum(0).square().sum().item() - v) / (v * (v - 1))) if v > 1 else 1.0
 
 
 def make_parser() -> argparse.ArgumentParser:

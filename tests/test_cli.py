@@ -1,6 +1,7 @@
 """The console command: fast help, arguments and exit status that pass through, one line for what does not exist."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,12 @@ def test_the_help_of_every_command_is_there_without_loading_torch(tmp_path):
     for words in WITH_HELP:
         assert f"usage: matrix-llm {words}".strip() in shown.stdout
     assert all(f"  {name} " in shown.stdout for name in cli.COMMANDS)
+
+
+def test_the_installation_page_names_every_command():
+    page = (ROOT / "docs/install.md").read_text(encoding="utf-8")
+    table = " ".join(line for line in page.splitlines() if line.startswith("|"))
+    assert [name for name in cli.COMMANDS if not re.search(rf"`(matrix-llm )?{name}[ `]", table)] == []
 
 
 @pytest.mark.parametrize(("name", "command"), list(commands()), ids=lambda each: each if isinstance(each, str) else "")

@@ -13,8 +13,8 @@ import benchmarks.before_after
 import eval.gsm8k
 import matrix_llm.train
 from matrix_llm import cli
+from tests.support.chat_templates import PLAIN_TEMPLATE
 from tests.support.paths import ROOT
-from tests.test_start import TEMPLATE
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 MODEL = "models/smollm2-135m"
@@ -52,7 +52,7 @@ def test_every_command_of_the_target_works(tmp_path, monkeypatch, capsys, tiny_l
     model = tmp_path / MODEL
     tiny_llama(1024).save_pretrained(model)
     tiny_tokenizer.save_pretrained(model)
-    (model / "chat_template.jinja").write_text(TEMPLATE)
+    (model / "chat_template.jinja").write_text(PLAIN_TEMPLATE)
     record = {"repo": "HuggingFaceTB/SmolLM2-135M-Instruct", "licence": "apache-2.0", "gguf": "x.gguf", "files": {}}
     (model / "fetched.json").write_text(json.dumps(record))
 

@@ -34,6 +34,12 @@ def test_every_test_file_is_in_the_map():
     assert missing == []
 
 
+def test_no_test_file_imports_another():
+    found = {str(p.relative_to(TESTS)): p.read_text(encoding="utf-8") for p in sorted(TESTS.rglob("*.py"))}
+    importing = re.compile(r"^(?:from|import) tests\.(?:\w+\.)?test_", re.MULTILINE)
+    assert [name for name, text in found.items() if importing.search(text)] == []
+
+
 ROOMS = [path for path in sorted((ROOT / "matrix_llm").glob("*/__init__.py")) if path.parent.name != "ssl"]
 
 

@@ -12,15 +12,12 @@ import sys
 
 import pytest
 
+from tests.support.chat_templates import PLAIN_TEMPLATE
 from tests.support.hub_server import TOKEN, FakeHub, Repository
 from tests.support.paths import ROOT
 
 PAGE = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
 MODELS = ("Qwen/Qwen2.5-1.5B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
-TEMPLATE = (
-    "{% for message in messages %}[{{ message.role }}] {{ message.content }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}[assistant] {% endif %}"
-)
 HERE = {  # what a machine without a GPU, and a test that must end soon, add to a command of the page
     "train": ["--use_cpu", "--bf16", "false", "--report_to", "none"],
     "eval": ["--engine", "transformers", "--max_tokens", "8"],
@@ -50,7 +47,7 @@ def environment(folder, tiny_llama, tiny_tokenizer):
     model = folder / "on_the_hub"
     tiny_llama(1024).save_pretrained(model)
     tokenizer = type(tiny_tokenizer).from_pretrained(_saved(tiny_tokenizer, model))
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = PLAIN_TEMPLATE
     tokenizer.save_pretrained(model)
     hub = FakeHub()
     for name in MODELS:

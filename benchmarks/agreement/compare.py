@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .answers import Answer, Answers, Found
+from benchmarks.agreement.answers import Answer, Answers, Found
 
 HARNESS_RULES = (  # a filter of the harness, and the convention of ours that is read beside it
     ("harness flexible-extract", "flexible"),
@@ -115,10 +115,10 @@ class RuleAgreement:
     """(the problem's place, why) of the others."""
 
 
-def compare_rules(answers: Answers, rules: Sequence[tuple[str, str]] = HARNESS_RULES) -> list[RuleAgreement]:
+def compare_rules(answers: Answers) -> list[RuleAgreement]:
     """One entry for each pair of rules that the answers hold; none for a run of ours, which has no harness verdicts."""
     agreements = []
-    for theirs, ours in rules:
+    for theirs, ours in HARNESS_RULES:
         pairs = [(index, answer.found) for index, answer in sorted(answers.items()) if theirs in answer.found]
         if pairs:
             kinds = [(index, kind_of_disagreement(found[theirs], found[ours])) for index, found in pairs]

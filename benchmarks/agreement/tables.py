@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
+from benchmarks.agreement.answers import Answer, Answers, Found
+from benchmarks.agreement.compare import compare_rules, compare_texts
+from benchmarks.agreement.tokens import Reader
 from eval.statistics import wilson_interval
-
-from .answers import Answer, Answers, Found
-from .compare import HARNESS_RULES, compare_rules, compare_texts
-from .tokens import Reader
 
 Row = dict[str, Any]
 HARNESS = ("harness strict-match", "harness flexible-extract")
@@ -96,7 +95,7 @@ def rule_table(rows: Sequence[Row]) -> str:
     """How often a filter of the harness and a convention of ours agree on the harness's own texts, and why not."""
     lines = ["| texts of | filter | convention | same verdict | differences |", "|---|---|---|---|---|"]
     for name, run in _runs(rows).items():
-        for agreement in compare_rules({i: _answer(row) for i, row in run.items()}, HARNESS_RULES):
+        for agreement in compare_rules({i: _answer(row) for i, row in run.items()}):
             kinds = Counter(kind for _, kind in agreement.disagreements)
             told = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"
             theirs = agreement.theirs.removeprefix("harness ")

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.agreement.compare import shared_length
 from eval.generate.generation import tokenize
 from matrix_llm.base.errors import EvalError
-
-from .compare import shared_length
 
 if TYPE_CHECKING:
     from torch import Tensor

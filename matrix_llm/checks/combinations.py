@@ -29,7 +29,7 @@ from matrix_llm.checks.sharding import environment_says
 from matrix_llm.data.entries import DatasetEntry, check_exists, question_source
 from matrix_llm.data.prompts import CHAT
 from matrix_llm.data.readers import Slice, Source, local_path
-from matrix_llm.data.wordproblems import KINDS
+from matrix_llm.data.wordproblems import SPLITS
 
 if TYPE_CHECKING:
     from matrix_llm.config import DataArguments, MatrixConfig, ModelArguments
@@ -164,8 +164,8 @@ def _check_split(key: str, entry: DatasetEntry, source: Source) -> None:
     where = f"{key}={source.name!r} with the split {source.split!r}"
     if source.is_file and not source.has_splits and part.split not in ("train", "test"):
         raise RecipeError(f"{where}: a file holds one split, so its name would select nothing. Remove {setting_name}.")
-    if source.name == "builtin" and part.split not in KINDS:
-        raise RecipeError(f"{where}: builtin has the splits {', '.join(KINDS)}. Correct {setting_name}.")
+    if source.name == "builtin" and part.split not in SPLITS:
+        raise RecipeError(f"{where}: builtin has the splits {', '.join(SPLITS)}. Correct {setting_name}.")
 
 
 def _check_part(key: str, source: Source, *, is_stream: bool) -> None:

@@ -214,7 +214,7 @@ class Source:
     def _generate(self, split: str) -> Iterator[Found]:
         count = self.builtin_rows if self.max_rows is None else min(self.builtin_rows, self.max_rows)
         count = self.builtin_rows if self.split != split else count
-        split = split if split in wordproblems.KINDS else "test"
+        split = split if split in wordproblems.SPLITS else "test"
         problems = wordproblems.generate(count, seed=self.seed, split=split)
         for number, problem in enumerate(problems, start=1):
             yield f"builtin row {number}", {name: getattr(problem, name) for name in wordproblems.COLUMNS}

@@ -39,7 +39,7 @@ from matrix_llm.base.files import atomic_path
 from matrix_llm.data.stories import FAMILIES, NEW_KINDS, Family
 
 STYLES = ("GSM_AnsAug", "GSM_Rephrased", "GSM_SV", "GSM_FOBAR")
-KINDS = {"train": FAMILIES, "test": FAMILIES, "new_kinds": NEW_KINDS}  # of each split
+SPLITS = {"train": FAMILIES, "test": FAMILIES, "new_kinds": NEW_KINDS}  # the stories of each
 COLUMNS = ("query", "response", "type", "original_question")  # MetaMathQA's, in its order
 
 # fmt: off
@@ -138,7 +138,7 @@ def _solution(family: Family, values: dict[str, int], unknown: str | None, thing
 
 def _problem(split: str, rng: random.Random) -> Problem:
     # 1. The family, its numbers and its people
-    family, style = rng.choice(KINDS[split]), rng.choice(STYLES)
+    family, style = rng.choice(SPLITS[split]), rng.choice(STYLES)
     owner = split if split in NAMES else "test"  # "new_kinds" has the people of "test"
     values = _draw(family, owner, rng)
     first, second = rng.sample(NAMES[owner], 2)
@@ -183,8 +183,8 @@ def generate(count: int, *, seed: int, split: str = "train") -> list[Problem]:
     """
     if count < 0:
         raise DataError(f"count={count} is negative. Ask for 0 problems or more.")
-    if split not in KINDS:
-        raise DataError(f"split={split!r} is unknown. Choose one of {', '.join(KINDS)}.")
+    if split not in SPLITS:
+        raise DataError(f"split={split!r} is unknown. Choose one of {', '.join(SPLITS)}.")
     # One generator per problem, so that the first problems do not depend on how many follow. It is seeded with a text,
     # which Python hashes, so that neighbouring seeds are unrelated.
     return [_problem(split, random.Random(f"{split}/{seed}/{index}")) for index in range(count)]
@@ -205,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--count", type=int, required=True, help="number of problems")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", default="train", help=" or ".join(KINDS))
+    parser.add_argument("--split", default="train", help=" or ".join(SPLITS))
     parser.add_argument("--out", type=Path, required=True, help="the .jsonl file to write")
     options = parser.parse_args(arguments)
     try:

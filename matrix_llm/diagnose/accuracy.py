@@ -32,7 +32,7 @@ def mce_loss(settings: LossSettings, vectors: Tensor) -> TokenLoss:
     """MCE over `vectors` (V, D) as a run with these settings computes it, in float32."""
     solver = settings.solver_for(len(vectors))
     return functools.partial(
-        _token_mce,
+        token_mce,
         embeddings=vectors,
         solver=solver.name,
         steps=solver.steps,
@@ -42,12 +42,10 @@ def mce_loss(settings: LossSettings, vectors: Tensor) -> TokenLoss:
     )
 
 
-def _token_mce(logits: Tensor, labels: Tensor, *, embeddings: Tensor, **options: Any) -> Tensor:
-    return token_mce(logits, labels, embeddings, **options)
-
-
-def _reference(logits: Tensor, labels: Tensor, *, embeddings: Tensor, **options: Any) -> Tensor:
-    return token_mce(logits.double(), labels, embeddings, **options)
+def _accurate(vectors: Tensor, **options: Any) -> TokenLoss:
+    """MCE over `vectors` (V, D) in float64."""
+    vectors = vectors.double()
+    return lambda logits, labels: token_mce(logits.double(), labels, vectors, **options)
 
 
 @dataclass(frozen=True)
@@ -111,9 +109,7 @@ def measure_solver(
     weight: float,  # w, of MCE in the loss
 ) -> tuple[SolverError, Terms]:
     """The solver's error, and the reference's own terms."""
-    whole = len(vectors)
-    accurate = functools.partial(_reference, embeddings=vectors.double(), steps=STEPS, top_k=whole)
-    reference = evaluate(accurate, hidden, labels, head)
+    reference = evaluate(_accurate(vectors, steps=STEPS), hidden, labels, head)
     # 1. position by position
     value = (solved.value - reference.value).abs() / reference.value.clamp(min=1e-12)
     norm = torch.linalg.vector_norm
@@ -152,14 +148,12 @@ def _check_reference(
     reference: Terms, hidden: Tensor, labels: Tensor, head: LMHead, vectors: Tensor
 ) -> tuple[str, float, float]:
     size, width = vectors.shape
-    options: dict[str, Any] = {"solver": "krylov", "steps": MORE_STEPS, "top_k": size}
+    options: dict[str, Any] = {"steps": MORE_STEPS}
     what = f"{MORE_STEPS} steps"
     if width <= DENSE_WIDTH and 8 * width * (3 * size + 6 * width) <= DENSE_BYTES:
         options, what = {"solver": "exact"}, "the dense logarithm"
     at = spread_by_ce(reference.value, min(CHECKED, len(labels)))
-    better = evaluate(
-        functools.partial(_reference, embeddings=vectors.double(), **options), hidden[at], labels[at], head
-    )
+    better = evaluate(_accurate(vectors, **options), hidden[at], labels[at], head)
     mine, norm = reference.at(at), torch.linalg.vector_norm
     value = (mine.value - better.value).abs() / better.value.clamp(min=1e-12)
     logits = norm(mine.logits - better.logits, dim=-1) / norm(better.logits, dim=-1).clamp(min=1e-30)

@@ -48,8 +48,8 @@ from matrix_llm.loss.settings import LossSettings
 from matrix_llm.loss.vocabulary import mean_vector, subtract_mean
 from matrix_llm.model.lm_head import check_head, load_embeddings
 from matrix_llm.publish.card import versions
+from matrix_llm.publish.finished_run import DIAGNOSIS_FORMAT, DIAGNOSIS_VERSION
 
-FORMAT, VERSION = "matrix_llm.diagnosis", 1  # publish/finished_run.py reads it
 IN_USE = "in use"
 PAIRS_OF = 1024  # targets whose nearest rows are looked for
 
@@ -97,7 +97,7 @@ def diagnose(subject: Subject, asked: int, say: Callable[[str], None] = print) -
     clock.finish("hidden states")
 
     # 2. everything else needs only the LM head and the positions
-    result: dict[str, Any] = {"format": FORMAT, "version": VERSION}
+    result: dict[str, Any] = {"format": DIAGNOSIS_FORMAT, "version": DIAGNOSIS_VERSION}
     result["model"] = _describe_model(subject, model)
     result["rows"] = _describe_rows(recipe, prepared.report, positions, asked)
     result["settings"] = _describe_settings(recipe, len(LMHead.of(model).weight))

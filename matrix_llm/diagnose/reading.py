@@ -96,8 +96,8 @@ def _kinds(figures: Mapping[str, Any]) -> list[str]:
     if kind is None or ratios[kind] > overall - LOWER:
         return []
     return [
-        f"It forgives {kind} most: there MCE is {ratios[kind]:.2f} of CE, so a wrong token counts for less than "
-        "elsewhere."
+        f'MCE forgives most where the target is of the kind "{kind}": there it is {ratios[kind]:.2f} of CE, so a wrong '
+        "token counts for less than elsewhere."
     ]
 
 

@@ -7,6 +7,7 @@ from textwrap import fill
 from typing import Any
 
 WIDTH = 96
+Table = tuple[str, list[str], list[list[str]]]  # title, head, rows
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -39,8 +40,8 @@ def choice_name(name: str, figures: Mapping[str, Any]) -> str:
     return str(figures["settings"]["mce_embeddings"]) if name == "in use" else name
 
 
-def sections(figures: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, head, rows) of every table, for the screen and the page."""
+def sections(figures: Mapping[str, Any]) -> list[Table]:
+    """Every table, for the screen and the page."""
     return [
         _head(figures),
         _nearest(figures),
@@ -86,10 +87,10 @@ def facts(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]  # fmt: skip
     if model["base_of_adapter"]:
         lines.insert(1, ("adapter", f"merged into {model['base_of_adapter']}"))
-    return lines + [("not so", line) for line in settings["not_applied"]]
+    return lines + [("not used", line) for line in settings["not_applied"]]
 
 
-def _head(figures: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+def _head(figures: Mapping[str, Any]) -> Table:
     heads = figures["head"]
     rows = [
         ["mean cosine of two rows", *(number(each["mean_cosine"], 3) for each in heads.values())],
@@ -103,7 +104,7 @@ def _head(figures: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
     return "token vectors", ["", *(choice_name(name, figures) for name in heads)], rows
 
 
-def _nearest(figures: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+def _nearest(figures: Mapping[str, Any]) -> Table:
     found = figures["head"]["in use"]
     rows = [
         [each["token"]["text"], each["nearest"]["text"], number(each["cosine"], 3)] for each in found["nearest"][:12]
@@ -111,7 +112,7 @@ def _nearest(figures: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]
     return f"nearest rows of the {found['nearest_of']} targets", ["target", "nearest", "cosine"], rows
 
 
-def _losses(figures: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+def _losses(figures: Mapping[str, Any]) -> Table:
     names = list(figures["head"])
     rows = []
     for groups in figures["loss"].values():
@@ -125,7 +126,7 @@ def _losses(figures: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]
     return "losses, means in nats", head, rows
 
 
-def _forgiven(figures: Mapping[str, Any], name: str) -> tuple[str, list[str], list[list[str]]]:
+def _forgiven(figures: Mapping[str, Any], name: str) -> Table:
     found = figures["forgiven"][name]
     spread = ", ".join(f"{percent(share)} {where}" for where, share in found["by_cosine"].items())
     title = (
@@ -140,7 +141,7 @@ def _forgiven(figures: Mapping[str, Any], name: str) -> tuple[str, list[str], li
     return title, ["target", "forgiven token", "share", "positions", "probability", "cosine"], rows
 
 
-def _gradients(figures: Mapping[str, Any], name: str) -> tuple[str, list[str], list[list[str]]]:
+def _gradients(figures: Mapping[str, Any], name: str) -> Table:
     weight = figures["settings"]["mce_weight_shown"]
     rows = []
     for groups in figures["gradients"][name].values():
@@ -159,7 +160,7 @@ def _gradients(figures: Mapping[str, Any], name: str) -> tuple[str, list[str], l
     return f"cosine with CE's gradient and norm against it, with {choice_name(name, figures)}", head, rows
 
 
-def _solver_by_ce(figures: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+def _solver_by_ce(figures: Mapping[str, Any]) -> Table:
     rows = []
     for name, found in figures["solver"].items():
         for where, each in found["by_ce"].items():
@@ -168,7 +169,7 @@ def _solver_by_ce(figures: Mapping[str, Any]) -> tuple[str, list[str], list[list
     return "the solver's mean error, by CE", ["", "positions", "value", "logits' gradient"], rows
 
 
-def _solver(figures: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+def _solver(figures: Mapping[str, Any]) -> Table:
     rows = []
     for name, found in figures["solver"].items():
         exact = found["exact_against_ce"]

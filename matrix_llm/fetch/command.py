@@ -11,7 +11,6 @@ Hub cannot be reached. fetched.json and README.md in the folder say which it was
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from matrix_llm.base.console import command_name, fail
@@ -37,7 +36,3 @@ def main(arguments: list[str] | None = None) -> int:
     except MatrixLLMError as error:
         return fail(str(error), 2)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,9 +19,9 @@ from typing import Any
 
 from matrix_llm.base.errors import FetchError
 from matrix_llm.base.files import write_text
+from matrix_llm.publish.base_model import RECORD
+from matrix_llm.publish.finished_run import CARD
 
-RECORD = "fetched.json"  # in the folder: written last
-CARD = "README.md"
 MARGIN = 100_000_000  # bytes that are left free on the disk
 
 

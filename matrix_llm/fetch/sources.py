@@ -91,8 +91,8 @@ def _fetch_known(name: str, known: KnownModel, folder: Path, route: str | None, 
         raise FetchError(f"--revision {revision} names a version on the Hub. Leave it out, or take --from hub.")
 
     def is_it(record: dict[str, Any]) -> bool:
-        versions = (None, record.get("revision"), record.get("asked_revision"))
-        return record.get("name") == name and route in (None, record.get("source")) and revision in versions
+        is_from = route in (None, record.get("source"))
+        return record.get("name") == name and is_from and _is_of_revision(record, revision)
 
     if _is_there(folder, is_it):
         return folder
@@ -137,8 +137,7 @@ def _fetch_file(source: str, path: Path, folder: Path | None) -> Path:
 
 def _fetch_repository(repo: str, folder: Path, revision: str | None) -> Path:
     def is_it(record: dict[str, Any]) -> bool:
-        versions = (None, record.get("revision"), record.get("asked_revision"))
-        return (record.get("source"), record.get("repo")) == ("hub", repo) and revision in versions
+        return (record.get("source"), record.get("repo")) == ("hub", repo) and _is_of_revision(record, revision)
 
     if _is_there(folder, is_it):
         return folder
@@ -212,6 +211,10 @@ def _is_there(folder: Path, is_it: Callable[[dict[str, Any]], bool]) -> bool:
         )
     check_place(folder)
     return False
+
+
+def _is_of_revision(record: dict[str, Any], revision: str | None) -> bool:
+    return revision in (None, record.get("revision"), record.get("asked_revision"))
 
 
 def _make(folder: Path, route: Callable[[Path, Path], Fetched]) -> Path:

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 
 from matrix_llm.publish.finished_run import CARD
 
-RECORD = "fetched.json"  # what `matrix-llm fetch` writes
+RECORD = "fetched.json"  # what `matrix-llm fetch` writes, last of all
 
 
 @dataclass(frozen=True)

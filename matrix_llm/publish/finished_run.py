@@ -15,6 +15,7 @@ from matrix_llm.config import DataArguments, MatrixConfig, ModelArguments, Recip
 from matrix_llm.run.run_folder import DIAGNOSIS
 
 RECIPE, RESULTS, CARD = "recipe.yaml", "results.json", "README.md"
+DIAGNOSIS_FORMAT, DIAGNOSIS_VERSION = "matrix_llm.diagnosis", 1
 PROCESSOR = "preprocessor_config.json"  # an image backbone has one, where a language model has a tokenizer
 
 # The settings that a card or a push reads, with their values where recipe.yaml does not give them.
@@ -207,7 +208,7 @@ def read_diagnosis(run: Path) -> Diagnosis | None:
         return None
     content = read_json(path)
     try:
-        if (content["format"], content["version"]) != ("matrix_llm.diagnosis", 1):
+        if (content["format"], content["version"]) != (DIAGNOSIS_FORMAT, DIAGNOSIS_VERSION):
             raise ValueError
         return _parse_diagnosis(content)
     except (ValueError, KeyError, TypeError, AttributeError):  # a field is missing, or of another type

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.solver_accuracy import FUSED, Predictions, measure_head, token_vectors
+from matrix_llm.diagnose.gradients import LMHead
 from matrix_llm.mce import linear_matrix_cross_entropy
 
 F64 = torch.float64
@@ -22,7 +23,7 @@ def predictions(v=1200, h=20, n=24):
     labels = torch.randint(0, v, (n,), generator=g)
     hidden = 0.3 * weight[labels] + 0.3 * torch.randn(n, h, dtype=F64, generator=g)
     bias = torch.randn(v, dtype=F64, generator=g)
-    return Predictions(hidden, weight, bias, 0.9, 9.0, labels, [str(i) for i in labels.tolist()])
+    return Predictions(hidden, LMHead(weight, bias, 0.9, 9.0), labels, [str(i) for i in labels.tolist()])
 
 
 def test_errors_are_over_all_positions_and_through_scale_cap_and_bias():
@@ -42,7 +43,7 @@ def test_errors_are_over_all_positions_and_through_scale_cap_and_bias():
     for settings in ({"solver": "exact"}, {"top_k": 16, "steps": 6}):
         hidden = given.hidden.clone().requires_grad_()
         out = linear_matrix_cross_entropy(
-            hidden, given.weight, given.labels, bias=given.bias, logit_scale=0.9, softcap=9.0, reduction="sum",
+            hidden, given.head.weight, given.labels, bias=given.head.bias, logit_scale=0.9, softcap=9.0, reduction="sum",
             **settings,
         )  # fmt: skip
         found.append((out.matrix_cross_entropy, torch.autograd.grad(out.loss, hidden)[0]))
@@ -55,7 +56,7 @@ def test_errors_are_over_all_positions_and_through_scale_cap_and_bias():
 
 
 def test_clusters_are_near_duplicates():
-    vectors = token_vectors("clusters", predictions().weight)
+    vectors = token_vectors("clusters", predictions().head.weight)
     cosine = vectors @ vectors.T
     alike = (cosine > 0.996).sum(1)  # two vectors within 0.999 of one centre are within about 0.998 of each other
     assert (vectors.norm(dim=1) - 1).abs().max() < 1e-12
@@ -63,5 +64,5 @@ def test_clusters_are_near_duplicates():
 
 
 def test_centred_vectors_are_those_of_the_head_minus_their_mean():
-    weight = predictions().weight
+    weight = predictions().head.weight
     torch.testing.assert_close(token_vectors("centred", weight), F.normalize(weight - weight.mean(0), dim=-1))

@@ -15,7 +15,7 @@ import pytest
 from matrix_llm.base.errors import DataError
 from matrix_llm.data import wordproblems
 from matrix_llm.data.stories import FAMILIES, NEW_KINDS
-from matrix_llm.data.wordproblems import COLUMNS, KINDS, NAMES, STYLES, generate, main, split_of, write_jsonl
+from matrix_llm.data.wordproblems import COLUMNS, NAMES, SPLITS, STYLES, generate, main, split_of, write_jsonl
 from tests.support.paths import ROOT
 
 FAMILY = {family.name: family for family in FAMILIES + NEW_KINDS}
@@ -108,7 +108,7 @@ def text_of(problem) -> str:
 
 def test_every_family_appears_in_every_style_and_every_inverse_is_asked():
     for split, problems in [*SAMPLE.items(), ("new_kinds", UNSEEN)]:
-        of_split = {family.name: family for family in KINDS[split]}
+        of_split = {family.name: family for family in SPLITS[split]}
         assert {(p.family, p.type) for p in problems} == {(f, s) for f in of_split for s in STYLES}
         for style in ("GSM_SV", "GSM_FOBAR"):
             asked = defaultdict(set)

@@ -1,4 +1,4 @@
-"""Tokenizers with the chat templates of published models, as TRL ships them, on a tiny vocabulary."""
+"""A plain chat template; and tokenizers with those of published models, as TRL ships them, on a tiny vocabulary."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,10 @@ from transformers import PreTrainedTokenizerFast
 
 from matrix_llm.data.tokens import IGNORED
 
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}[{{ message.role }}] {{ message.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 # What looks like a special token in a template, and which of them ends a text. DeepSeek's have a bar of full width.
 BAR = "\uff5c"
