@@ -94,37 +94,17 @@ def model_card(
             noted it in that folder.
     """
     run = recipe if isinstance(recipe, RunSettings) else RunSettings.of_recipe(recipe)
-    found, datasets = find_base_model(run.model_name_or_path), names_of(run.dataset)
+    found = find_base_model(run.model_name_or_path)
     base = base_model or found.name
-
-    # 1. the front matter: what the Hub indexes
-    eval_results = _eval_results(evaluations)
-    tags = ["trl", "sft", "matrix-llm"]
-    if run.use_peft:
-        tags.append("lora")
-    if run.mce_weight > 0:
-        tags.append("matrix-cross-entropy")
-    front_matter = ModelCardData(
-        model_name=run.title if eval_results else None,  # the Hub wants it for a model-index, and only then
-        eval_results=eval_results or None,
-        library_name="peft" if run.use_peft else "transformers",
-        pipeline_tag="text-generation",
-        license=licence or found.licence,
-        tags=tags,
-        base_model=base if is_hub_name(base) else None,
-        datasets=[each for each in datasets if "/" in each and is_hub_name(each)] or None,
-    )
-
-    # 2. the text
     return _render(
         "language_model.md.jinja",
-        front_matter,
+        _front_matter(run, base, licence or found.licence, evaluations),
         settings=run.given,
         title=run.title,
         base_model=base,
         base_note="" if base_model else found.note,
         use_peft=run.use_peft,
-        dataset=", ".join(datasets),
+        dataset=", ".join(names_of(run.dataset)),
         mce_weight=f"{run.mce_weight:g}",
         warmup=_warmup(run.mce_warmup_steps),
         solver=_solver(run),
@@ -135,6 +115,28 @@ def model_card(
         evaluations=evaluations,
         before=_scores_before(evaluations, before),
         diagnosis=diagnosis,
+    )
+
+
+def _front_matter(
+    run: RunSettings, base: str | None, licence: str | None, evaluations: Sequence[Evaluation]
+) -> ModelCardData:
+    """What the Hub indexes."""
+    eval_results = _eval_results(evaluations)
+    tags = ["trl", "sft", "matrix-llm"]
+    if run.use_peft:
+        tags.append("lora")
+    if run.mce_weight > 0:
+        tags.append("matrix-cross-entropy")
+    return ModelCardData(
+        model_name=run.title if eval_results else None,  # the Hub wants it for a model-index, and only then
+        eval_results=eval_results or None,
+        library_name="peft" if run.use_peft else "transformers",
+        pipeline_tag="text-generation",
+        license=licence,
+        tags=tags,
+        base_model=base if is_hub_name(base) else None,
+        datasets=[each for each in names_of(run.dataset) if "/" in each and is_hub_name(each)] or None,
     )
 
 

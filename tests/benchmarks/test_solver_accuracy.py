@@ -43,8 +43,8 @@ def test_errors_are_over_all_positions_and_through_scale_cap_and_bias():
     for settings in ({"solver": "exact"}, {"top_k": 16, "steps": 6}):
         hidden = given.hidden.clone().requires_grad_()
         out = linear_matrix_cross_entropy(
-            hidden, given.head.weight, given.labels, bias=given.head.bias, logit_scale=0.9, softcap=9.0, reduction="sum",
-            **settings,
+            hidden, given.head.weight, given.labels, bias=given.head.bias, logit_scale=0.9, softcap=9.0,
+            reduction="sum", **settings,
         )  # fmt: skip
         found.append((out.matrix_cross_entropy, torch.autograd.grad(out.loss, hidden)[0]))
     (exact, exact_grad), (value, grad) = found
