@@ -23,7 +23,7 @@ from .copying import copies_the_question, is_only_a_box, is_unfinished
 from .errors import UngradedError
 from .find_formula import adjoining_boxes, find_math
 from .find_number import find_gsm8k
-from .ladder import compare
+from .ladder import ANSWER, compare
 from .statements import Found
 
 VERIFIED = "verified"
@@ -163,7 +163,8 @@ def _text(value: Any, what: str) -> str:
     """A text as it is, without halves of surrogate pairs, which no file could hold; a number as its digits."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UngradedError(f"the {what} is a {type(value).__name__}, not a text")
-    return str(value).encode("utf-8", "replace").decode("utf-8")
+    text = str(value)
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _find(response: str, convention: str, benchmark: str) -> Found:
@@ -180,17 +181,20 @@ def _grade(response: str, gold: str, benchmark: str, convention: str, problem: s
     if answer is None:
         return Verdict(False, None, found.reason)
     if convention != VERIFIED:
+        if max(len(answer), len(gold)) > ANSWER:
+            return _verdict(answer.strip() == gold.strip(), answer)
         return _verdict(conventions.equal(answer, gold, convention, benchmark), answer)
 
-    # 2. is it the gold, alone or with the boxes before it? A list is at times given in several boxes
+    # 2. is it the gold? Several boxes next to each other are a list, or one answer in several forms
+    boxes = adjoining_boxes(response[-WINDOW:]) if benchmark == "math" else []
+    if boxes and boxes[-1].strip() != answer:  # a later statement took their place
+        boxes = []
     try:
-        correct = compare(answer, gold)
+        if boxes and compare(", ".join(boxes), gold):
+            return _verdict(True, ", ".join(boxes))
+        correct = compare(answer, gold) and all(compare(box, gold) for box in boxes)
     except UngradedError as limit:
         return Verdict(None, answer, str(limit))
-    if not correct and benchmark == "math":
-        boxes = adjoining_boxes(response[-WINDOW:])
-        if boxes is not None and compare(boxes, gold):
-            answer, correct = boxes, True
 
     # 3. an equal formula may still be the question, or a calculation that was not done
     if correct and benchmark == "math":

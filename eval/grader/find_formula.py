@@ -19,7 +19,6 @@ from .statements import (
     REFUSAL,
     Found,
     ends_in_a_loop,
-    first_problem,
     formulas_in,
     own_words,
     statements,
@@ -168,21 +167,21 @@ def _right_side(formula: str) -> str:
 # --- several boxes ----------------------------------------------------------------------------------------------------
 
 
-def adjoining_boxes(response: str) -> str | None:
-    r"""The last boxes of a response as one list, if only "and" separates them: `\boxed{1} and
-    \boxed{2}`.
+def adjoining_boxes(response: str) -> list[str]:
+    r"""The last boxes of a response where only "and" or "or" separates them, as in `\boxed{1} and \boxed{2}`; none if
+    there is only one.
     """
-    text = first_problem(response)
+    text = own_words(response) or ""
     end = len(text)
     answers: list[str] = []
     for _ in range(BOXES):
         place = max(text.rfind(r"\boxed{", 0, end), text.rfind(r"\fbox{", 0, end))
         content = last_boxed(text[place:end]) if place >= 0 else None
-        if content is None:
+        if content is None or not content.strip():
             break
         after = text[place + text[place:end].index("{") + len(content) + 2 : end]
         if answers and not BETWEEN_BOXES.match(after[:100]):
             break
         answers.append(content)
         end = place
-    return ", ".join(reversed(answers)) if len(answers) > 1 and all(answer.strip() for answer in answers) else None
+    return answers[::-1] if len(answers) > 1 else []

@@ -6,6 +6,7 @@ hostile, so each search is over a window of bounded length.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ MARKER = re.compile(
 )
 MARKERS = 20  # of a response, from the end
 REST = 1500  # characters read after a marker
+HEADINGS = 100  # places looked at where another problem might begin
 
 # A base model goes on to invent another problem: what follows is not an answer to ours.
 NEXT_PROBLEM = re.compile(
@@ -73,14 +75,16 @@ def first_problem(response: str) -> str:
     A heading that comes before any number, or before the only box, restates the model's own problem.
     """
     response = TAGS.sub(" ", response)
-    for found in NEXT_PROBLEM.finditer(response):
-        before = response[: found.start()]
-        is_restated = not ANSWERED.search(before) and (
-            r"\boxed" in response[found.end() :] or not re.search(r"\d", before)
-        )
+    first_answer, first_digit = ANSWERED.search(response), re.search(r"\d", response)
+    answered = first_answer.end() if first_answer else len(response) + 1
+    counted = first_digit.end() if first_digit else len(response) + 1
+    boxed = response.rfind(r"\boxed")
+    for found in itertools.islice(NEXT_PROBLEM.finditer(response), HEADINGS):
+        place = found.start()
+        is_restated = answered > place and (boxed >= place or counted > place)
         corrects = "hope" in found.group() and CORRECTION.search(response[found.end() : found.end() + 200])
-        if before.strip() and not is_restated and not corrects:
-            return before
+        if not is_restated and not corrects and response[:place].strip():
+            return response[:place]
     return response
 
 

@@ -41,7 +41,7 @@ MATRIX = re.compile(r"\\begin ?\{([pbBvV]?matrix|array)\}(?:\{[lcr|]*\})?(.*?)\\
 RELATION = re.compile(r"\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|\\ne(?![a-zA-Z])|[<>]")
 MEMBERSHIP = re.compile(r"^[a-zA-Z](?:_\{?\w\}?)? ?\\in(?![a-zA-Z]) ?(?=[\[(\\])")  # the "x \in" before a set
 BUILDER = re.compile(r"^\\\{ ?([a-zA-Z])(?: ?\\in ?\\(?:mathbb ?\{R\}|mathbb R|R))? ?(?:\\mid|[|:]) ?(.*)\\\}$")
-CLOCK = re.compile(r"^([01]?\d|2[0-4]):([0-5]\d)((?:\b| ?[ap]\.? ?m\.?| ?noon| ?midnight).{0,12})$", re.I)
+CLOCK = re.compile(r"^([01]?\d|2[0-4]):([0-5]\d) ?([ap]\.? ?m\.?|noon|midnight|)$", re.I)
 CONGRUENCE = re.compile(r"^(.*?) ?\(? ?\\mod ?\{?(\d{1,40})\}? ?\)?$")
 NAME = re.compile(  # Area, \angle ABC, \gcd(a, b), \overline{AB}: neither digits nor arithmetic, and no other relation
     r"^(?!.*\\(?:not|approx|sim|propto|in|subset|equiv)(?![a-zA-Z]))(?=.*[a-zA-Z])[^0-9+\-*/<>=;!]{1,80}"

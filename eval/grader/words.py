@@ -43,6 +43,7 @@ def spell_out(text: str) -> str | None:
     ('25', '\\frac{3}{2}', '24', None)
     """
     text = re.sub(r"(?<=[a-z])-(?=[a-z])", " ", text.strip().lower()).removeprefix("a ")
+    text = re.sub(r"(?<=hundred|million),(?= [a-z])|(?<=thousand),(?= [a-z])", " and", text)  # a list to `clean`
     if len(text) > LONGEST:
         return None
     between = TWO_NUMBERS.fullmatch(text)
@@ -73,7 +74,8 @@ def spell_out(text: str) -> str | None:
             words = words[1:]
     # 3. what is counted
     rest = " ".join(words)
-    if not takes_part or NOT_A_UNIT.search(rest) or not re.fullmatch(r"[a-z .]*", rest):
+    is_unit = re.fullmatch(r"[a-z .]*", rest) and not NOT_A_UNIT.search(rest)
+    if not takes_part or not is_unit or any(word in UNITS or word in TENS for word in words):
         return None
     number = str(value) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
     return f"({number}){power}" if power else number
@@ -100,13 +102,14 @@ def _read_cardinal(words: list[str]) -> tuple[Fraction | None, list[str]]:
     sign = -1 if words[:1] in (["minus"], ["negative"]) else 1
     start = 1 if sign < 0 else 0
     for place, word in enumerate(words[start:], start):
-        if word in UNITS or word in TENS:
-            group += UNITS.get(word, TENS.get(word, 0))
+        value = UNITS.get(word, TENS.get(word))
+        if value is not None and (group % 100 == 0 or (value < 10 and group % 100 >= 20 and group % 10 == 0)):
+            group += value
         elif word == "hundred" and taken:
             group = max(group, 1) * 100
         elif word in SCALES and taken:
             total, group = total + max(group, 1) * SCALES[word], 0
-        elif word == "and" and taken and words[place + 1 : place + 2] and words[place + 1] in UNITS | TENS:
+        elif word == "and" and taken == place and words[place - 1] in MULTIPLES and words[place + 1 :]:
             continue
         else:
             break
