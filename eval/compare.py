@@ -76,8 +76,9 @@ class Run:
                 "or leave --convention out."
             )
         rows = ((problem, self.rows[problem]) for problem in stored)
+        how = {"benchmark": self.benchmark, "convention": convention}
         return {
-            problem: grade(row["response"], row["gold"], benchmark=self.benchmark, convention=convention).correct
+            problem: grade(row["response"], row["gold"], problem=row.get("problem"), **how).correct
             for problem, row in rows
         }
 

@@ -23,7 +23,10 @@ Row = Mapping[str, Any]
 def grade_rows(rows: Sequence[Row], *, benchmark: str) -> dict[str, list[Verdict]]:
     """{convention: one verdict a row}."""
     return {
-        convention: [grade(row["response"], row["gold"], benchmark=benchmark, convention=convention) for row in rows]
+        convention: [
+            grade(row["response"], row["gold"], benchmark=benchmark, convention=convention, problem=row.get("problem"))
+            for row in rows
+        ]
         for convention in CONVENTIONS
     }
 
