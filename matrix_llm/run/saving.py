@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 from torch.distributed.checkpoint import CheckpointException
@@ -11,6 +12,7 @@ from transformers import Trainer
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.run.checkpoint_files import SAVING, finish_checkpoint, last_complete_checkpoint, remove_old_checkpoints
 from matrix_llm.run.failures import cannot_write, why_not_written
+from matrix_llm.run.pickles import check_indexes, tensors_only
 
 
 class AtomicCheckpoints(Trainer):
@@ -101,6 +103,20 @@ class AtomicCheckpoints(Trainer):
         else:  # resumed from the checkpoint of the last step: Trainer would train one step too many
             self.control.should_training_stop = True
 
+    # A checkpoint may be somebody else's: none of its pickles may run code, whichever engine reads them
+
+    def _load_from_checkpoint(self, *args, **kwargs) -> None:
+        with tensors_only():
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, *args, **kwargs) -> None:
+        with tensors_only():
+            super()._load_optimizer_and_scheduler(*args, **kwargs)
+
+    def _load_rng_state(self, *args, **kwargs) -> None:
+        with tensors_only():
+            super()._load_rng_state(*args, **kwargs)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """Trainer's own; with True it resumes from the last complete checkpoint.
 
@@ -116,6 +132,11 @@ class AtomicCheckpoints(Trainer):
                 )
             resume_from_checkpoint = str(last)
         self._resumed_from = resume_from_checkpoint or None
-        output = super().train(resume_from_checkpoint or None, *args, **kwargs)
+        if self._resumed_from:
+            check_indexes(Path(self._resumed_from))
+        # DeepSpeed's own loader is called in the midst of Trainer's train; the others are overridden below
+        guard = tensors_only() if self._resumed_from and self.is_deepspeed_enabled else nullcontext()
+        with guard:
+            output = super().train(resume_from_checkpoint or None, *args, **kwargs)
         self._remove_old()  # a kill right after the last checkpoint leaves one too many, and no later save removes it
         return output
