@@ -35,6 +35,8 @@ class Source:
     """Commit of the base on the Hub; None for a folder."""
     adapter: str | None = None
     """Folder with adapter_config.json; None without an adapter."""
+    trust_remote_code: bool = False
+    """Whether the Python code that came with the model may run; only if that was asked for."""
 
     @property
     def tokenizer(self) -> tuple[str, str | None]:
@@ -179,9 +181,19 @@ def load_tokenizer(source: Source) -> Any:
 
     path, commit = source.tokenizer
     try:
-        return AutoTokenizer.from_pretrained(path, revision=commit)
+        return AutoTokenizer.from_pretrained(path, revision=commit, trust_remote_code=source.trust_remote_code)
     except Exception as error:
+        refuse_code(path, error)
         raise EvalError(f"the tokenizer of {path} cannot be loaded: {first_line(error)}.") from None
+
+
+def refuse_code(path: str, error: Exception) -> None:
+    """Say how to ask for it, if `error` means that a model needs Python code of its own."""
+    if "trust_remote_code" in str(error):
+        raise EvalError(
+            f"{path} comes with Python code of its own, which is not run unless that is asked for. Read the code, then "
+            "add --trust_remote_code."
+        ) from None
 
 
 def context_limit(source: Source) -> int | None:
@@ -189,8 +201,11 @@ def context_limit(source: Source) -> int | None:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source.base, revision=source.base_commit)
+        config = AutoConfig.from_pretrained(
+            source.base, revision=source.base_commit, trust_remote_code=source.trust_remote_code
+        )
     except Exception as error:
+        refuse_code(source.base, error)
         raise EvalError(f"the config of {source.base} cannot be loaded: {first_line(error)}.") from None
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 

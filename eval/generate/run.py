@@ -16,7 +16,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,8 @@ def _make_plan(benchmark: str, options: Options, engine: TransformersEngine | No
 
     # 1. the model's files and the problems
     source = locate(options.model, options.revision) if engine is None else None
+    if source is not None:
+        source = replace(source, trust_remote_code=options.trust_remote_code)
     name = problem_set_name(benchmark, data=options.data, subset=options.subset)
     files = RunFiles(output_folder(options), name)
     everything = load_problems(

@@ -16,7 +16,7 @@ from matrix_llm.base.errors import EvalError
 
 from ..text import first_line
 from .generation import Decoding, Generation, Key, Request, finish, first_stop, response_text
-from .models import Source, load_tokenizer
+from .models import Source, load_tokenizer, refuse_code
 
 
 class TransformersEngine:
@@ -36,7 +36,10 @@ class TransformersEngine:
 
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                source.base, revision=source.base_commit, dtype=getattr(torch, dtype)
+                source.base,
+                revision=source.base_commit,
+                dtype=getattr(torch, dtype),
+                trust_remote_code=source.trust_remote_code,
             )
             if source.adapter:
                 from peft import PeftModel
@@ -44,6 +47,7 @@ class TransformersEngine:
                 model = PeftModel.from_pretrained(model, source.adapter)  # type: ignore[assignment]
             model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
         except Exception as error:
+            refuse_code(source.base, error)
             raise EvalError(
                 f"--model {source.model} cannot be loaded: {type(error).__name__}: {first_line(error)}."
             ) from None

@@ -63,6 +63,7 @@ class VLLMEngine:
                 revision=source.base_commit,
                 tokenizer=source.tokenizer[0],
                 tokenizer_revision=source.tokenizer[1],
+                trust_remote_code=source.trust_remote_code,
                 dtype=options.dtype,  # type: ignore[arg-type]
                 max_model_len=options.max_model_len,
                 tensor_parallel_size=options.tensor_parallel,

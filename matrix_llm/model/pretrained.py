@@ -28,6 +28,11 @@ def load_pretrained(key: str, name: str | None, loader: Any, **options: Any) -> 
     try:
         return loader(path if os.path.isdir(path) else name, **options)
     except (OSError, ValueError, KeyError) as error:  # the Hub client's errors are OSErrors
+        if "trust_remote_code" in str(error):
+            raise RecipeError(
+                f"{key}={name!r} comes with Python code of its own, which is not run unless that is asked for. Read "
+                "the code, then set trust_remote_code to true (--trust_remote_code)."
+            ) from error
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         cannot = "is a folder that cannot be read" if os.path.isdir(path) else "is neither a folder nor on the Hub"
         raise RecipeError(

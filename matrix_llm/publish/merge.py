@@ -33,6 +33,7 @@ from matrix_llm.model.older_readers import add_older_names
 from matrix_llm.model.pretrained import load_pretrained
 from matrix_llm.model.tokenizer import check_vocabulary
 from matrix_llm.publish.card import card_of
+from matrix_llm.publish.checks import check_inside
 from matrix_llm.publish.finished_run import read_json, read_settings
 from matrix_llm.publish.names import is_hub_name
 from matrix_llm.run.failures import cannot_write, why_not_written
@@ -61,13 +62,21 @@ class Adapter:
     """"load_in_4bit" or "load_in_8bit" if the run's recipe says that the base was quantised."""
 
 
-def merge(run: str, out: Path, *, dtype: str | None = None, base_model: str | None = None) -> str:
+def merge(
+    run: str,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    base_model: str | None = None,
+    trust_remote_code: bool = False,
+) -> str:
     """Merge the adapter of `run` into its base, and write the complete model to `out`.
 
     Args:
         run: a run's folder, another folder with an adapter, or a name on the Hub.
         dtype: of the weights, e.g. "bfloat16"; None: the base's own.
         base_model: the base, instead of the one that the adapter names.
+        trust_remote_code: run the Python code that came with the base.
 
     Returns:
         What was merged into what, in which dtype: the line on the card.
@@ -81,8 +90,8 @@ def merge(run: str, out: Path, *, dtype: str | None = None, base_model: str | No
     require("peft", "merging an adapter")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecipeError(f"{str(out)!r} exists and is not an empty folder. Give another place.")
-    adapter = find_adapter(run, base_model)
-    tokenizer = _load_tokenizer(adapter)
+    adapter = find_adapter(run, base_model, trust_remote_code=trust_remote_code)
+    tokenizer = _load_tokenizer(adapter, trust_remote_code)
 
     # 2. base and adapter
     model = load_pretrained(
@@ -90,6 +99,7 @@ def merge(run: str, out: Path, *, dtype: str | None = None, base_model: str | No
         adapter.base,
         AutoModelForCausalLM.from_pretrained,
         revision=adapter.revision,
+        trust_remote_code=trust_remote_code,
         dtype="auto" if dtype is None else getattr(torch, dtype),
     )
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
@@ -111,7 +121,7 @@ def merge(run: str, out: Path, *, dtype: str | None = None, base_model: str | No
 # --------------------------------------------------------------------------------------------------- what to merge
 
 
-def find_adapter(run: str, base_model: str | None = None) -> Adapter:
+def find_adapter(run: str, base_model: str | None = None, *, trust_remote_code: bool = False) -> Adapter:
     """The adapter in a folder or on the Hub, and its base; no weights are read.
 
     Raises:
@@ -144,7 +154,8 @@ def find_adapter(run: str, base_model: str | None = None) -> Adapter:
         base = str(folder / base)  # relative to the adapter
     if not Path(base).expanduser().is_dir() and not is_hub_name(base):
         raise RecipeError(f"the base model {base!r} of {run!r} is not there. Name it with --base-model.")
-    config = load_pretrained("the base model", base, AutoConfig.from_pretrained, revision=revision)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = load_pretrained("the base model", base, AutoConfig.from_pretrained, **options)
     if getattr(config, "quantization_config", None) is not None:
         raise RecipeError(
             f"the base model {base!r} is stored quantised, so adding to its weights would round the adapter away. Name "
@@ -187,10 +198,12 @@ def _quantised_by(folder: Path) -> str | None:
     return next((key for key in ("load_in_4bit", "load_in_8bit") if f"{key}: true" in lines), None)
 
 
-def _load_tokenizer(adapter: Adapter) -> PreTrainedTokenizerBase:
+def _load_tokenizer(adapter: Adapter, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if (adapter.folder / "tokenizer_config.json").is_file():
-        return load_pretrained("the adapter's tokenizer", str(adapter.folder), AutoTokenizer.from_pretrained)
-    return load_pretrained("the base model", adapter.base, AutoTokenizer.from_pretrained, revision=adapter.revision)
+        return load_pretrained("the adapter's tokenizer", str(adapter.folder), AutoTokenizer.from_pretrained, **options)
+    options["revision"] = adapter.revision
+    return load_pretrained("the base model", adapter.base, AutoTokenizer.from_pretrained, **options)
 
 
 # ------------------------------------------------------------------------------------------------------ the weights
@@ -308,6 +321,7 @@ def _write(
         add_older_names(staged, tokenizer)
         write_text(staged / CARD, str(card))
         if (adapter.folder / PLOT).is_file():  # shown on the card
+            check_inside(adapter.folder, adapter.folder / PLOT)
             shutil.copy(adapter.folder / PLOT, staged / PLOT)
         with contextlib.suppress(FileNotFoundError):
             out.rmdir()

@@ -137,7 +137,7 @@ def _read_zero(checkpoint: Path) -> dict[str, Tensor]:
 def _read_fsdp(shards: Path) -> dict[str, Tensor]:
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-    from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+    from torch.distributed.checkpoint.metadata import StorageMeta
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
     # 1. the index: tensors alone, and no more of them than the shards can hold
@@ -162,12 +162,14 @@ def _check_tensors(metadata: Metadata, shards: Path) -> None:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     entries = metadata.state_dict_metadata
-    if others := sorted(name for name, entry in entries.items() if not isinstance(entry, TensorStorageMetadata)):
+    tensors = [entry for entry in entries.values() if isinstance(entry, TensorStorageMetadata)]
+    if len(tensors) < len(entries):
+        others = sorted(name for name, entry in entries.items() if not isinstance(entry, TensorStorageMetadata))
         raise CheckpointError(
             f"{shards} holds {others[0]!r}, which is not a tensor and could run code when it is read. Give another "
             "checkpoint."
         )
-    claimed = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in entries.values())  # type: ignore[union-attr]
+    claimed = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in tensors)
     there = sum(file.stat().st_size for file in shards.iterdir() if file.is_file())
     if claimed > there:
         raise CheckpointError(

@@ -91,7 +91,7 @@ def two_view_embeddings(run: Path, data: str, *, split: str, rows: int, seed: in
     recipe = load_ssl_recipe(run / "recipe.yaml", dry_run=True)
     images = TrainImages(load_images(data, split=split, max_rows=rows))
     batch = TwoViewCollator(recipe.augment, seed=seed, labels=None)([images[(0, i)] for i in range(len(images))])
-    model = AutoModel.from_pretrained(run / "pretraining").eval()
+    model = AutoModel.from_pretrained(run / "pretraining", trust_remote_code=False).eval()
     with torch.no_grad():
         views = Augment(recipe.augment)(batch["crops"], batch["draws"])
         return model(views[0]).embedding, model(views[1]).embedding

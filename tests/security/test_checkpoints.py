@@ -84,7 +84,7 @@ def test_the_engines_own_loaders_run_nothing_either(fsdp_checkpoint, tmp_path):
     """As a resumed run calls them: they ask torch for weights_only=False."""
     checkpoint = fsdp_checkpoint({**WEIGHTS, "extra": Bomb(tmp_path / "ran")})
     state = {"model": {**WEIGHTS, "extra": None}}
-    with tensors_only(), pytest.raises(BaseException, match="weights_only|Weights only"):
+    with tensors_only(), pytest.raises(BaseException, match=r"weights_only|Weights only"):
         dcp.load(state, checkpoint_id=str(checkpoint / "pytorch_model_fsdp_0"), no_dist=True)
     assert not (tmp_path / "ran").exists()
     file = tmp_path / "file.pt"
@@ -162,10 +162,10 @@ def test_files_that_link_out_of_the_checkpoint_are_not_copied(target, fsdp_check
     secret.write_text("secret")
 
     def link(staged):
-        file = staged / "notes.txt"
-        if target == "chain":
-            (tmp_path / "middle.txt").symlink_to(secret)
-        file.symlink_to({"absolute": secret, "relative": Path("../secret.txt"), "chain": tmp_path / "middle.txt"}[target])
+        middle = tmp_path / "middle.txt"
+        middle.symlink_to(secret)
+        targets = {"absolute": secret, "relative": Path("../secret.txt"), "chain": middle}
+        (staged / "notes.txt").symlink_to(targets[target])
 
     status, error = consolidate(fsdp_checkpoint(WEIGHTS, link), capsys)
     assert status == 2
