@@ -11,7 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from matrix_llm.base.decoding import end_tokens
 from matrix_llm.base.errors import EvalError
+from matrix_llm.base.weights import check_files_finite
 
 from ..text import first_line
 
@@ -185,6 +187,41 @@ def load_tokenizer(source: Source) -> Any:
     except Exception as error:
         refuse_code(path, error)
         raise EvalError(f"the tokenizer of {path} cannot be loaded: {first_line(error)}.") from None
+
+
+def check_values(source: Source) -> None:
+    """Refuse weights with NaN or infinity, before an engine that loads them by itself."""
+    from huggingface_hub import snapshot_download
+
+    for place in filter(None, (source.base, source.adapter)):
+        try:
+            folder = Path(place)
+            if not folder.is_dir():  # on the Hub; the engine takes them from the same cache
+                folder = Path(snapshot_download(place, revision=source.base_commit, allow_patterns="*.safetensors"))
+            check_files_finite(folder)
+        except Exception as error:
+            raise EvalError(f"--model {source.model}: {first_line(error)}.") from None
+
+
+def stop_tokens(source: Source, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: the tokenizer's end-of-text token, and those that the model's files name.
+
+    Of generation_config.json nothing else is used: its other settings would change a greedy text.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    options: dict[str, Any] = {"revision": source.base_commit, "trust_remote_code": source.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source.base, **options).get_text_config()
+        try:
+            said = GenerationConfig.from_pretrained(source.base, revision=source.base_commit).eos_token_id
+        except OSError:
+            if Path(source.base, "generation_config.json").is_file():  # and cannot be read
+                raise
+            said = getattr(config, "eos_token_id", None)
+        return end_tokens(said, tokenizer, config.vocab_size)
+    except Exception as error:  # a file that came with the model may hold anything
+        raise EvalError(f"the generation settings of {source.base} cannot be used: {first_line(error)}.") from None
 
 
 def refuse_code(path: str, error: Exception) -> None:

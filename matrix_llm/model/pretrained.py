@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig
 
 from matrix_llm.base.errors import RecipeError
@@ -27,7 +29,10 @@ def load_pretrained(key: str, name: str | None, loader: Any, **options: Any) -> 
         raise RecipeError(f"{key}={name!r}: no folder at {os.path.abspath(path)}. Correct the path.")
     try:
         return loader(path if os.path.isdir(path) else name, **options)
-    except (OSError, ValueError, KeyError) as error:  # the Hub client's errors are OSErrors
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        # The Hub client's errors are OSErrors; the others are what files that do not fit together raise
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         if "trust_remote_code" in str(error):
             raise RecipeError(
                 f"{key}={name!r} comes with Python code of its own, which is not run unless that is asked for. Read "

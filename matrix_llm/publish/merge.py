@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from matrix_llm.base.errors import ModelError, RecipeError, one_line
 from matrix_llm.base.files import write_text
 from matrix_llm.base.modes import evaluation_mode
+from matrix_llm.base.weights import adapter_gaps, check_weights
 from matrix_llm.checks.machine import require
 from matrix_llm.model.adapters import WEIGHTS
 from matrix_llm.model.load import repair_generation_settings, set_special_ids
@@ -94,14 +95,16 @@ def merge(
     tokenizer = _load_tokenizer(adapter, trust_remote_code)
 
     # 2. base and adapter
-    model = load_pretrained(
+    model, info = load_pretrained(
         "the base model",
         adapter.base,
         AutoModelForCausalLM.from_pretrained,
+        output_loading_info=True,
         revision=adapter.revision,
         trust_remote_code=trust_remote_code,
         dtype="auto" if dtype is None else getattr(torch, dtype),
     )
+    check_weights(model, info, f"the base model {adapter.base!r}")
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
     adapted = _put_on(model, adapter)
 
@@ -211,23 +214,20 @@ def _load_tokenizer(adapter: Adapter, trust_remote_code: bool) -> PreTrainedToke
 
 def _put_on(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
     """`model` with every weight of the adapter, and no other."""
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
 
     where = f"the adapter {str(adapter.folder)!r} does not fit {adapter.base!r}"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what PEFT warns of is refused below
             adapted = PeftModel.from_pretrained(model, str(adapter.folder))
-        with safe_open(adapter.folder / WEIGHTS, framework="pt") as file:
-            saved = set(file.keys())
+        missing, unknown = adapter_gaps(adapted, adapter.folder)
     except (RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ModelError(f"{where}: {' '.join(lines[:2])} Name the right base with --base-model.") from None
-    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    copies = set(get_peft_model_state_dict(adapted, save_embedding_layers=True))  # of the base's embeddings
-    if missing := sorted(wanted - saved):
+    if missing:
         raise ModelError(f"{where}: it holds no {missing[0]}. Name the right base with --base-model.")
-    if unknown := sorted(saved - wanted - copies):
+    if unknown:
         raise ModelError(f"{where}, which has no place for {unknown[0]}. Name the right base with --base-model.")
     return adapted
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+from accelerate.utils import is_peft_model
 from torch.distributed.checkpoint import CheckpointException
 from transformers import Trainer
 
-from matrix_llm.base.errors import RecipeError
+from matrix_llm.base.errors import CheckpointError, ModelError, RecipeError
+from matrix_llm.base.weights import check_adapter
 from matrix_llm.run.checkpoint_files import SAVING, finish_checkpoint, last_complete_checkpoint, remove_old_checkpoints
 from matrix_llm.run.failures import cannot_write, why_not_written
 from matrix_llm.run.pickles import check_indexes, tensors_only
@@ -108,6 +111,30 @@ class AtomicCheckpoints(Trainer):
     def _load_from_checkpoint(self, *args, **kwargs) -> None:
         with tensors_only():
             super()._load_from_checkpoint(*args, **kwargs)
+
+        model = self.accelerator.unwrap_model(self.model)
+        folder = Path(args[0])
+        if is_peft_model(model) and any(folder.glob("adapter_model.*")):
+            try:
+                check_adapter(model, folder, str(folder))
+            except ModelError as error:
+                raise CheckpointError(str(error)) from None
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raise where Trainer warns: the weights that a checkpoint lacks would be those that the run started from.
+
+        Raises:
+            CheckpointError: it lacks a weight, or holds one that is not the model's.
+        """
+        state = self.model.state_dict()
+        missing = set(load_result.missing_keys)
+        loaded = {value.data_ptr() for name, value in state.items() if name not in missing}
+        lost = sorted(name for name in missing if name not in state or state[name].data_ptr() not in loaded)  # not tied
+        if wrong := [*lost, *sorted(load_result.unexpected_keys)]:
+            what = "lacks" if lost else "holds, for another model,"
+            raise CheckpointError(f"{self._resumed_from} {what} {wrong[0]}. Resume from another checkpoint.")
+        if missing:
+            self.model.tie_weights()
 
     def _load_optimizer_and_scheduler(self, *args, **kwargs) -> None:
         with tensors_only():
