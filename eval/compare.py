@@ -23,7 +23,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from matrix_llm.base.console import command_name
+from matrix_llm.base.console import command_name, fail
 from matrix_llm.base.errors import EvalError
 from matrix_llm.base.statistics import (
     bootstrap_difference,
@@ -261,8 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         result = compare(options.a, options.b, convention=options.convention)
     except EvalError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return fail(str(error), 1)
     print(json.dumps(result, indent=2) if options.json else describe(result, show=options.show, repeats=REPEATS))
     return 0
 

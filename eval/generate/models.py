@@ -214,7 +214,7 @@ def stop_tokens(source: Source, tokenizer: Any) -> list[int]:
     try:
         config = AutoConfig.from_pretrained(source.base, **options).get_text_config()
         try:
-            said = GenerationConfig.from_pretrained(source.base, revision=source.base_commit).eos_token_id
+            said = GenerationConfig.from_pretrained(source.base, revision=source.base_commit or "main").eos_token_id
         except OSError:
             if Path(source.base, "generation_config.json").is_file():  # and cannot be read
                 raise

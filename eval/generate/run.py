@@ -21,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from matrix_llm.base.console import fail
 from matrix_llm.base.errors import EvalError
 from matrix_llm.base.files import write_text
 from matrix_llm.base.threads import wait_passively
@@ -61,8 +62,7 @@ def main(benchmark: str, description: str, arguments: Sequence[str] | None = Non
             message = f"{place}: {error.strerror}. Give another --output_dir."
         else:
             raise
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    return 1
+    return fail(message, 1)
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,10 @@ class TransformersEngine:
 
         tokenizer = load_tokenizer(source)
         stops = stop_tokens(source, tokenizer)
+        model: Any
+        info: Any
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
                 source.base,
                 revision=source.base_commit,
                 dtype=getattr(torch, dtype),
@@ -59,7 +61,7 @@ class TransformersEngine:
 
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # what PEFT warns of is refused below
-                    model = PeftModel.from_pretrained(model, source.adapter)  # type: ignore[assignment]
+                    model = PeftModel.from_pretrained(model, source.adapter)
                 check_adapter(model, Path(source.adapter), f"the adapter {source.adapter}")
                 check_finite(model, f"the adapter {source.adapter}")
             model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]

@@ -7,13 +7,13 @@ access token.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from matrix_llm.base.errors import RecipeError, scrub
+from matrix_llm.base.errors import RecipeError
+from matrix_llm.base.secrets import file_holds_secret, holds_secret
 from matrix_llm.publish.finished_run import (
     CARD,
     PROCESSOR,
@@ -23,6 +23,7 @@ from matrix_llm.publish.finished_run import (
     is_image_run,
     read_json,
     read_settings,
+    recipe_yaml,
 )
 from matrix_llm.publish.names import check_repository_name, is_hub_name
 from matrix_llm.run.metrics import METRICS, PLOT
@@ -85,11 +86,10 @@ def check_run(run: Path, token: str | None = None, *, base_model: str | None = N
     # 4. no file from elsewhere, and no secrets
     others = sorted({file for pattern in SENT for file in run.glob(pattern) if file.is_file()} - set(weights))
     check_inside(run, *weights, *others)
-    for file in [*others, run / RECIPE]:
-        text = file.read_text(encoding="utf-8", errors="ignore")
-        if file.name == RECIPE:
-            text = re.sub(r"(?m)^hub_token:.*$", "", text)  # this key is left out of what is sent
-        check_secrets(file, text, token)
+    for file in (*weights, *others):
+        if file_holds_secret(file, token):
+            raise _secret_in(file)
+    check_secrets(run / RECIPE, recipe_yaml(settings.given), token)  # as it is sent: without hub_token
     return settings, [*weights, *others]
 
 
@@ -113,11 +113,16 @@ def check_inside(run: Path, *files: Path) -> None:
 
 
 def check_secrets(file: Path, text: str, token: str | None) -> None:
-    """Refuse `text`, the content of `file`, where it holds `token` or anything that looks like a token of the Hub."""
-    if scrub(text, token) != text:
-        raise RecipeError(
-            f"{file} holds an access token. Remove it there, revoke it if others could read the file, then push."
-        )
+    """Refuse `text`, the content of `file`, where it holds `token` or anything that looks like a token or password."""
+    if holds_secret(text, token):
+        raise _secret_in(file)
+
+
+def _secret_in(file: Path) -> RecipeError:
+    return RecipeError(
+        f"{file} holds an access token or a password. Remove it there, revoke it if others could read the file, then "
+        "push."
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ weights

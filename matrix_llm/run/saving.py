@@ -126,7 +126,8 @@ class AtomicCheckpoints(Trainer):
         Raises:
             CheckpointError: it lacks a weight, or holds one that is not the model's.
         """
-        state = self.model.state_dict()
+        model: Any = self.model
+        state = model.state_dict()
         missing = set(load_result.missing_keys)
         loaded = {value.data_ptr() for name, value in state.items() if name not in missing}
         lost = sorted(name for name in missing if name not in state or state[name].data_ptr() not in loaded)  # not tied
@@ -134,7 +135,7 @@ class AtomicCheckpoints(Trainer):
             what = "lacks" if lost else "holds, for another model,"
             raise CheckpointError(f"{self._resumed_from} {what} {wrong[0]}. Resume from another checkpoint.")
         if missing:
-            self.model.tie_weights()
+            model.tie_weights()
 
     def _load_optimizer_and_scheduler(self, *args, **kwargs) -> None:
         with tensors_only():

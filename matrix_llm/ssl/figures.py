@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from matrix_llm.base.console import fail
 from matrix_llm.base.errors import ImageDataError, MatrixLLMError
 from matrix_llm.base.files import atomic_path, read_jsonl, write_text
 from matrix_llm.information import effective_rank, matrix_cross_entropy, matrix_kl
@@ -173,8 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         draw_figures(args.runs, args.data, args.split, args.rows, args.output)
     except MatrixLLMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(str(error), 2)
     return 0
 
 
