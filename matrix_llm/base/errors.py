@@ -40,6 +40,10 @@ class EvalError(MatrixLLMError, ValueError):
     """An evaluation that cannot start or continue."""
 
 
+class LimitError(MatrixLLMError, RuntimeError):
+    """Something that came with other people's files, such as a chat template, takes too much time or memory."""
+
+
 class CheckpointError(MatrixLLMError, RuntimeError):
     """A checkpoint that could not be written, read or consolidated."""
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.trainer_utils import FSDPOption
 
 from matrix_llm.base.errors import RecipeError
+from matrix_llm.base.files import parse_json
 from matrix_llm.base.values import check_choice
 from matrix_llm.checks.evaluation import check_best_is_saved, check_metric
 from matrix_llm.checks.machine import (
@@ -302,11 +303,13 @@ def _check_deepspeed_file(path: Path) -> None:
     if not path.is_file():
         raise RecipeError(f"{where}: no file at {path.absolute()}. Correct the path.")
     try:
-        blocks = json.loads(path.read_bytes())
+        blocks = parse_json(path.read_bytes())
     except json.JSONDecodeError as error:
         raise RecipeError(f"{where} line {error.lineno}: this is not JSON: {error.msg}.") from None
     except UnicodeDecodeError:
         raise RecipeError(f"{where} is not UTF-8 text. Save the file as UTF-8.") from None
+    except ValueError as error:
+        raise RecipeError(f"{where}: this is not JSON: {error}.") from None
     if not isinstance(blocks, dict):
         raise RecipeError(f"{where} does not hold a JSON object. Start from a file in ds_configs/.")
     if "scheduler" in blocks:

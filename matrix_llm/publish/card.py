@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from matrix_llm.base.errors import RecipeError
+from matrix_llm.base.errors import RecipeError, one_line
 from matrix_llm.base.files import read_jsonl, write_text
+from matrix_llm.base.safe_yaml import LONGEST, read_yaml
 from matrix_llm.config import Recipe
 from matrix_llm.data.entries import names_of
 from matrix_llm.publish.finished_run import (
@@ -245,18 +247,29 @@ def card_of(run: Path, settings: RunSettings, licence: str | None, base_model: s
     if licence is None and settings.model_name_or_path is not None:
         licence = _licence_in(Path(settings.model_name_or_path))
     entries, results, evaluations = read_jsonl(run / METRICS), read_json(run / RESULTS), read_evaluations(run)
-    return str(model_card(settings, entries, results, evaluations, licence=licence, base_model=base_model))
+    try:
+        return str(model_card(settings, entries, results, evaluations, licence=licence, base_model=base_model))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise RecipeError(
+            f"{run / RESULTS} does not hold what train.py writes ({one_line(error)}). Restore the file, or train the run "
+            "again."
+        ) from error
 
 
 def _licence_in(folder: Path) -> str | None:
     """The licence that a folder's README.md states."""
     card = folder / CARD
-    if not card.is_file():
-        return None
     try:
-        return ModelCard.load(card, ignore_metadata_errors=True).data.license
+        if not card.is_file() or card.stat().st_size > LONGEST:
+            return None
+        header = re.match(
+            r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", card.read_text(encoding="utf-8"), re.DOTALL
+        )
+        found = read_yaml(header[1]) if header else None
     except (OSError, ValueError, yaml.YAMLError):  # a file or front matter that cannot be read states nothing
         return None
+    licence = found.get("license") if isinstance(found, dict) else None
+    return licence if isinstance(licence, str) else None
 
 
 def write_card(run: Path, *, licence: str | None = None, base_model: str | None = None) -> Path:

@@ -36,6 +36,7 @@ from matrix_llm.model.tokenizer import check_vocabulary
 from matrix_llm.publish.card import card_of
 from matrix_llm.publish.checks import check_inside
 from matrix_llm.publish.finished_run import read_json, read_settings
+from matrix_llm.publish.markdown import text
 from matrix_llm.publish.names import is_hub_name
 from matrix_llm.run.failures import cannot_write, why_not_written
 from matrix_llm.run.run_folder import CARD, PLOT, RECIPE, RESULTS
@@ -300,13 +301,13 @@ def _card(adapter: Adapter, name: str, line: str) -> ModelCard:
         settings = dataclasses.replace(read_settings(adapter.folder), use_peft=False)
         base = adapter.base if is_hub_name(adapter.base) else None
         card = ModelCard(card_of(adapter.folder, settings, None, base))
-        title, _, text = card.text.lstrip().partition("\n")
-        card.text = f"{title}\n\n{line}\n{text}"
+        title, _, body = card.text.lstrip().partition("\n")
+        card.text = f"{title}\n\n{text(line)}\n{body}"
         return card
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation")
     if is_hub_name(adapter.base):
         data.base_model = adapter.base
-    return ModelCard(f"---\n{data}\n---\n\n# {name}\n\n{line}\n")
+    return ModelCard(f"---\n{data}\n---\n\n# {text(name)}\n\n{text(line)}\n")
 
 
 def _write(

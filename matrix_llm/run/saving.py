@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import is_peft_model
+from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 from transformers import Trainer
 
-from matrix_llm.base.errors import CheckpointError, ModelError, RecipeError
+from matrix_llm.base.errors import CheckpointError, ModelError, RecipeError, one_line
 from matrix_llm.base.weights import check_adapter
-from matrix_llm.run.checkpoint_files import SAVING, finish_checkpoint, last_complete_checkpoint, remove_old_checkpoints
+from matrix_llm.run.checkpoint_files import SAVING, finish_checkpoint, last_sound_checkpoint, remove_old_checkpoints
 from matrix_llm.run.failures import cannot_write, why_not_written
 from matrix_llm.run.pickles import check_indexes, tensors_only
+
+
+@contextmanager
+def _reading(checkpoint: str | None) -> Iterator[None]:
+    """Turns what a damaged or hostile checkpoint raises into one line."""
+    try:
+        yield
+    except (CheckpointError, torch.OutOfMemoryError):
+        raise
+    except (pickle.UnpicklingError, EOFError, RuntimeError, SafetensorError, CheckpointException) as error:
+        reason = one_line(error)[:300]
+        raise CheckpointError(f"{checkpoint} cannot be read: {reason}. Resume from another checkpoint.") from error
 
 
 class AtomicCheckpoints(Trainer):
@@ -109,7 +125,7 @@ class AtomicCheckpoints(Trainer):
     # A checkpoint may be somebody else's: none of its pickles may run code, whichever engine reads them
 
     def _load_from_checkpoint(self, *args, **kwargs) -> None:
-        with tensors_only():
+        with _reading(args[0]), tensors_only():
             super()._load_from_checkpoint(*args, **kwargs)
 
         model = self.accelerator.unwrap_model(self.model)
@@ -138,11 +154,11 @@ class AtomicCheckpoints(Trainer):
             model.tie_weights()
 
     def _load_optimizer_and_scheduler(self, *args, **kwargs) -> None:
-        with tensors_only():
+        with _reading(args[0]), tensors_only():
             super()._load_optimizer_and_scheduler(*args, **kwargs)
 
     def _load_rng_state(self, *args, **kwargs) -> None:
-        with tensors_only():
+        with _reading(args[0]), tensors_only():
             super()._load_rng_state(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
@@ -152,7 +168,7 @@ class AtomicCheckpoints(Trainer):
             RecipeError: True was given, and there is no complete checkpoint.
         """
         if resume_from_checkpoint is True:
-            last = last_complete_checkpoint(Path(str(self.args.output_dir)))
+            last = last_sound_checkpoint(Path(str(self.args.output_dir)))
             if last is None:
                 raise RecipeError(
                     f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint of this "
