@@ -3,6 +3,7 @@
 # make test   set up, then lint, types and every test
 # make test-newest, make test-lowest   the tests that are not slow with the newest releases, and with the lowest that
 #             pyproject.toml allows, in .venv-newest and .venv-lowest; TESTS=tests runs the slow ones too
+# make fuzz   an hour of random input for everything that reads other people's files; SECONDS=600 make fuzz: ten minutes
 # All create their .venv first. PYTHON=python3.12 make ... chooses the interpreter.
 
 PYTHON ?= python3
@@ -12,9 +13,10 @@ TORCH := 2.13.0
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 EVERYTHING := -e '.[dev,ssl,eval,deepspeed]'
 TESTS ?= -m "not slow"
+SECONDS ?= 3600
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo demo-ssl test test-newest test-lowest lint setup setup-ssl setup-test clean
+.PHONY: demo demo-ssl fuzz test test-newest test-lowest lint setup setup-ssl setup-test clean
 
 demo: setup
 	rm -rf runs/tiny
@@ -40,6 +42,9 @@ test-newest test-lowest: test-%:
 		.venv-$*/bin/uv pip install -q --python .venv-$*/bin/python --resolution $(RESOLUTION) $(EVERYTHING)
 	.venv-$*/bin/uv pip list -q --python .venv-$*/bin/python | grep -E '^(torch|transformers|trl|accelerate|datasets|peft|numpy) '
 	PATH=$(CURDIR)/.venv-$*/bin:$$PATH HF_HUB_OFFLINE=1 .venv-$*/bin/python -m pytest $(TESTS)
+
+fuzz: setup-test
+	MATRIX_LLM_FUZZ=$$(( $(SECONDS) / 14 )) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -s tests/security/test_fuzz.py
 
 lint: setup-test
 	$(BIN)/ruff check .

@@ -48,8 +48,13 @@ def _limited_time(what: str, seconds: float) -> Iterator[None]:
         yield
         return
 
+    error = LimitError(f"{what} does not end: it was stopped after {seconds:g} s of processor time. Use another one.")
+    stopped = False
+
     def stop(number: int, frame: FrameType | None) -> None:
-        raise LimitError(f"{what} does not end: it was stopped after {seconds:g} s of processor time. Use another one.")
+        nonlocal stopped
+        stopped = True
+        raise error
 
     before = signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, seconds, AGAIN)
@@ -58,6 +63,8 @@ def _limited_time(what: str, seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
+    if stopped:  # and the code has swallowed the error: Jinja does, where it tries to compute constants
+        raise error
 
 
 @contextlib.contextmanager

@@ -84,7 +84,8 @@ class ChatLayout:
         if self.is_marked:
             return
         try:
-            self.template = get_training_chat_template(self.tokenizer) or self.own_template
+            with limited(TEMPLATE):  # TRL tries the template
+                self.template = get_training_chat_template(self.tokenizer) or self.own_template
             self.is_marked = True
         except TEMPLATE_FAILURES as error:
             if not self.is_exact and not self._has_prompt():

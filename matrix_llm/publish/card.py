@@ -251,7 +251,7 @@ def card_of(run: Path, settings: RunSettings, licence: str | None, base_model: s
         return str(model_card(settings, entries, results, evaluations, licence=licence, base_model=base_model))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise RecipeError(
-            f"{run / RESULTS} does not hold what train.py writes ({one_line(error)}). Restore the file, or train the run "
+            f"{run / RESULTS} does not hold what train.py writes ({one_line(error)}). Restore it, or train the run "
             "again."
         ) from error
 

@@ -21,7 +21,7 @@ from matrix_llm.base.text import visible
 
 def text(value: Any) -> str:
     """Plain words in a sentence, a heading or a table cell: on one line, with Markdown's own characters escaped."""
-    escaped = re.sub(r"([\\`*|<>\[\]@&~])", r"\\\1", _one_line(value))
+    escaped = re.sub(r"([\\`*|<\[@&~])", r"\\\1", _one_line(value))
     return re.sub(r"(?i)(:)(?=//)|(?<=\bwww)(\.)", r"\\\1\2", escaped)  # addresses would become links of their own
 
 
