@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from matrix_llm.base.errors import RecipeError
+from matrix_llm.base.files import parse_json
 from matrix_llm.base.values import nearest
 
 # What transformers reads of fsdp_config, each with or without the prefix fsdp_
@@ -64,11 +65,13 @@ def _read_json(key: str, name: str) -> dict[str, Any]:
     if not path.is_file():
         raise RecipeError(f"{where}: no file at {path.absolute()}. Correct the path.")
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except json.JSONDecodeError as error:
         raise RecipeError(f"{where} line {error.lineno}: this is not JSON: {error.msg}.") from None
     except UnicodeDecodeError:
         raise RecipeError(f"{where} is not UTF-8 text. Save the file as UTF-8.") from None
+    except ValueError as error:
+        raise RecipeError(f"{where}: this is not JSON: {error}.") from None
     if not isinstance(content, dict):
         example = " Start from a file in ds_configs/." if key == "deepspeed" else ""
         raise RecipeError(f"{where} does not hold a JSON object.{example}")

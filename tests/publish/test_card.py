@@ -202,8 +202,9 @@ def test_text_from_a_run_cannot_break_tables_code_blocks_or_start_html(tmp_path)
     assert row.replace("\\|", "").count("|") == 8  # seven columns
     assert "\\<b>\\`c\\` \\[d](e)" in row
     assert "``x`y.jsonl``" in text
-    opening = text.index("````yaml\n")
-    assert yaml.safe_load(text[opening + 9 : text.index("\n````", opening)])["dataset"] == "x`y.jsonl"
+    opening = text.index("```yaml\n")
+    shown = yaml.safe_load(text[opening + 8 : text.index("\n```", opening)])
+    assert (shown["dataset"], shown["prompt_template"]) == ("x`y.jsonl", "```\n</yaml> {instruction}\n```")
 
 
 def test_the_card_of_an_image_backbone_shows_how_to_load_it():
