@@ -5,7 +5,7 @@ r"""Was the answer right? Strings in, verdicts out; no model, no torch.
     answers_equal(r"\frac{1}{2}", "0.5")                               -> True
 
 Six conventions: the five published ones of `eval.grader.conventions`, and our own, "verified", the default, which
-asks whether a reader would call the answer right (`eval.grader.extraction`, then `eval.grader.ladder`).
+asks whether a reader would call the answer right (`find_number`, `find_formula`, then `ladder`).
 
 Grading is total: whatever the response and the gold are, `grade` returns right, wrong or ungraded, with the reason.
 It is bounded too: WINDOW characters of a response are read, each rung of the ladder has its limits, and none of them
