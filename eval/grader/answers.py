@@ -5,7 +5,7 @@ r"""Was the answer right? Strings in, verdicts out; no model, no torch.
     answers_equal(r"\frac{1}{2}", "0.5")                               -> True
 
 Six conventions: the five published ones of `eval.grader.conventions`, and our own, "verified", the default, which
-asks whether a reader would call the answer right (`eval.grader.extraction`, then `eval.grader.ladder`).
+asks whether a reader would call the answer right (`find_number`, `find_formula`, then `ladder`).
 
 Grading is total: whatever the response and the gold are, `grade` returns right, wrong or ungraded, with the reason.
 It is bounded too: WINDOW characters of a response are read, each rung of the ladder has its limits, and none of them
@@ -185,14 +185,16 @@ def _grade(response: str, gold: str, benchmark: str, convention: str, problem: s
             return _verdict(answer.strip() == gold.strip(), answer)
         return _verdict(conventions.equal(answer, gold, convention, benchmark), answer)
 
-    # 2. is it the gold? Several boxes next to each other are a list, or one answer in several forms
-    boxes = adjoining_boxes(response[-WINDOW:]) if benchmark == "math" else []
-    if boxes and boxes[-1].strip() != answer:  # a later statement took their place
-        boxes = []
+    # 2. is it the gold? Several boxes next to each other are a list; of 1 "or" 2, both must be the gold. After "and"
+    # the last one will do: MATH's own golds are the last boxes of its solutions
+    boxes = adjoining_boxes(response[-WINDOW:]) if benchmark == "math" else None
     try:
-        if boxes and compare(", ".join(boxes), gold):
-            return _verdict(True, ", ".join(boxes))
-        correct = compare(answer, gold) and all(compare(box, gold) for box in boxes)
+        if boxes and boxes.contents and boxes.contents[-1].strip() == answer:  # no later statement took their place
+            if compare(", ".join(boxes.contents), gold):
+                return _verdict(True, ", ".join(boxes.contents))
+            if boxes.are_alternatives and not all(compare(box, gold) for box in boxes.contents):
+                return _verdict(False, ", ".join(boxes.contents))
+        correct = compare(answer, gold)
     except UngradedError as limit:
         return Verdict(None, answer, str(limit))
 

@@ -10,6 +10,7 @@ off, gives up, or ends in a loop has none.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from .statements import (
     APPROXIMATES,
@@ -167,13 +168,22 @@ def _right_side(formula: str) -> str:
 # --- several boxes ----------------------------------------------------------------------------------------------------
 
 
-def adjoining_boxes(response: str) -> list[str]:
-    r"""The last boxes of a response where only "and" or "or" separates them, as in `\boxed{1} and \boxed{2}`; none if
-    there is only one.
-    """
+@dataclass(frozen=True)
+class Boxes:
+    """The boxes at the end of a response."""
+
+    contents: list[str]
+    """In order; none if there is only one box."""
+    are_alternatives: bool
+    """Whether an "or" stands between two of them."""
+
+
+def adjoining_boxes(response: str) -> Boxes:
+    r"""The last boxes of a response where only "and" or "or" separates them, as in `\boxed{1} and \boxed{2}`."""
     text = own_words(response) or ""
     end = len(text)
     answers: list[str] = []
+    are_alternatives = False
     for _ in range(BOXES):
         place = max(text.rfind(r"\boxed{", 0, end), text.rfind(r"\fbox{", 0, end))
         content = last_boxed(text[place:end]) if place >= 0 else None
@@ -182,6 +192,7 @@ def adjoining_boxes(response: str) -> list[str]:
         after = text[place + text[place:end].index("{") + len(content) + 2 : end]
         if answers and not BETWEEN_BOXES.match(after[:100]):
             break
+        are_alternatives |= bool(answers) and re.search(r"\bor\b", after[:100]) is not None
         answers.append(content)
         end = place
-    return answers[::-1] if len(answers) > 1 else []
+    return Boxes(answers[::-1] if len(answers) > 1 else [], are_alternatives)

@@ -40,6 +40,7 @@ REFUSAL = re.compile(
     re.I,
 )
 APPROXIMATES = re.compile(r"approx|numerical|decimal|roughly|about|\u2248|rounded", re.I)
+CHECKS = re.compile(r"(?:check|verif|confirm|test)\w* (?:that )?(?:our|the|this|my) $", re.I)
 TAGS = re.compile(r"</?(?:solution|answer|final_answer|result)>", re.I)
 ENDS_IN_CODE = re.compile(r"(?:```|</execute>|\bprint\([^\n]*\))\s*$")
 PLAIN_NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+(?![\d/]))?|(?<![\w.])-?\.\d+")
@@ -109,7 +110,8 @@ def statements(text: str, after: int) -> list[tuple[int, str]]:
     found = []
     for marker in list(MARKER.finditer(text))[-MARKERS:]:
         rest = text[marker.end() : marker.end() + REST]
-        if rest.strip() and marker.start() >= after:
+        is_check = CHECKS.search(text[max(0, marker.start() - 30) : marker.start()])
+        if rest.strip() and marker.start() >= after and not is_check:
             found.append((marker.start(), rest))
     return found[::-1]
 
