@@ -168,7 +168,7 @@ def _parse_yaml(path: Path) -> list[tuple[int, Any, Any]]:
         raise RecipeError(f"{path}: a value is nested too deeply. Write fewer brackets.") from None
     except RecipeError:
         raise
-    except ValueError as error:  # of a number or a tag that spells none
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:  # a tag on what it cannot be
         raise RecipeError(f"{path}: this is not YAML: {one_line(error)}.") from None
 
     # 2. Both must be one mapping

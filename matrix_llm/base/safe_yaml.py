@@ -79,5 +79,11 @@ def read_yaml(text: str, loader_class: type[yaml.SafeLoader] = yaml.SafeLoader) 
             loader.dispose()
     except RecursionError:
         raise UnboundedError("a value is nested too deeply") from None
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:  # a date or a number that there is not
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ) as error:  # a date that there is not, !!int
         raise UnboundedError(str(error)) from None

@@ -155,7 +155,7 @@ def check_generation_settings(args: ModelArguments) -> None:
             raise RecipeError(f"the generation_config.json of {name!r} is not JSON. Correct the file.") from None
     except RecipeError:
         raise
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         reason = one_line(error)
         raise RecipeError(
             f"the generation_config.json of {args.model_name_or_path!r} cannot be used: {reason}. Correct the file."

@@ -31,7 +31,7 @@ def load_pretrained(key: str, name: str | None, loader: Any, **options: Any) -> 
         raise RecipeError(f"{key}={name!r}: no folder at {os.path.abspath(path)}. Correct the path.")
     try:
         return loader(path if os.path.isdir(path) else name, **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         # The Hub client's errors are OSErrors; the others are what files that do not fit together raise
         if isinstance(error, torch.OutOfMemoryError):
             raise

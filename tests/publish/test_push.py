@@ -154,9 +154,9 @@ def test_a_repository_that_turns_public_during_the_push_is_said(hub, client, run
     hub.turns_public = True
     outcome = client("hub", "push", run, "--repo", "user/x")
     assert outcome.status == 1
-    assert outcome.err.count("\n") == 1
-    assert "is public now" in outcome.err
-    assert f"{hub.url}/user/x/settings" in outcome.err
+    line = outcome.error_line()
+    assert "is public now" in line
+    assert f"{hub.url}/user/x/settings" in line
 
 
 def test_a_revision_is_a_branch_made_where_it_is_missing(hub, client, run):

@@ -188,7 +188,9 @@ def test_a_damaged_file_of_the_right_size_is_found(name, damage, interrupted, tm
     assert name in what_is_damaged(checkpoint)
     manifest = json.loads((checkpoint / MANIFEST).read_text())
     (checkpoint / MANIFEST).write_text(json.dumps({k: v for k, v in manifest.items() if k != "checksums"}))
-    if name.endswith((".pt", ".pth")):  # without checksums, as older versions saved: by the file's own
+    if (
+        name.endswith((".pt", ".pth")) and damage is not flipped
+    ):  # without checksums, as older versions saved: by the file's own
         assert name in what_is_damaged(checkpoint)
 
 

@@ -128,7 +128,7 @@ def outline(card):
         "headings": [line for line in (before + after).splitlines() if re.match(r" {0,3}#", line)],
         "rows": sum(line.startswith("|") for line in before.splitlines()),
         "cells": sorted({len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")}),
-        "links": re.findall(r"(?<!\\)\]\(([^)]*)\)", text),
+        "links": re.findall(r"(?<!\\)\[[^\]\n]*\]\(([^)]*)\)", text),
         "addresses": re.findall(r"(?<!\()(?<!\\)\b(?:https?://|www\.)\S+", text),
         "html": re.findall(r"(?<!\\)<", text),
         "rules": [line for line in text.splitlines() if re.match(r"\s*(---|===|~~~)", line)],
