@@ -4,6 +4,7 @@
 # make test   set up, then lint, types and every test
 # make test-newest, make test-lowest   the tests that are not slow with the newest releases, and with the lowest that
 #             pyproject.toml allows, in .venv-newest and .venv-lowest; TESTS=tests runs the slow ones too
+# make fuzz   an hour of random input for everything that reads other people's files; SECONDS=600 make fuzz: ten minutes
 # All create their .venv first. PYTHON=python3.12 make ... chooses the interpreter.
 
 PYTHON ?= python3
@@ -18,9 +19,10 @@ PRETRAINED ?= models/smollm2-135m
 # bfloat16 where the processor multiplies in it, which is twice as fast; float32 elsewhere
 BF16 := $(if $(shell grep -sEm1 'avx512_bf16|amx_bf16' /proc/cpuinfo),--bf16 true)
 SCORE := eval/gsm8k.py --prompt chat_question --engine transformers --batch_size 32 --max_tokens 160 --limit 64
+SECONDS ?= 3600
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo demo-pretrained demo-ssl test test-newest test-lowest lint setup setup-ssl setup-test clean
+.PHONY: demo demo-pretrained demo-ssl fuzz test test-newest test-lowest lint setup setup-ssl setup-test clean
 
 demo: setup
 	rm -rf runs/tiny
@@ -60,6 +62,9 @@ test-newest test-lowest: test-%:
 		.venv-$*/bin/uv pip install -q --python .venv-$*/bin/python --resolution $(RESOLUTION) $(EVERYTHING)
 	.venv-$*/bin/uv pip list -q --python .venv-$*/bin/python | grep -E '^(torch|transformers|trl|accelerate|datasets|peft|numpy) '
 	PATH=$(CURDIR)/.venv-$*/bin:$$PATH HF_HUB_OFFLINE=1 .venv-$*/bin/python -m pytest $(TESTS)
+
+fuzz: setup-test
+	MATRIX_LLM_FUZZ=$$(( $(SECONDS) / 14 )) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -s tests/security/test_fuzz.py
 
 lint: setup-test
 	$(BIN)/ruff check .

@@ -23,8 +23,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from matrix_llm.base.console import command_name
+from matrix_llm.base.console import command_name, fail
 from matrix_llm.base.errors import EvalError
+from matrix_llm.base.files import parse_json
 from matrix_llm.base.statistics import (
     bootstrap_difference,
     mcnemar_exact,
@@ -76,8 +77,9 @@ class Run:
                 "or leave --convention out."
             )
         rows = ((problem, self.rows[problem]) for problem in stored)
+        how = {"benchmark": self.benchmark, "convention": convention}
         return {
-            problem: grade(row["response"], row["gold"], benchmark=self.benchmark, convention=convention).correct
+            problem: grade(row["response"], row["gold"], problem=row.get("problem"), **how).correct
             for problem, row in rows
         }
 
@@ -90,7 +92,7 @@ def load_summary(path: Path) -> dict[str, Any]:
             f"{path} is a folder. Name a summary in it: {', '.join(found) or 'there is none; run eval/gsm8k.py first'}."
         )
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise EvalError(
             f"{path} cannot be read ({error.strerror}). Give the summary that a run wrote, such as runs/a/gsm8k.json."
@@ -120,7 +122,7 @@ def load_generations(file: Path) -> dict[str, dict[str, Any]]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 if row["sample"] == 0:
                     rows[row["id"]] = row
             except (ValueError, KeyError, TypeError):
@@ -261,8 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         result = compare(options.a, options.b, convention=options.convention)
     except EvalError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return fail(str(error), 1)
     print(json.dumps(result, indent=2) if options.json else describe(result, show=options.show, repeats=REPEATS))
     return 0
 

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from matrix_llm.base.console import fail
 from matrix_llm.base.errors import EvalError
 from matrix_llm.base.threads import wait_passively
 from matrix_llm.data.questions import FIELDS, NGRAM, QuestionIndex, question_of
@@ -208,8 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
             write_json(options.out, {**result, "files": files})
             print(f"{options.out}: all overlaps as JSON")
     except EvalError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return fail(str(error), 1)
     return 0
 
 

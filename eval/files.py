@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from matrix_llm.base.errors import EvalError
-from matrix_llm.base.files import write_text
+from matrix_llm.base.files import parse_json, write_text
 from matrix_llm.data.jsonarray import ArrayError, iterate_array
 
 from .text import first_line
@@ -55,10 +55,11 @@ def _read_json(path: Path) -> Iterator[Any]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
-                        yield json.loads(line)
-                    except json.JSONDecodeError as error:
+                        yield parse_json(line)
+                    except ValueError as error:
+                        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
                         raise EvalError(
-                            f"{path}, line {number}, is not JSON ({error.msg}). Repair or remove that line."
+                            f"{path}, line {number}, is not JSON ({reason}). Repair or remove that line."
                         ) from None
     except ArrayError as error:
         raise EvalError(f"{path}, line {error.line}, is not JSON ({error}). Repair the file.") from None

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from matrix_llm.base.console import command_name
+from matrix_llm.base.console import command_name, fail
 from matrix_llm.base.errors import EvalError
 from matrix_llm.base.threads import wait_passively
 
@@ -206,8 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
             write_json(options.out, result)
             print(f"\n{options.out}: all of this as JSON")
     except EvalError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return fail(str(error), 1)
     return 0
 
 

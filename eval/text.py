@@ -1,11 +1,12 @@
 """Text for people to read: progress, percentages, and model text made harmless."""
 
-import unicodedata
+from matrix_llm.base.secrets import scrub
+from matrix_llm.base.text import visible as visible
 
 
 def say(text: str) -> None:
     """One line of progress on standard output."""
-    print(f"=> {text}", flush=True)
+    print(f"=> {visible(' '.join(scrub(text).splitlines()))}", flush=True)
 
 
 def percent(share: float) -> str:
@@ -14,27 +15,6 @@ def percent(share: float) -> str:
     '69.22 %'
     """
     return f"{100 * share:.2f} %"
-
-
-def visible(text: str) -> str:
-    r"""Control, invisible and direction-changing characters spelled out, so that no text can hide or rearrange what
-    is shown.
-
-    Tabs and line feeds stay.
-
-    >>> visible("a\x1b[31m\u202eb\r")
-    'a␛[31m⟨U+202E⟩b␍'
-    """
-    return "".join(
-        character if character in "\n\t" or character.isprintable() else _spelled_out(character) for character in text
-    )
-
-
-def _spelled_out(character: str) -> str:
-    if character < "\x20":
-        return chr(0x2400 + ord(character))
-    # spaces of other widths are not "printable", but can be seen
-    return character if unicodedata.category(character) == "Zs" else f"⟨U+{ord(character):04X}⟩"
 
 
 def shorten(text: str, limit: int) -> str:

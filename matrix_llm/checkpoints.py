@@ -7,7 +7,7 @@ python -m matrix_llm.checkpoints consolidate runs/x/checkpoint-20 OUT    # ZeRO 
 import argparse
 from pathlib import Path
 
-from matrix_llm.base.console import command_name, fail
+from matrix_llm.base.console import command_name, fail, say
 from matrix_llm.base.errors import CheckpointError
 from matrix_llm.run.checkpoint_files import (
     MANIFEST,
@@ -27,7 +27,7 @@ def print_check(run: Path) -> int:
         raise CheckpointError(f"{run} holds no checkpoint-N. Give the output_dir of a run that saves checkpoints.")
     missing = {checkpoint: what_is_missing(checkpoint) for checkpoint in checkpoints}
     for checkpoint, reason in missing.items():
-        print(f"{checkpoint}: {'complete' if reason is None else f'INCOMPLETE, {reason}'}")
+        say(f"{checkpoint}: {'complete' if reason is None else f'INCOMPLETE, {reason}'}")
     return 0 if None in missing.values() else 1
 
 
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         consolidate(options.checkpoint, options.out)
     except CheckpointError as error:
         return fail(str(error), 2)
-    print(f"=> {options.out}/ holds plain weights for from_pretrained")
+    say(f"=> {options.out}/ holds plain weights for from_pretrained")
     return 0
 
 

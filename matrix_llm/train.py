@@ -32,7 +32,8 @@ import yaml
 
 from matrix_llm.base.console import say
 from matrix_llm.base.errors import RecipeError
-from matrix_llm.base.files import read_jsonl, write_text
+from matrix_llm.base.files import parse_json, read_jsonl, write_text
+from matrix_llm.base.text import quoted_lines
 from matrix_llm.config import Recipe, load_recipe
 from matrix_llm.publish.destination import find_destination, remove_push_settings
 from matrix_llm.publish.push import push
@@ -144,7 +145,7 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     # 3. Greedy accuracy before training. A resumed run cannot measure it again, and takes it from the first start.
     earlier = output / PARTIAL
     if resume and earlier.is_file():
-        results |= json.loads(earlier.read_text(encoding="utf-8"))
+        results |= read_results(earlier)
     else:
         results |= measure_accuracy_of(trainer, recipe, prepared, "before")
     if trainer.is_world_process_zero():
@@ -167,6 +168,21 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
         results["evaluation"] = trainer.evaluate()
     results |= measure_accuracy_of(trainer, recipe, prepared, "after")
     save_run(trainer, recipe, results, started)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The results so far of an interrupted run.
+
+    Raises:
+        RecipeError: the file is damaged.
+    """
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise RecipeError(f"{path} is not a JSON object. Restore the file, or start a new run in another output_dir.")
+    return found
 
 
 def check_launch(recipe: Recipe, prepared: "Prepared") -> None:
@@ -260,7 +276,8 @@ def measure_accuracy_of(trainer: "MatrixTrainer", recipe: Recipe, prepared: "Pre
         f"(95 % interval {100 * found.low:.1f} to {100 * found.high:.1f})"
     )
     for problem, response in zip(prepared.problems[:2], found.responses[:2], strict=False):
-        say(f"   Q: {problem.query}\n   A:{response}\n   gold: {problem.answer}")
+        asked, answered, gold = map(quoted_lines, (problem.query, response, problem.answer))
+        say(f"   Q: {asked}\n   A:{answered}\n   gold: {gold}")
     figures = {key: value for key, value in asdict(found).items() if key not in ("responses", "is_correct")}
     return {f"accuracy_{when}": figures}
 

@@ -42,7 +42,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_peak_flops
 
 from matrix_llm.base.console import say
-from matrix_llm.base.errors import DataError, NonFiniteLossError, RecipeError
+from matrix_llm.base.errors import CheckpointError, DataError, NonFiniteLossError, RecipeError, one_line
 from matrix_llm.config import MatrixConfig
 from matrix_llm.loss.settings import LossSettings
 from matrix_llm.model.adapters import keep_base_unchanged
@@ -548,13 +548,16 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
         file = Path(self._resumed_from or "", WINDOW.format(self.args.process_index))
         if self._resumed_from is None or not file.is_file():
             return
-        window = json.loads(file.read_text(encoding="utf-8"))
-        self._total_train_tokens = window["tokens"]
-        self._globalstep_last_logged = window["last_logged"]
-        self._tr_loss = torch.tensor(window["loss"], device=self.args.device)
-        self._total_loss_scalar = -window["loss"]  # the summary's train_loss is over the steps of this call
-        self._sums["train"].restore(window["sums"], self.args.device)
-        self._metrics["train"].update(window["metrics"])
+        try:
+            window = json.loads(file.read_text(encoding="utf-8"))
+            self._total_train_tokens = window["tokens"]
+            self._globalstep_last_logged = window["last_logged"]
+            self._tr_loss = torch.tensor(window["loss"], device=self.args.device)
+            self._total_loss_scalar = -window["loss"]  # the summary's train_loss is over the steps of this call
+            self._sums["train"].restore(window["sums"], self.args.device)
+            self._metrics["train"].update(window["metrics"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{file} cannot be read: {one_line(error)}. Resume from another one.") from error
 
     # -- guards -------------------------------------------------------------------------------------------------------
 

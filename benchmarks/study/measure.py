@@ -81,7 +81,8 @@ class Answers:
 
 def load(folder: Path) -> Any:
     gpu = torch.cuda.is_available()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if gpu else torch.float32)
+    dtype = torch.bfloat16 if gpu else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, dtype=dtype)
     return model.to("cuda" if gpu else "cpu")
 
 
@@ -135,7 +136,7 @@ def measure(
     started = time.perf_counter()
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     layout = [recipe.get(name, getattr(DataArguments, name)) for name in ("prompt_template", "response_separator")]
-    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
     # 1. and 2. Answers, and the (prompt, response) pairs whose likelihood is measured.
     answers = Answers({}, {}, [])

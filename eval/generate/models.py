@@ -4,14 +4,16 @@ base.
 
 import contextlib
 import hashlib
-import json
 import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from matrix_llm.base.decoding import end_tokens
 from matrix_llm.base.errors import EvalError
+from matrix_llm.base.files import parse_json
+from matrix_llm.base.weights import check_files_finite
 
 from ..text import first_line
 
@@ -35,6 +37,8 @@ class Source:
     """Commit of the base on the Hub; None for a folder."""
     adapter: str | None = None
     """Folder with adapter_config.json; None without an adapter."""
+    trust_remote_code: bool = False
+    """Whether the Python code that came with the model may run; only if that was asked for."""
 
     @property
     def tokenizer(self) -> tuple[str, str | None]:
@@ -167,7 +171,7 @@ def _header(file: Any, path: Path, size: int) -> bytes:
         if length + 8 > size:
             raise ValueError
         header = file.read(length)
-        ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
+        ends = [entry["data_offsets"][1] for name, entry in parse_json(header).items() if name != "__metadata__"]
     except (ValueError, KeyError, TypeError):
         raise EvalError(f"{path} is not a readable .safetensors file. Save or download it again.") from None
     if 8 + length + max(ends, default=0) != size:
@@ -180,7 +184,7 @@ def _header(file: Any, path: Path, size: int) -> bytes:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EvalError(f"{path} cannot be read as JSON: {first_line(error)}.") from None
 
@@ -190,9 +194,54 @@ def load_tokenizer(source: Source) -> Any:
 
     path, commit = source.tokenizer
     try:
-        return AutoTokenizer.from_pretrained(path, revision=commit)
+        return AutoTokenizer.from_pretrained(path, revision=commit, trust_remote_code=source.trust_remote_code)
     except Exception as error:
+        refuse_code(path, error)
         raise EvalError(f"the tokenizer of {path} cannot be loaded: {first_line(error)}.") from None
+
+
+def check_values(source: Source) -> None:
+    """Refuse weights with NaN or infinity, before an engine that loads them by itself."""
+    from huggingface_hub import snapshot_download
+
+    for place in filter(None, (source.base, source.adapter)):
+        try:
+            folder = Path(place)
+            if not folder.is_dir():  # on the Hub; the engine takes them from the same cache
+                folder = Path(snapshot_download(place, revision=source.base_commit, allow_patterns="*.safetensors"))
+            check_files_finite(folder)
+        except Exception as error:
+            raise EvalError(f"--model {source.model}: {first_line(error)}.") from None
+
+
+def stop_tokens(source: Source, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: the tokenizer's end-of-text token, and those that the model's files name.
+
+    Of generation_config.json nothing else is used: its other settings would change a greedy text.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    options: dict[str, Any] = {"revision": source.base_commit, "trust_remote_code": source.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source.base, **options).get_text_config()
+        try:
+            said = GenerationConfig.from_pretrained(source.base, revision=source.base_commit or "main").eos_token_id
+        except OSError:
+            if Path(source.base, "generation_config.json").is_file():  # and cannot be read
+                raise
+            said = getattr(config, "eos_token_id", None)
+        return end_tokens(said, tokenizer, config.vocab_size)
+    except Exception as error:  # a file that came with the model may hold anything
+        raise EvalError(f"the generation settings of {source.base} cannot be used: {first_line(error)}.") from None
+
+
+def refuse_code(path: str, error: Exception) -> None:
+    """Say how to ask for it, if `error` means that a model needs Python code of its own."""
+    if "trust_remote_code" in str(error):
+        raise EvalError(
+            f"{path} comes with Python code of its own, which is not run unless that is asked for. Read the code, then "
+            "add --trust_remote_code."
+        ) from None
 
 
 def context_limit(source: Source) -> int | None:
@@ -200,8 +249,11 @@ def context_limit(source: Source) -> int | None:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source.base, revision=source.base_commit)
+        config = AutoConfig.from_pretrained(
+            source.base, revision=source.base_commit, trust_remote_code=source.trust_remote_code
+        )
     except Exception as error:
+        refuse_code(source.base, error)
         raise EvalError(f"the config of {source.base} cannot be loaded: {first_line(error)}.") from None
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 

@@ -45,6 +45,8 @@ class Options:
     """Sample from the likeliest tokens that hold this much probability; above 0, at most 1."""
     seed: int = 0
     """Seed of sampling."""
+    trust_remote_code: bool = False
+    """Whether to run the Python code that came with the model."""
     engine: str = "auto"
     """One of ENGINES; "auto" is vLLM if it is installed."""
     dtype: str = "auto"
@@ -93,6 +95,7 @@ def parse_options(benchmark: str, description: str, arguments: Sequence[str] | N
     # the model
     add("--model", required=True, help="folder of a model or LoRA adapter, or a Hub id")
     add("--revision", help="branch, tag or commit of a Hub model")
+    add("--trust_remote_code", action="store_true", help="run the Python code that came with the model")
     # the problems
     columns = "question, answer" if benchmark == "gsm8k" else "problem, solution or answer"
     generated = " Or 'builtin', generated word problems, or 'builtin_new_kinds', of kinds that no recipe trains on."

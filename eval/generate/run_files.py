@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from matrix_llm.base.errors import EvalError
-from matrix_llm.base.files import write_text
+from matrix_llm.base.files import parse_json, write_text
 
 from ..text import say
 
@@ -45,7 +45,7 @@ class RunFiles:
         """The settings of the rows on disk; None if there are neither."""
         if self.settings.is_file():
             try:
-                return json.loads(self.settings.read_text(encoding="utf-8"))
+                return parse_json(self.settings.read_text(encoding="utf-8"))
             except ValueError:
                 raise EvalError(f"{self.settings} cannot be read as JSON. Start over with --overwrite.") from None
         if self.generations.is_file() or self.partial.is_file():
@@ -149,7 +149,7 @@ class RowAppender:
 
 def _parse_row(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError:
         return None
     return row if isinstance(row, dict) and row.keys() >= set(ROW_FIELDS) else None

@@ -4,7 +4,6 @@ GSM8K   {"question": ..., "answer": "... #### 18"}                 gold "18", co
 MATH    {"problem": ..., "solution": "... \\\\boxed{\\\\frac12} ..."}   gold "\\\\frac12", the last box
 """
 
-import json
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from matrix_llm.base.errors import EvalError
+from matrix_llm.base.files import parse_json
 from matrix_llm.base.values import nearest
 
 from ..files import read_rows
@@ -154,14 +154,26 @@ def _problem(benchmark: str, row: Mapping[str, Any], fallback_id: str, source: s
         raise EvalError(
             f"{source}: row {given} has no gold answer; needed is {wanted}. Its columns are {', '.join(map(str, row))}."
         )
-    level = re.search(r"\d+", str(row.get("level", "")))
-    return Problem(given, text, gold, row.get("subject") or row.get("type"), int(level.group()) if level else None)
+    level = re.search(r"\d{1,4}", str(row.get("level", "")))
+    return Problem(given, text, gold, _subject(row, source, given), int(level.group()) if level else None)
+
+
+def _subject(row: Mapping[str, Any], source: str, given: str) -> str | None:
+    """The subject of a row as a text: scores are grouped and sorted by it."""
+    name = "subject" if row.get("subject") else "type"
+    subject = row.get(name)
+    if isinstance(subject, (dict, list)):
+        raise EvalError(
+            f"{source}: row {given} has a {type(subject).__name__} as its {name!r}, where scores are grouped by "
+            "a text. Write a text, or rename the column."
+        )
+    return None if subject is None or subject == "" else str(subject)
 
 
 def _pick(problems: Sequence[Problem], path: Path, source: str) -> list[Problem]:
     """The problems whose ids are listed in `path`, in the order of the list."""
     try:
-        wanted = json.loads(path.read_text(encoding="utf-8"))
+        wanted = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EvalError(f"--ids {path} cannot be read as a JSON list of ids: {first_line(error)}.") from None
     if not isinstance(wanted, list) or not wanted:

@@ -7,16 +7,19 @@ Shapes: B batch, T longest prompt of the batch, L longest continuation, V vocabu
 """
 
 import random
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from matrix_llm.base.decoding import NEUTRAL_DECODING
-from matrix_llm.base.errors import EvalError
+from matrix_llm.base.decoding import NEUTRAL_DECODING, end_tokens
+from matrix_llm.base.errors import EvalError, ModelError
+from matrix_llm.base.weights import check_adapter, check_finite, check_weights
 
-from ..text import first_line
+from ..text import first_line, say
 from .generation import Decoding, Generation, Key, Request, finish, first_stop, response_text
-from .models import Source, load_tokenizer
+from .models import Source, load_tokenizer, refuse_code, stop_tokens
 
 
 class TransformersEngine:
@@ -26,29 +29,51 @@ class TransformersEngine:
 
     name = "transformers"
 
-    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 32):
+    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 32, stops: Collection[int] | None = None):
+        """
+        Args:
+            stops: the tokens that end a text; None: the tokenizer's, and those of the model's generation settings.
+        """
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self._stops = stops
 
     @classmethod
     def load(cls, source: Source, *, dtype: str, batch_size: int = 32) -> "TransformersEngine":
         import torch
         from transformers import AutoModelForCausalLM
 
+        tokenizer = load_tokenizer(source)
+        stops = stop_tokens(source, tokenizer)
+        model: Any
+        info: Any
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                source.base, revision=source.base_commit, dtype=getattr(torch, dtype)
+            model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+                source.base,
+                revision=source.base_commit,
+                dtype=getattr(torch, dtype),
+                trust_remote_code=source.trust_remote_code,
+                output_loading_info=True,
             )
+            for sentence in check_weights(model, info, f"--model {source.base}"):
+                say(sentence)
             if source.adapter:
                 from peft import PeftModel
 
-                model = PeftModel.from_pretrained(model, source.adapter)  # type: ignore[assignment]
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # what PEFT warns of is refused below
+                    model = PeftModel.from_pretrained(model, source.adapter)
+                check_adapter(model, Path(source.adapter), f"the adapter {source.adapter}")
+                check_finite(model, f"the adapter {source.adapter}")
             model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+        except ModelError as error:
+            raise EvalError(str(error)) from None
         except Exception as error:
+            refuse_code(source.base, error)
             raise EvalError(
                 f"--model {source.model} cannot be loaded: {type(error).__name__}: {first_line(error)}."
             ) from None
         model.eval()
-        return cls(model, load_tokenizer(source), batch_size=batch_size)
+        return cls(model, tokenizer, batch_size=batch_size, stops=stops)
 
     def close(self) -> None:
         """Do nothing: the model may belong to the caller."""
@@ -74,7 +99,7 @@ class TransformersEngine:
         import torch
         from transformers import GenerationConfig, StoppingCriteriaList
 
-        from matrix_llm.base.modes import evaluation_mode
+        from matrix_llm.base.modes import evaluation_mode, neutral_generation
 
         # 1. prompts, padded on the left: every row then continues from its own last token
         stops = self._end_tokens
@@ -97,7 +122,7 @@ class TransformersEngine:
         processors = [_Sampler(batch, decoding)] if decoding.temperature > 0 else []
 
         # 3. generate. no_grad and not inference_mode, whose tensors could stay in a rotary cache and break training
-        with evaluation_mode(self.model), torch.no_grad():
+        with evaluation_mode(self.model), neutral_generation(self.model), torch.no_grad():
             try:
                 output = self.model.generate(  # (B, T + L)
                     input_ids=input_ids,
@@ -125,9 +150,13 @@ class TransformersEngine:
     @cached_property
     def _end_tokens(self) -> tuple[int, ...]:
         """The tokenizer's end-of-text token, and those of the model's generation config (chat models have several)."""
-        extra = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        tokens = [self.tokenizer.eos_token_id, *(extra if isinstance(extra, list) else [extra])]
-        return tuple(sorted({token for token in tokens if token is not None}))
+        if self._stops is not None:
+            return tuple(self._stops)
+        said = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        try:
+            return tuple(end_tokens(said, self.tokenizer, self.model.config.get_text_config().vocab_size))
+        except ModelError as error:
+            raise EvalError(str(error)) from None
 
 
 class _StopStrings:

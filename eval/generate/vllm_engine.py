@@ -14,7 +14,7 @@ from matrix_llm.base.errors import EvalError
 
 from ..text import first_line
 from .generation import Decoding, Generation, Key, Request, finish
-from .models import Source, load_tokenizer, lora_rank
+from .models import Source, load_tokenizer, lora_rank, stop_tokens
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class VLLMEngine:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; the default is a large part of all memory
         source = options.source
         self.tokenizer = tokenizer or load_tokenizer(source)
+        self.stop_tokens = stop_tokens(source, self.tokenizer)
         lora: dict[str, Any] = {}
         self.lora_request = None
         before = set(multiprocessing.active_children())
@@ -63,6 +64,8 @@ class VLLMEngine:
                 revision=source.base_commit,
                 tokenizer=source.tokenizer[0],
                 tokenizer_revision=source.tokenizer[1],
+                trust_remote_code=source.trust_remote_code,
+                generation_config="vllm",  # the model's own would change the text; what ends it is in stop_tokens
                 dtype=options.dtype,  # type: ignore[arg-type]
                 max_model_len=options.max_model_len,
                 tensor_parallel_size=options.tensor_parallel,
@@ -98,6 +101,7 @@ class VLLMEngine:
                 seed=decoding.seed_of(request) if decoding.temperature > 0 else None,
                 max_tokens=request.max_tokens,
                 stop=list(decoding.stop),
+                stop_token_ids=self.stop_tokens,
                 detokenize=bool(decoding.stop),  # to see a stop string; the text itself is made by `finish`
             )
             for request in todo

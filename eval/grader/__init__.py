@@ -1,6 +1,10 @@
 """Was the answer right? Strings in, verdicts out; no model, no torch.
 
-Read `answers` first, then `extraction` and `ladder` (our own convention) and `conventions` (the five published ones).
-Below them: `text` and `latex` read and tidy strings, `structures` and `expressions` parse them into trees, `values`
-computes, `equality` compares trees, and `symbolic` asks sympy in a process that can be killed (`symbolic_worker`).
+Read `answers` first, then what "verified", our own convention, does: `find_number` and `find_formula` take the answer
+from a response (`statements` is what they share), `ladder` compares it with the gold, `copying` asks whether it is
+more than the question. `conventions` are the five published ones.
+
+The ladder's rungs, from the bottom: `text`, `words` and `units` read numbers; `latex` tidies up; `structures` parses
+an answer into one of the `kinds`, with `expressions` in it; `equality` compares two of them, by `values` and `sets`;
+`symbolic` asks sympy in a process that can be killed (`symbolic_worker`).
 """

@@ -7,8 +7,9 @@ r"""Was the answer right? Strings in, verdicts out; no model, no torch.
 Six conventions: the five published ones of `eval.grader.conventions`, and our own, "verified", the default, which
 asks whether a reader would call the answer right (`eval.grader.extraction`, then `eval.grader.ladder`).
 
-Everything is bounded: WINDOW characters of a response are read, and each rung of the ladder has its limits. A verdict
-that could not be reached is None in `grade` and False in `is_correct`.
+Grading is total: whatever the response and the gold are, `grade` returns right, wrong or ungraded, with the reason.
+It is bounded too: WINDOW characters of a response are read, each rung of the ladder has its limits, and none of them
+is a wall time, so that a busy machine gives the same verdicts as an idle one.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import conventions
-from .extraction import adjoining_boxes, extract_gsm8k, extract_math
-from .ladder import are_equal
+from .copying import copies_the_question, is_only_a_box, is_unfinished
+from .errors import UngradedError
+from .find_formula import adjoining_boxes, find_math
+from .find_number import find_gsm8k
+from .ladder import ANSWER, compare
+from .statements import Found
 
 VERIFIED = "verified"
 CONVENTIONS = (*conventions.PUBLISHED, VERIFIED)
@@ -32,9 +37,11 @@ class Verdict:
     """The grader's result for one response."""
 
     correct: bool | None
-    """None: a limit was reached before a decision. Such a response is ungraded: it counts as wrong, and is shown."""
+    """None: ungraded, as `reason` says. Such a response counts as wrong, and is shown."""
     extracted: str | None
     """The answer found in the response; None if there is none."""
+    reason: str = ""
+    """Why: "equal", "unequal", why no answer was found, or what kept the grader from a decision."""
 
 
 def extract_answer(response: str, *, convention: str, benchmark: str = "gsm8k") -> str | None:
@@ -55,14 +62,11 @@ def extract_answer(response: str, *, convention: str, benchmark: str = "gsm8k") 
     Raises:
         ValueError: an unknown convention or benchmark.
     """
-    if convention not in CONVENTIONS:
-        raise ValueError(f"convention={convention!r} is not one of {', '.join(CONVENTIONS)}.")
-    if benchmark not in BENCHMARKS:
-        raise ValueError(f"benchmark={benchmark!r} is not one of {', '.join(BENCHMARKS)}.")
-    response = response[-WINDOW:]
-    if convention != VERIFIED:
-        return conventions.extract(response, convention, benchmark)
-    return extract_gsm8k(response) if benchmark == "gsm8k" else extract_math(response)
+    _check_names(convention, benchmark)
+    try:
+        return _find(_text(response, "response"), convention, benchmark).answer
+    except Exception:  # see `grade`
+        return None
 
 
 def answers_equal(pred: str, gold: str) -> bool:
@@ -72,25 +76,42 @@ def answers_equal(pred: str, gold: str) -> bool:
     >>> answers_equal(r"\frac{1}{2}", "0.5"), answers_equal(r"\{2, 1\}", "1, 2"), answers_equal("(1, 2)", "(2, 1)")
     (True, True, False)
     """
-    return are_equal(pred, gold) is True
+    try:
+        return compare(_text(pred, "answer"), _text(gold, "gold"))
+    except Exception:  # see `grade`
+        return False
 
 
-def grade(response: str, gold: str, *, benchmark: str = "gsm8k", convention: str = VERIFIED) -> Verdict:
-    """The answer found in a response, and whether it is right: `is_correct` with its reasons."""
-    extracted = extract_answer(response, convention=convention, benchmark=benchmark)
-    if extracted is None:
-        return Verdict(False, None)
-    if convention != VERIFIED:
-        return Verdict(conventions.equal(extracted, gold, convention, benchmark), extracted)
-    correct = are_equal(extracted, gold)
-    if correct is not True and benchmark == "math" and "," in gold:  # a list, perhaps given in several boxes
-        boxes = adjoining_boxes(response[-WINDOW:])
-        if boxes is not None and are_equal(boxes, gold):
-            return Verdict(True, boxes)
-    return Verdict(correct, extracted)
+def grade(
+    response: str, gold: str, *, benchmark: str = "gsm8k", convention: str = VERIFIED, problem: str | None = None
+) -> Verdict:
+    r"""The answer found in a response, and whether it is right: `is_correct` with its reasons.
+
+    Args:
+        problem: the question, where it is known. A formula of the question, handed back, is not its answer
+            ("verified" only).
+
+    >>> grade("The answer is 12.", "13")
+    Verdict(correct=False, extracted='12', reason='unequal')
+    >>> grade(r"\boxed{2^{10}}", "1024", benchmark="math", problem="Compute $2^{10}$.").reason
+    'the question copied'
+
+    Raises:
+        ValueError: an unknown convention or benchmark; nothing else.
+    """
+    _check_names(convention, benchmark)
+    try:
+        return _grade(_text(response, "response"), _text(gold, "gold"), benchmark, convention, problem)
+    except UngradedError as limit:
+        return Verdict(None, None, str(limit))
+    except Exception as fault:
+        # The one guard of the grader. Texts are hostile, and one of them must not cost the scores of all the others.
+        return Verdict(None, None, f"the grader failed: {type(fault).__name__}")
 
 
-def is_correct(response: str, gold: str, *, benchmark: str = "gsm8k", convention: str = VERIFIED) -> bool:
+def is_correct(
+    response: str, gold: str, *, benchmark: str = "gsm8k", convention: str = VERIFIED, problem: str | None = None
+) -> bool:
     r"""Whether a response answers a problem correctly under a convention.
 
     Args:
@@ -98,21 +119,98 @@ def is_correct(response: str, gold: str, *, benchmark: str = "gsm8k", convention
         gold: "18" for GSM8K, the content of the solution's last \boxed for MATH.
         benchmark: "gsm8k" or "math".
         convention: one of CONVENTIONS.
+        problem: the question, where it is known; see `grade`.
 
     >>> is_correct("That makes 9 * 2 = $18 a day.", "18")
     True
     """
-    return grade(response, gold, benchmark=benchmark, convention=convention).correct is True
+    return grade(response, gold, benchmark=benchmark, convention=convention, problem=problem).correct is True
 
 
 def accuracy_reward(
-    completions: Sequence[str | list[dict[str, str]]], answer: Sequence[str], *, benchmark: str = "math", **_: Any
+    completions: Sequence[str | list[dict[str, str]]],
+    answer: Sequence[str],
+    *,
+    prompts: Sequence[str | list[dict[str, str]]] | None = None,
+    benchmark: str = "math",
+    **_: Any,
 ) -> list[float]:
     """A reward function in TRL's form (GRPOTrainer's `reward_funcs`): 1.0 where the completion is right, 0.0 elsewhere.
 
     Args:
         completions: texts, or conversations whose last message holds the text.
         answer: the data set's `answer` column, one gold for each completion.
+        prompts: what TRL passes, texts or conversations: handing back a formula of the prompt earns nothing.
     """
-    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
-    return [float(is_correct(text, gold, benchmark=benchmark)) for text, gold in zip(texts, answer, strict=True)]
+    questions = [None] * len(completions) if prompts is None else [_last_text(prompt) for prompt in prompts]
+    return [
+        float(is_correct(_last_text(completion), gold, benchmark=benchmark, problem=question))
+        for completion, gold, question in zip(completions, answer, questions, strict=True)
+    ]
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+def _check_names(convention: str, benchmark: str) -> None:
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention={convention!r} is not one of {', '.join(CONVENTIONS)}.")
+    if benchmark not in BENCHMARKS:
+        raise ValueError(f"benchmark={benchmark!r} is not one of {', '.join(BENCHMARKS)}.")
+
+
+def _text(value: Any, what: str) -> str:
+    """A text as it is, without halves of surrogate pairs, which no file could hold; a number as its digits."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UngradedError(f"the {what} is a {type(value).__name__}, not a text")
+    text = str(value)
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _find(response: str, convention: str, benchmark: str) -> Found:
+    response = response[-WINDOW:]
+    if convention == VERIFIED:
+        return find_gsm8k(response) if benchmark == "gsm8k" else find_math(response)
+    return Found(conventions.extract(response, convention, benchmark))
+
+
+def _grade(response: str, gold: str, benchmark: str, convention: str, problem: str | None) -> Verdict:
+    # 1. the answer in the response
+    found = _find(response, convention, benchmark)
+    answer = found.answer
+    if answer is None:
+        return Verdict(False, None, found.reason)
+    if convention != VERIFIED:
+        if max(len(answer), len(gold)) > ANSWER:
+            return _verdict(answer.strip() == gold.strip(), answer)
+        return _verdict(conventions.equal(answer, gold, convention, benchmark), answer)
+
+    # 2. is it the gold? Several boxes next to each other are a list, or one answer in several forms
+    boxes = adjoining_boxes(response[-WINDOW:]) if benchmark == "math" else []
+    if boxes and boxes[-1].strip() != answer:  # a later statement took their place
+        boxes = []
+    try:
+        if boxes and compare(", ".join(boxes), gold):
+            return _verdict(True, ", ".join(boxes))
+        correct = compare(answer, gold) and all(compare(box, gold) for box in boxes)
+    except UngradedError as limit:
+        return Verdict(None, answer, str(limit))
+
+    # 3. an equal formula may still be the question, or a calculation that was not done
+    if correct and benchmark == "math":
+        if isinstance(problem, str) and copies_the_question(answer, gold, problem):
+            return Verdict(False, answer, "the question copied")
+        if is_unfinished(answer, gold, is_only_a_box=problem is None and is_only_a_box(response)):
+            return Verdict(False, answer, "a calculation that was not done")
+    return _verdict(correct, answer)
+
+
+def _verdict(correct: bool, answer: str) -> Verdict:
+    return Verdict(correct, answer, "equal" if correct else "unequal")
+
+
+def _last_text(message: Any) -> Any:
+    """A text as it is; the text of a conversation's last message. Anything else reaches `grade`, which says so."""
+    if isinstance(message, list) and message and isinstance(message[-1], dict):
+        return message[-1].get("content")
+    return message

@@ -19,7 +19,7 @@ import re
 from fractions import Fraction
 
 from .equality import same
-from .expressions import UndecidedError
+from .errors import UndecidedError
 from .latex import clean
 from .structures import read_structure
 from .text import last_boxed, read_rational

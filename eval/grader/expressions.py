@@ -8,20 +8,20 @@ does not know, or what is past a bound, raises `UndecidedError`.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
+
+from .errors import TooLargeError, UndecidedError
 
 LENGTH = 600
 TOKENS = 300
 DEPTH = 40
+SIGNS = 4  # plus-minus signs that are read independently of each other
 
-PLUS_MINUS = r"\pm"
-
-
-class UndecidedError(Exception):
-    """The text is outside what the grader can read or evaluate, or past its bounds."""
+PLUS_MINUS, MINUS_PLUS = r"\pm", r"\mp"
 
 
 # --- the tree ---------------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ class Function(Expression):
 
 ZERO, ONE = Number(Fraction(0)), Number(Fraction(1))
 HALF, THIRD = Number(Fraction(1, 2)), Binary("/", ONE, Number(Fraction(3)))
-PERCENT = Number(Fraction(1, 100))
+PERCENT, TEN = Number(Fraction(1, 100)), Number(Fraction(10))
 
 
 def negative(expression: Expression) -> Expression:
@@ -142,32 +142,62 @@ def walk(expression: Expression) -> Iterator[Expression]:
         yield from walk(child)
 
 
-def has_plus_minus(expression: Expression) -> bool:
-    return any(isinstance(part, Binary) and part.operator == PLUS_MINUS for part in walk(expression))
-
-
-def choose_sign(expression: Expression, sign: str) -> Expression:
-    r"""The expression with every \pm read as `sign`."""
+def rebuild(expression: Expression, change: Callable[[Expression], Expression]) -> Expression:
+    """The expression with `change` applied to each of its direct children."""
     values = {field.name: getattr(expression, field.name) for field in fields(expression)}  # type: ignore[arg-type]
-    changed = {name: choose_sign(value, sign) for name, value in values.items() if isinstance(value, Expression)}
-    if isinstance(expression, Binary) and expression.operator == PLUS_MINUS:
-        return Binary(sign, changed["left"], changed["right"])
-    return replace(expression, **changed)  # type: ignore[type-var]
+    changed = {name: change(value) for name, value in values.items() if isinstance(value, Expression)}
+    return replace(expression, **changed) if changed else expression  # type: ignore[type-var]
+
+
+def substitute(expression: Expression, name: str, value: Expression) -> Expression:
+    """The expression with `value` in the place of a variable."""
+    if isinstance(expression, Variable):
+        return value if expression.name == name else expression
+    return rebuild(expression, lambda child: substitute(child, name, value))
+
+
+def variables(expression: Expression) -> set[str]:
+    return {part.name for part in walk(expression) if isinstance(part, Variable)}
+
+
+def read_signs(expression: Expression) -> list[Expression]:
+    r"""The expressions that one with \pm stands for: \pm 1 \pm 2 are four numbers, but \mp always opposes \pm."""
+    signs = [part.operator for part in walk(expression) if isinstance(part, Binary)]
+    signs = [sign for sign in signs if sign in (PLUS_MINUS, MINUS_PLUS)]
+    if not signs:
+        return [expression]
+    if MINUS_PLUS in signs:
+        return [_choose(expression, itertools.repeat(sign)) for sign in "+-"]
+    if len(signs) > SIGNS:
+        raise TooLargeError("too many plus-minus signs")
+    return [_choose(expression, iter(choice)) for choice in itertools.product("+-", repeat=len(signs))]
+
+
+def _choose(expression: Expression, signs: Iterator[str]) -> Expression:
+    r"""The expression with each \pm, from the outside in, read as the next of `signs`."""
+    if isinstance(expression, Binary) and expression.operator in (PLUS_MINUS, MINUS_PLUS):
+        sign = next(signs)
+        opposite = {"+": "-", "-": "+"}[sign] if expression.operator == MINUS_PLUS else sign
+        return Binary(opposite, _choose(expression.left, signs), _choose(expression.right, signs))
+    return rebuild(expression, lambda child: _choose(child, signs))
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
-TOKEN = re.compile(r"\s*(\d+\.\d+|\.\d+|\d+\.?|\\[a-zA-Z]+|\\[{}|%\\]|[a-zA-Z]|.)")
+TOKEN = re.compile(r"\s*([0-9]+\.[0-9]+|\.[0-9]+|[0-9]+\.?|\\[a-zA-Z]+|\\[{}|%\\]|[a-zA-Z]|.)")
 FUNCTIONS = {
-    "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "log", "ln", "exp",
+    "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "log", "lg",
+    "ln", "exp", "cis",
 }  # fmt: skip
+OF_AN_ANGLE = {"sin", "cos", "tan", "cot", "sec", "csc", "cis"}
+DEGREE = r"\degree"
 GREEK = {
     "alpha", "beta", "gamma", "theta", "phi", "varphi", "lambda", "mu", "omega", "rho", "sigma", "delta", "epsilon",
     "ell", "tau",
 }  # fmt: skip
 LETTERS = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z]{2,})")
 BARE_COMMAND = re.compile(
-    r"(?<![a-zA-Z\\])(sqrt|pi|infty|infinity|sin|cos|tan|cot|sec|csc|log|ln|exp|arcsin|arccos|arctan)(?![a-zA-Z])"
+    r"(?<![a-zA-Z\\])(sqrt|pi|infty|infinity|sin|cos|tan|cot|sec|csc|log|lg|ln|exp|cis|arcsin|arccos|arctan)(?![a-zA-Z])"
 )
 
 
@@ -178,26 +208,28 @@ def split_tokens(text: str) -> list[str]:
     ['2.5', 'x', '+', '\\sin', '\\pi']
     """
     if len(text) > LENGTH:
-        raise UndecidedError("too long")
+        raise TooLargeError("too long to read")
     for run in LETTERS.findall(text):
         if len(run) > 3 and run not in FUNCTIONS and run not in ("sqrt", "frac", "infty", "infinity"):
             raise UndecidedError("words")
     text = BARE_COMMAND.sub(r"\\\1 ", text)
     found = [match.group(1) for match in TOKEN.finditer(text.strip())]
     if len(found) > TOKENS:
-        raise UndecidedError("too many tokens")
+        raise TooLargeError("too many tokens")
     return found
 
 
 # --- the parser -------------------------------------------------------------------------------------------------------
 
-SUMS = ("+", "-", PLUS_MINUS)
+SUMS = ("+", "-", PLUS_MINUS, MINUS_PLUS)
 TIMES = ("*", r"\cdot", r"\times", r"\ast")
 DIVIDED_BY = ("/", r"\div")
 ENDS_PRODUCT = {
     *SUMS, ")", "]", "}", r"\}", "|", ",", "=", "<", ">", "_", "^", "!", "&", r"\le", r"\ge", r"\ne", r"\rfloor",
-    r"\rceil", r"\\",
+    r"\rceil", r"\\", DEGREE,
 }  # fmt: skip
+DIGITS = frozenset("0123456789")  # not str.isdigit, which takes circled and superscript digits for numbers
+CHOOSE = re.compile(r"\{\}_\{?(\d{1,4})\}?C_\{?(\d{1,4})\}?")
 PLAIN_FRACTION = re.compile(r"\\frac(?:\{\d+\}|\d)(?:\{\d+\}|\d)")
 
 
@@ -220,6 +252,8 @@ class _Parser:
 
     def __init__(self, tokens: list[str]) -> None:
         self.tokens, self.place, self.depth = tokens, 0, 0
+        self.bars = 0  # bars of absolute values that are open
+        self.in_angle = False  # inside the argument of a trigonometric function, where a degree is pi / 180
 
     # the token stream
 
@@ -241,7 +275,7 @@ class _Parser:
         """Counts one more level, so that deep nesting is refused long before Python's recursion limit."""
         self.depth += 1
         if self.depth > DEPTH:
-            raise UndecidedError("too deep")
+            raise TooLargeError("too deep")
 
     # the grammar, from the loosest to the tightest binding
 
@@ -270,7 +304,7 @@ class _Parser:
             return inner if sign == "+" else Binary(sign, ZERO, inner)
         # 2. factors, written with a sign or side by side
         result = self.power()
-        while (token := self.peek()) and token not in ENDS_PRODUCT:
+        while (token := self.peek()) and (token not in ENDS_PRODUCT or (token == "|" and not self.bars)):
             if token in TIMES:
                 self.take()
                 result = Binary("*", result, self.signed_power())
@@ -282,7 +316,7 @@ class _Parser:
                 result = Binary("*", result, PERCENT)
             elif token == r"\frac" and self.is_mixed_number(result):
                 result = Binary("+", result, self.power())
-            elif token[0].isdigit() or token[0] == ".":
+            elif token[0] in DIGITS or token[0] == ".":
                 raise UndecidedError("a number right after a factor")  # "12 13" is not 156
             else:
                 result = Binary("*", result, self.power())
@@ -309,6 +343,9 @@ class _Parser:
             elif self.peek() == "^":
                 self.take()
                 base = Binary("^", base, self.argument())
+            elif self.peek() == DEGREE:
+                self.take()
+                base = Binary("*", base, Binary("/", Constant("pi"), Number(Fraction(180)))) if self.in_angle else base
             elif self.peek() == "'":
                 raise UndecidedError("prime")
             else:
@@ -319,7 +356,7 @@ class _Parser:
         token = self.peek()
         if token == "{":
             return self.group("{", "}")
-        if token[:1].isdigit() and len(token) > 1:
+        if token and token[0] in DIGITS and len(token) > 1:
             self.tokens[self.place] = token[1:]
             return Number(Fraction(token[0]))
         if token == "-":
@@ -335,7 +372,7 @@ class _Parser:
 
     def atom(self) -> Expression:
         token = self.take()
-        if token[0].isdigit() or (token[0] == "." and len(token) > 1):
+        if token[0] in DIGITS or (token[0] == "." and len(token) > 1):
             return self.number(token)
         if token in ("(", "["):
             expression = self.sum()
@@ -344,10 +381,12 @@ class _Parser:
             return expression
         if token == "{":
             self.place -= 1
-            return self.group("{", "}")
+            return self.choose_symbol() or self.group("{", "}")
         if token == "|":
+            self.bars += 1
             expression = self.sum()
             self.expect("|")
+            self.bars -= 1
             return Function("abs", expression)
         if token[0] == "\\":
             return self.command(token)
@@ -355,7 +394,18 @@ class _Parser:
             return Constant(token) if token in ("i", "e") else self.variable(token)
         raise UndecidedError(token)
 
+    def choose_symbol(self) -> Expression | None:
+        r"""`{}_5C_2`, the school's way to write a binomial coefficient; None if it is something else."""
+        found = CHOOSE.match("".join(self.tokens[self.place : self.place + 14]))
+        if not found:
+            return None
+        self.place += len(split_tokens(found.group()))
+        top, bottom = (Number(Fraction(digits)) for digits in found.groups())
+        return Binomial(top, bottom)
+
     def number(self, token: str) -> Expression:
+        if len(token) > LENGTH:
+            raise TooLargeError("too many digits")
         value = Fraction(token.rstrip("."))
         if self.peek() == "_":
             self.take()
@@ -390,7 +440,7 @@ class _Parser:
         if self.peek() == "(":
             return Binary("^", self.group("(", ")"), HALF)
         # models write both "sqrt 12" and "\sqrt12" for the root of 12, where TeX would take one digit
-        if self.peek()[:1].isdigit():
+        if self.peek() and self.peek()[0] in DIGITS:
             return Binary("^", Number(Fraction(self.take().rstrip("."))), HALF)
         return Binary("^", self.argument(), HALF)
 
@@ -421,15 +471,23 @@ class _Parser:
             name, exponent = "arc" + name, None
         # 2. the argument: a bracket, or the factors up to the next sign
         self.descend()
+        outside, self.in_angle = self.in_angle, name in OF_AN_ANGLE
         if self.peek() in ("(", "{", "["):
             argument = self.atom()
+            if self.peek() == DEGREE:  # \sin(60)^\circ
+                self.take()
+                argument = Binary("*", argument, Binary("/", Constant("pi"), Number(Fraction(180))))
         else:
             argument = self.power()
             while self.peek() and (self.peek().isalpha() or self.peek() in (r"\pi", r"\theta")):
                 argument = Binary("*", argument, self.power())
+        self.in_angle = outside
         self.depth -= 1
         # 3. a logarithm with a base is a quotient of natural ones; a base of any other function is read so too
-        result: Expression = Function(name, argument)
+        result: Expression = Function("log" if name == "lg" else name, argument)
+        if name == "cis":
+            turn = Binary("*", Constant("i"), Function("sin", argument))
+            result = Binary("+", Function("cos", argument), turn)
         if base is not None:
             result = Binary("/", Function("ln", argument), Function("ln", base))
         return result if exponent is None else Binary("^", result, exponent)

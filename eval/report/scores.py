@@ -23,7 +23,10 @@ Row = Mapping[str, Any]
 def grade_rows(rows: Sequence[Row], *, benchmark: str) -> dict[str, list[Verdict]]:
     """{convention: one verdict a row}."""
     return {
-        convention: [grade(row["response"], row["gold"], benchmark=benchmark, convention=convention) for row in rows]
+        convention: [
+            grade(row["response"], row["gold"], benchmark=benchmark, convention=convention, problem=row.get("problem"))
+            for row in rows
+        ]
         for convention in CONVENTIONS
     }
 
@@ -154,9 +157,10 @@ def _score_groups(
     """{value of `field`: scores of the problems that have it}, in order of the values."""
     groups: dict[Any, list[Sequence[Verdict]]] = {}
     for problem, row in first.items():
-        if row.get(field) is not None:
-            groups.setdefault(row[field], []).append(verified[problem])
-    return {str(name): score(groups[name]) for name in sorted(groups)}
+        value = row.get(field)
+        if value is not None:  # rows may be anybody's: numbers come first, then texts
+            groups.setdefault(value if isinstance(value, int) else str(value), []).append(verified[problem])
+    return {str(name): score(groups[name]) for name in sorted(groups, key=lambda name: (isinstance(name, str), name))}
 
 
 def _pass_at_powers_of_two(verified: Mapping[str, Sequence[Verdict]], samples: int) -> dict[str, float]:

@@ -3,7 +3,8 @@
 import os
 import sys
 
-from matrix_llm.base.errors import scrub
+from matrix_llm.base.secrets import scrub
+from matrix_llm.base.text import visible
 
 
 def is_first_process() -> bool:
@@ -17,15 +18,18 @@ def command_name(otherwise: str) -> str:
 
 
 def say(text: str) -> None:
-    """Print on the first process only."""
+    """Print on the first process only, without secrets and control characters, which data may hold."""
     if is_first_process():
-        print(text, flush=True)
+        print(visible(scrub(text)), flush=True)
 
 
 def fail(message: str, status: int) -> int:
-    """Print `error: message` on stderr, without Hub tokens, and return `status` for the caller to exit with.
+    """Print `error: message` on stderr as one line, and return `status` for the caller to exit with.
+
+    It shows no token, and no control character that data or a file name brought in.
 
     >>> sys.exit(fail("max_steps='ten' is not a number.", 2))  # doctest: +SKIP
     """
-    print(f"error: {scrub(message)}", file=sys.stderr, flush=True)
+    line = " ".join(filter(None, (each.strip() for each in scrub(message).splitlines())))
+    print(f"error: {visible(line)}", file=sys.stderr, flush=True)
     return status

@@ -1,11 +1,11 @@
-"""One family for every error that a user can correct, and the removal of secrets from printed text.
+"""One family for every error that a user can correct.
 
 The message is one line: the setting or place, the value found, the reason, and how to fix it. Commands print that line
 and exit with status 2, or 1 once training has begun. Any other exception is a bug in this package and keeps its
 traceback.
 """
 
-import re
+from matrix_llm.base.secrets import scrub as scrub  # whoever words an error may have to
 
 
 class MatrixLLMError(Exception):
@@ -40,6 +40,10 @@ class EvalError(MatrixLLMError, ValueError):
     """An evaluation that cannot start or continue."""
 
 
+class LimitError(MatrixLLMError, RuntimeError):
+    """Something that came with other people's files, such as a chat template, takes too much time or memory."""
+
+
 class CheckpointError(MatrixLLMError, RuntimeError):
     """A checkpoint that could not be written, read or consolidated."""
 
@@ -67,17 +71,3 @@ def one_line(error: BaseException) -> str:
     ("no such key: 'a'", 'KeyError')
     """
     return (" ".join(str(error).split()) or type(error).__name__).removesuffix(".")
-
-
-SECRET = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{16,}")
-
-
-def scrub(text: str, *tokens: str | None) -> str:
-    """`text` with the given tokens, and anything that looks like a Hub token, masked.
-
-    >>> scrub("Bearer hf_abcdefghijklmnopqrstuvwxyz")
-    'Bearer hf_***'
-    """
-    for token in filter(None, tokens):
-        text = text.replace(token, "***")
-    return SECRET.sub(r"\1_***", text)

@@ -18,7 +18,8 @@ from typing import Any
 import yaml
 
 from matrix_llm.base.console import say
-from matrix_llm.base.errors import RecipeError
+from matrix_llm.base.errors import RecipeError, one_line
+from matrix_llm.base.safe_yaml import UnboundedError, check_size, check_text
 from matrix_llm.base.values import YamlLoader, alternatives, check_value, nearest, type_name
 
 COMMAND_LINE = "on the command line"
@@ -147,12 +148,14 @@ def _parse_yaml(path: Path) -> list[tuple[int, Any, Any]]:
     # 1. The root node, which knows its line numbers, and the value it represents
     text = _read_text(path)
     try:
+        check_text(text)
         loader = _StrictLoader(text)
         loader.name = str(path)
         root = loader.get_single_node()
+        check_size(root)
         values = loader.construct_document(root) if root is not None else None
-        if _holds_itself(values):
-            raise RecipeError(f"{path}: a value holds itself. Write it without an alias.")
+    except UnboundedError as error:
+        raise RecipeError(f"{path}: {error}.") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         code = f"U+{ord(text[error.position]):04X}"
@@ -163,18 +166,16 @@ def _parse_yaml(path: Path) -> list[tuple[int, Any, Any]]:
         raise RecipeError(f"{place}: this is not YAML: {error.problem or error.context}.") from None
     except RecursionError:
         raise RecipeError(f"{path}: a value is nested too deeply. Write fewer brackets.") from None
+    except RecipeError:
+        raise
+    except ValueError as error:  # of a number or a tag that spells none
+        raise RecipeError(f"{path}: this is not YAML: {one_line(error)}.") from None
 
     # 2. Both must be one mapping
     if not isinstance(root, yaml.MappingNode) or not isinstance(values, dict):
         found = "is empty" if values is None else f"holds {type_name(type(values))}"
         raise RecipeError(f"{path} {found}, but a recipe is one flat mapping: write one `key: value` on each line.")
     return [(_line(node), *entry) for (node, _), entry in zip(root.value, values.items(), strict=True)]
-
-
-def _holds_itself(value: Any, outer: tuple[int, ...] = ()) -> bool:
-    """Whether a list or mapping holds itself, by an alias: {a: &x [*x]}."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return id(value) in outer or any(_holds_itself(each, (*outer, id(value))) for each in inner)
 
 
 def _read_text(path: Path) -> str:

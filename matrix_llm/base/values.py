@@ -24,6 +24,7 @@ import numpy as np
 import yaml
 
 from matrix_llm.base.errors import RecipeError
+from matrix_llm.base.safe_yaml import read_yaml
 
 # ------------------------------------------------------------------------------------------------ ranges and choices
 
@@ -179,7 +180,7 @@ def read_numbers(value: Any) -> Any:
         return [read_numbers(each) for each in value]
     if not isinstance(value, str):
         return value
-    number = yaml.load(value, YamlLoader) if re.fullmatch(r"[-+.\deE]+", value.strip()) else None
+    number = read_yaml(value, YamlLoader) if re.fullmatch(r"[-+.\deE]+", value.strip()) else None
     return number if type(number) in (int, float) else value
 
 
@@ -226,7 +227,7 @@ def _parse_word(word: str, cls: Any, text_allowed: bool) -> Any:
         return [part.strip() for part in word.split(",")]  # --lora_target_modules q_proj,v_proj
     if cls is type(None) and word.lower() == "none" and not text_allowed:
         return None
-    return yaml.load(word, YamlLoader)
+    return read_yaml(word, YamlLoader)
 
 
 def _convert(value: Any, kind: Any, from_text: bool, text_allowed: bool) -> Any:
@@ -235,7 +236,7 @@ def _convert(value: Any, kind: Any, from_text: bool, text_allowed: bool) -> Any:
     if from_text and cls in (bool, dict, list, tuple, type(None)):
         value = _parse_word(value, cls, text_allowed)
     if cls is dict and isinstance(value, str) and value.lstrip().startswith("{"):
-        value = yaml.load(value, YamlLoader)  # a mapping in quotes
+        value = read_yaml(value, YamlLoader)  # a mapping in quotes
     # YAML 1.1 reads 2e-5 as text, so text that spells a number is accepted where a number is wanted.
     if cls is int and isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value):
         return int(value)

@@ -8,7 +8,8 @@
 The key covers the bytes of the rows' files, the tokenizer, the settings, the versions of the libraries, and the code of
 this package that decides how rows become tokens: change any of them, and the key changes. A folder is built under a
 temporary name and renamed when it is complete, so a killed run leaves nothing that a later one could mistake for
-data, and two runs that build the same folder do not disturb each other. Folders can be deleted safely between runs.
+data, and two runs that build the same folder do not disturb each other. What it leaves is removed by the next run that
+builds something: the lock on it has no holder any more. Folders can be deleted safely between runs.
 """
 
 import contextlib
@@ -28,10 +29,15 @@ import datasets
 
 from matrix_llm.base.errors import DataError
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 LIBRARIES = ("datasets", "tokenizers", "transformers", "trl")  # their versions are read without importing them
 CODE = ("data/*.py", "model/tokenizer.py")  # this room, and the code that trains and loads tokenizers
 BUILDING = ".building-"
-ABANDONED = 24 * 3600  # seconds after which an unfinished folder is assumed to belong to a killed run
+ABANDONED = 24 * 3600  # seconds; where there are no locks, an older unfinished folder counts as a killed run's
 # Names, paths and leftovers of the last call: none of these affects the tokens of a row
 IRRELEVANT = {
     "tokenizer_config.json": ("name_or_path", "tokenizer_file"),
@@ -101,8 +107,9 @@ def cached_folder(root: Path, name: str, build: Callable[[Path], None]) -> Path:
         return final
     _remove_abandoned(root)
     building: str | None = None
+    lock: int | None = None
     try:
-        building = tempfile.mkdtemp(prefix=BUILDING, dir=root)
+        building, lock = _start_building(root)
         build(Path(building))
         os.chmod(building, 0o755)  # mkdtemp makes folders private
         try:
@@ -118,14 +125,44 @@ def cached_folder(root: Path, name: str, build: Callable[[Path], None]) -> Path:
     finally:
         if building is not None:
             shutil.rmtree(building, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
     return final
 
 
+def _start_building(root: Path) -> tuple[str, int | None]:
+    """A new folder, and the lock on it that its builder holds until it ends, however it ends."""
+    while True:
+        building = tempfile.mkdtemp(prefix=BUILDING, dir=root)
+        lock = _lock(building)
+        if os.path.isdir(building):
+            return building, lock
+        if lock is not None:  # another process took the new folder for an abandoned one before it was locked
+            os.close(lock)
+
+
+def _lock(folder: str | Path) -> int | None:
+    """A handle that holds the lock of a folder; None where another process does, or the file system has no locks."""
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle
+    except OSError:
+        os.close(handle)
+        return None
+
+
 def _remove_abandoned(root: Path) -> None:
+    """Remove unfinished folders whose builder is gone: nobody holds their lock, or they are a day old."""
     for path in root.glob(f"{BUILDING}*"):
         with contextlib.suppress(FileNotFoundError):  # its builder has just finished and renamed it
-            if time.time() - path.stat().st_mtime > ABANDONED:
+            lock = _lock(path)
+            if lock is not None or time.time() - path.stat().st_mtime > ABANDONED:
                 shutil.rmtree(path, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
 
 
 def open_arrow(folder: Path, name: str) -> datasets.Dataset:

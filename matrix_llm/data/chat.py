@@ -19,12 +19,15 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from matrix_llm.base.errors import DataError, one_line
+from matrix_llm.base.errors import DataError, LimitError, one_line
+from matrix_llm.base.limits import limited
 
 # What a template may raise on a row that it was not written for
 TEMPLATE_FAILURES = (
     TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError
 )  # fmt: skip
+TEMPLATE = "the tokenizer's chat template (chat_template_path)"
+LONGEST_TEXT = 2**24  # characters of one conversation
 EMPTY_THINKING = re.compile(r"\s*(?:<think>)?\s*</think>\s*")
 
 
@@ -81,7 +84,8 @@ class ChatLayout:
         if self.is_marked:
             return
         try:
-            self.template = get_training_chat_template(self.tokenizer) or self.own_template
+            with limited(TEMPLATE):  # TRL tries the template
+                self.template = get_training_chat_template(self.tokenizer) or self.own_template
             self.is_marked = True
         except TEMPLATE_FAILURES as error:
             if not self.is_exact and not self._has_prompt():
@@ -313,14 +317,16 @@ class ChatLayout:
         """The text of the messages, and where the template's marks are."""
         from transformers.utils.chat_template_utils import render_jinja_template  # some versions load torch
 
-        rendered: Any = render_jinja_template(  # annotated as a text, but it is a pair of lists
-            conversations=[list(messages)],
-            chat_template=template or self._template_for(options.get("tools")),
-            return_assistant_tokens_mask=self.is_marked and template is None,
-            add_generation_prompt=add_generation_prompt,
-            **{**self.tokenizer.special_tokens_map, **options},
-        )
+        with limited(TEMPLATE):
+            rendered: Any = render_jinja_template(  # annotated as a text, but it is a pair of lists
+                conversations=[list(messages)],
+                chat_template=template or self._template_for(options.get("tools")),
+                return_assistant_tokens_mask=self.is_marked and template is None,
+                add_generation_prompt=add_generation_prompt,
+                **{**self.tokenizer.special_tokens_map, **options},
+            )
         texts, blocks = rendered
+        check_length(texts[0])
         return texts[0], [block for block in blocks[0] if block[0] < block[1]] if blocks else []
 
     def _template_for(self, tools: list[dict[str, Any]] | None, *, patched: bool = True) -> str:
@@ -332,9 +338,22 @@ class ChatLayout:
 
 def prompt_text(tokenizer: Any, question: str) -> str:
     """The text from which a model answers a question, by the tokenizer's chat template."""
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-    )
+    with limited(TEMPLATE):
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+    return check_length(text)
+
+
+def check_length(text: str) -> str:
+    """`text`, unless a template has made more of it than could be tokenised.
+
+    Raises:
+        LimitError: it is longer than any conversation.
+    """
+    if len(text) > LONGEST_TEXT:
+        raise LimitError(f"{TEMPLATE} writes {len(text):,} characters for one conversation. Use another one.")
+    return text
 
 
 def _cut(text: str, spans: list[tuple[int, int]]) -> list[Segment]:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from matrix_llm.base.errors import DataError
+from matrix_llm.base.safe_yaml import read_yaml
 from matrix_llm.base.values import nearest
 from matrix_llm.data.formats import KNOWN, SUFFIXES, UNREADABLE, suffix_of
 
@@ -230,7 +231,7 @@ def _card_configs(folder: Path) -> list[dict[str, Any]]:
         return []
     found = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", card.read_text("utf-8", errors="replace"), re.DOTALL)
     try:
-        header = yaml.safe_load(found[1]) if found else None
+        header = read_yaml(found[1]) if found else None
     except yaml.YAMLError:
         return []
     configs = header.get("configs") if isinstance(header, dict) else None

@@ -26,6 +26,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from matrix_llm.base.errors import RecipeError, one_line
 from matrix_llm.base.values import nearest
+from matrix_llm.base.weights import check_weights
 from matrix_llm.config import ModelArguments
 from matrix_llm.model.adapters import quantisation_options
 from matrix_llm.model.pretrained import load_pretrained, load_pretrained_config
@@ -61,6 +62,7 @@ def load_model(
 
     Raises:
         RecipeError: no such model, a model_config that does not fit, tokens without an embedding.
+        ModelError: weights that are not those of the model: a tensor missing, unexpected or not finite.
     """
     # 1. options
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
@@ -78,11 +80,14 @@ def load_model(
     else:
         options |= quantisation_options(args)
         options |= {"revision": args.model_revision, "trust_remote_code": trust_remote_code}
+        options["output_loading_info"] = True
         if read is not None:
             options["config"] = load_pretrained_config(args, trust_remote_code, read)
-        model = load_pretrained(
+        model, info = load_pretrained(
             "model_name_or_path", args.model_name_or_path, AutoModelForCausalLM.from_pretrained, **options
         )
+        for sentence in check_weights(model, info, f"model_name_or_path={args.model_name_or_path!r}"):
+            logger.warning(sentence)
         set_seed(seed)  # for the adapters, which are drawn before Trainer sets its seed
 
     # 3. model and tokenizer together. The attribute, not the weight: that one is empty here under ZeRO-3.

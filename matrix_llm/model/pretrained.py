@@ -6,6 +6,8 @@ import copy
 import os
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig
 
 from matrix_llm.base.errors import RecipeError
@@ -29,7 +31,15 @@ def load_pretrained(key: str, name: str | None, loader: Any, **options: Any) -> 
         raise RecipeError(f"{key}={name!r}: no folder at {os.path.abspath(path)}. Correct the path.")
     try:
         return loader(path if os.path.isdir(path) else name, **options)
-    except (OSError, ValueError, KeyError) as error:  # the Hub client's errors are OSErrors
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        # The Hub client's errors are OSErrors; the others are what files that do not fit together raise
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        if "trust_remote_code" in str(error):
+            raise RecipeError(
+                f"{key}={name!r} comes with Python code of its own, which is not run unless that is asked for. Read "
+                "the code, then set trust_remote_code to true (--trust_remote_code)."
+            ) from error
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         cannot = "is a folder that cannot be read" if os.path.isdir(path) else "is neither a folder nor on the Hub"
         raise RecipeError(

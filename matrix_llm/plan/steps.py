@@ -11,6 +11,7 @@ from itertools import groupby
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from matrix_llm.base.text import quoted_lines
 from matrix_llm.config import MatrixConfig, Recipe
 from matrix_llm.data.selection import DataReport
 from matrix_llm.data.tokens import IGNORED
@@ -132,5 +133,5 @@ def masked_sample(row: dict, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     pairs = zip(row["input_ids"], row["labels"], strict=True)
     for is_masked, run in groupby(pairs, key=lambda pair: pair[1] == IGNORED):
         mark = "masked " if is_masked else "TRAINED"
-        lines.append(f"{mark}| {tokenizer.decode([token for token, _ in run])}")
+        lines.append(f"{mark}| {quoted_lines(str(tokenizer.decode([token for token, _ in run])))}")
     return lines

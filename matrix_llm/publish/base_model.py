@@ -7,14 +7,15 @@ one machine says nothing to anybody else.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard
 
+from matrix_llm.base.safe_yaml import LONGEST, read_yaml
 from matrix_llm.publish.finished_run import CARD
 
 RECORD = "fetched.json"  # what `matrix-llm fetch` writes, last of all
@@ -52,12 +53,17 @@ def find_base_model(given: str | None) -> BaseModel:
 def licence_in(folder: Path) -> str | None:
     """The licence that a folder's README.md states."""
     card = folder / CARD
-    if not card.is_file():
-        return None
     try:
-        return ModelCard.load(card, ignore_metadata_errors=True).data.license
+        if not card.is_file() or card.stat().st_size > LONGEST:
+            return None
+        header = re.match(
+            r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", card.read_text(encoding="utf-8"), re.DOTALL
+        )
+        found = read_yaml(header[1]) if header else None
     except (OSError, ValueError, yaml.YAMLError):  # a file or front matter that cannot be read states nothing
         return None
+    licence = found.get("license") if isinstance(found, dict) else None
+    return licence if isinstance(licence, str) else None
 
 
 def _read_record(folder: Path) -> Mapping[str, Any]:

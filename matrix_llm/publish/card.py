@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from matrix_llm.base.errors import RecipeError
+from matrix_llm.base.errors import RecipeError, one_line
 from matrix_llm.base.files import read_jsonl, write_text
 from matrix_llm.config import Recipe
 from matrix_llm.data.entries import names_of
@@ -278,17 +278,23 @@ def card_of(run: Path, settings: RunSettings, licence: str | None, base_model: s
     licence = licence or licence_in(run)
     entries, results, evaluations = read_jsonl(run / METRICS), read_json(run / RESULTS), read_evaluations(run)
     base = settings.model_name_or_path
-    card = model_card(
-        settings,
-        entries,
-        results,
-        evaluations,
-        before=read_evaluations(Path(base)) if base and evaluations else [],  # of a folder: eval/ writes into it
-        diagnosis=read_diagnosis(run),
-        licence=licence,
-        base_model=base_model,
-    )
-    return str(card)
+    try:
+        card = model_card(
+            settings,
+            entries,
+            results,
+            evaluations,
+            before=read_evaluations(Path(base)) if base and evaluations else [],  # of a folder: eval/ writes into it
+            diagnosis=read_diagnosis(run),
+            licence=licence,
+            base_model=base_model,
+        )
+        return str(card)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise RecipeError(
+            f"{run / RESULTS} does not hold what train.py writes ({one_line(error)}). Restore it, or train the run "
+            "again."
+        ) from error
 
 
 def write_card(run: Path, *, licence: str | None = None, base_model: str | None = None) -> Path:

@@ -7,14 +7,15 @@ access token.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from matrix_llm.base.errors import RecipeError, scrub
+from matrix_llm.base.errors import RecipeError
+from matrix_llm.base.secrets import file_holds_secret, holds_secret
 from matrix_llm.publish.finished_run import (
+    CARD,
     PROCESSOR,
     RECIPE,
     RESULTS,
@@ -22,6 +23,7 @@ from matrix_llm.publish.finished_run import (
     is_image_run,
     read_json,
     read_settings,
+    recipe_yaml,
 )
 from matrix_llm.publish.names import check_repository_name, is_hub_name
 from matrix_llm.run.metrics import METRICS, PLOT
@@ -64,36 +66,63 @@ def check_run(run: Path, token: str | None = None, *, base_model: str | None = N
         RecipeError: not a finished run, weights that cannot be loaded, no tokenizer, an adapter whose base model nobody
             else could load, or a token in a file that would be sent.
     """
-    # 1. complete: results, weights, tokenizer
+    # 1. nothing is read through a link that leads out of the run
+    check_inside(run, *(run / name for name in (RECIPE, RESULTS, CARD)))
+
+    # 2. complete: results, weights, tokenizer
     settings, weights = read_settings(run), check_weights(run)
     if not (run / "tokenizer_config.json").is_file() and not is_image_run(run):
         raise RecipeError(
             f"{str(run)!r} has no tokenizer_config.json. Save the tokenizer next to the weights, then push."
         )
 
-    # 2. loadable by others: an adapter needs a base model that is on the Hub
+    # 3. loadable by others: an adapter needs a base model that is on the Hub
     if base_model is not None:
         check_repository_name(base_model, "--base-model")
     base = base_model or settings.model_name_or_path
     if weights[0].name.startswith("adapter") and not is_hub_name(base):
         raise RecipeError(f"the adapter's base model {base!r} is not on the Hub. Name it with --base-model user/name.")
 
-    # 3. no secrets
+    # 4. no file from elsewhere, and no secrets
     others = sorted({file for pattern in SENT for file in run.glob(pattern) if file.is_file()} - set(weights))
-    for file in [*others, run / RECIPE]:
-        text = file.read_text(encoding="utf-8", errors="ignore")
-        if file.name == RECIPE:
-            text = re.sub(r"(?m)^hub_token:.*$", "", text)  # this key is left out of what is sent
-        check_secrets(file, text, token)
+    check_inside(run, *weights, *others)
+    for file in (*weights, *others):
+        if file_holds_secret(file, token):
+            raise _secret_in(file)
+    check_secrets(run / RECIPE, recipe_yaml(settings.given), token)  # as it is sent: without hub_token
     return settings, [*weights, *others]
 
 
+def check_inside(run: Path, *files: Path) -> None:
+    """Refuse files that are links, or stand in a folder that is one, to a place outside the run: they are not its own.
+
+    Raises:
+        RecipeError: names the file and where it leads.
+    """
+    root = run.resolve()
+    for file in files:
+        try:
+            there = file.resolve()
+        except (OSError, RuntimeError):  # a link that leads to itself
+            raise RecipeError(f"{file} is a link that leads nowhere. Remove it, then push.") from None
+        if not there.is_relative_to(root):
+            raise RecipeError(
+                f"{file} leads to {there}, outside the run. A push sends the run's own files only: remove the link, or "
+                "copy what it leads to."
+            )
+
+
 def check_secrets(file: Path, text: str, token: str | None) -> None:
-    """Refuse `text`, the content of `file`, where it holds `token` or anything that looks like a token of the Hub."""
-    if scrub(text, token) != text:
-        raise RecipeError(
-            f"{file} holds an access token. Remove it there, revoke it if others could read the file, then push."
-        )
+    """Refuse `text`, the content of `file`, where it holds `token` or anything that looks like a token or password."""
+    if holds_secret(text, token):
+        raise _secret_in(file)
+
+
+def _secret_in(file: Path) -> RecipeError:
+    return RecipeError(
+        f"{file} holds an access token or a password. Remove it there, revoke it if others could read the file, then "
+        "push."
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ weights
@@ -130,7 +159,12 @@ def _check_adapter(run: Path, adapter: Path) -> list[Path]:
 
 
 def _check_sharded_model(run: Path, index: Path) -> list[Path]:
-    listed = read_json(index).get("weight_map", {})
+    content = read_json(index)
+    listed = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise RecipeError(f"{index} has no weight_map of file names. Save the weights again.")
+    if strange := sorted({name for name in listed.values() if Path(name).name != name}):
+        raise RecipeError(f"{index} lists {strange[0]!r}, which is not the name of a file of the run. Save them again.")
     shards = sorted({run / name for name in listed.values()})
     if gone := [shard.name for shard in shards if not shard.is_file()]:
         raise RecipeError(f"{index} lists {', '.join(gone)}, but there is no such file. Save the weights again.")

@@ -102,15 +102,16 @@ class HubClient:
             raise PushError(
                 f"{name}={value} forbids network access, so nothing can be pushed. Unset it. {self.way_out}"
             )
-        answer = self.request(self.api.whoami)
-        user, role = answer["name"], answer.get("auth", {}).get("accessToken", {}).get("role")
+        user, role, organisations = _read_whoami(self.request(self.api.whoami))
+        if user is None:
+            raise PushError(f"{self.endpoint} does not say whose token this is. {self.way_out}")
         if role == "read":
             raise PushError(
                 f"the token of {user!r} can only read. Make one with write access at {self.endpoint}/settings/tokens."
             )
         # A fine-grained token is not checked further: it may not list every organisation that it can write to.
         if role == "write" and "/" in self.repo:
-            owners = [user, *(organisation["name"] for organisation in answer.get("orgs", []))]
+            owners = [user, *organisations]
             if self.repo.split("/")[0].lower() not in map(str.lower, owners):
                 raise PushError(
                     f"the token of {user!r} cannot write to {self.repo!r}. Push to one of {' or '.join(owners)}."
@@ -165,6 +166,21 @@ def scrub_logs(secrets: list[str | None]) -> Iterator[None]:
     finally:
         for handler in handlers:
             handler.removeFilter(scrub_record)
+
+
+def _read_whoami(answer: Any) -> tuple[str | None, str | None, list[str]]:
+    """The user's name, the token's role and the organisations' names, as far as the Hub, or a proxy, says them."""
+
+    def inside(value: Any, *keys: str) -> Any:
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    name, role = inside(answer, "name"), inside(answer, "auth", "accessToken", "role")
+    listed = inside(answer, "orgs")
+    organisations = [inside(each, "name") for each in listed] if isinstance(listed, list) else []
+    texts = [each for each in organisations if isinstance(each, str)]
+    return (name if isinstance(name, str) and name else None, role if isinstance(role, str) else None, texts)
 
 
 # -------------------------------------------------------------------------------------------------- reading an error

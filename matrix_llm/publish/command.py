@@ -7,11 +7,10 @@ python -m matrix_llm.hub push runs/x --repo user/name   # private unless --publi
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import NoReturn
 
-from matrix_llm.base.console import command_name
+from matrix_llm.base.console import command_name, fail
 from matrix_llm.base.errors import MatrixLLMError, PushError, scrub
 
 
@@ -65,6 +64,6 @@ def main(arguments: list[str] | None = None) -> int:
         if address:
             print(f"=> {address}")
     except (MatrixLLMError, OSError) as error:  # OSError: a file of the run that cannot be read or written
-        print(f"error: {scrub(str(error), getattr(options, 'token', None))}", file=sys.stderr)
-        return 1 if isinstance(error, PushError) else 2
+        message = scrub(str(error), getattr(options, "token", None))
+        return fail(message, 1 if isinstance(error, PushError) else 2)
     return 0

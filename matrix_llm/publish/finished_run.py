@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,9 @@ from typing import Any
 import yaml
 
 from matrix_llm.base.errors import RecipeError
+from matrix_llm.base.files import parse_json
+from matrix_llm.base.safe_yaml import read_yaml
+from matrix_llm.base.text import visible
 from matrix_llm.config import DataArguments, MatrixConfig, ModelArguments, Recipe
 from matrix_llm.run.run_folder import DIAGNOSIS
 
@@ -140,7 +143,7 @@ def read_json(path: Path) -> Any:
         RecipeError: it is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8
         raise RecipeError(f"{path} is not JSON: {error}. Restore the file, or train the run again.") from None
 
@@ -155,7 +158,7 @@ def read_settings(run: Path) -> RunSettings:
         if not (run / name).is_file():
             raise RecipeError(f"{str(run)!r} has no {name}, so it is not a finished run. Give the output_dir of one.")
     try:
-        given = yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))
+        given = read_yaml((run / RECIPE).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         given = None
     if not isinstance(given, dict):
@@ -163,13 +166,52 @@ def read_settings(run: Path) -> RunSettings:
             f"{run / RECIPE} is not a YAML mapping of settings. Restore the file, or train the run again."
         )
     known = {name: given.get(name, default) for name, default in DEFAULTS.items()}
+    _check_known(known, run / RECIPE)
     return RunSettings(title=run.resolve().name, given=given, **known)
+
+
+def _check_known(known: dict[str, Any], path: Path) -> None:
+    """Refuse settings of another type than train.py takes: a stored recipe may be anybody's."""
+    numbers, texts = ("mce_weight", "mce_warmup_steps", "mce_order"), ("mce_solver",)
+    for name, value in known.items():
+        is_right = True
+        if name in numbers:
+            is_right = type(value) in (int, float) and math.isfinite(value)
+        elif name in texts:
+            is_right = isinstance(value, str)
+        elif name == "use_peft":
+            is_right = isinstance(value, bool)
+        elif name == "model_name_or_path":
+            is_right = value is None or isinstance(value, str)
+        elif name == "dataset":
+            is_right = isinstance(value, (str, dict, list, type(None)))
+        if not is_right:
+            raise RecipeError(
+                f"{path}: {name} is of the type {type(value).__name__}, which no run has. Restore the file."
+            )
 
 
 def recipe_yaml(settings: Mapping[str, Any]) -> str:
     """Settings as recipe.yaml may be published: without the access token."""
     public = {key: value for key, value in settings.items() if key != "hub_token"}
-    return yaml.safe_dump(public, sort_keys=False, allow_unicode=True)
+    text = yaml.dump(public, Dumper=_PublicDumper, sort_keys=False, allow_unicode=True)
+    return "".join(f"\\U{ord(letter):08X}" if _needs_escape(letter) else letter for letter in text)
+
+
+class _PublicDumper(yaml.SafeDumper):
+    """Puts a text in double quotes, where escapes can be written, if a card could not show it as it is."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if any(map(_needs_escape, data)) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_PublicDumper.add_representer(str, _PublicDumper.represent_str)
+
+
+def _needs_escape(letter: str) -> bool:
+    """Whether a letter is invisible or turns the reading direction, or could end the code block of a card."""
+    return letter in "`~" or (letter not in "\n\t" and visible(letter) != letter)
 
 
 def is_image_run(run: Path) -> bool:
@@ -190,7 +232,13 @@ def read_evaluations(run: Path) -> list[Evaluation]:
             continue  # e.g. the settings that eval/ stores next to each result
         try:
             found.append(_parse_evaluation(content))
-        except (ValueError, KeyError, TypeError, AttributeError):  # a field is missing, or of another type
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+        ):  # a field is missing, or of another type
             raise RecipeError(
                 f"{path} is not a result file of eval/. Remove it, or regrade it with eval/regrade.py."
             ) from None
@@ -236,10 +284,8 @@ def _parse_evaluation(content: dict[str, Any]) -> Evaluation:
         for convention, each in content["scores"].items()
     }
     settings = content.get("settings", {})
-    return Evaluation(
-        name=content["name"],
-        scores=scores,
-        is_complete=not content.get("limit"),
-        prompt=settings.get("prompt", ""),
-        engine=settings.get("engine", ""),
-    )
+    words = (content["name"], *scores, prompt := settings.get("prompt", ""), engine := settings.get("engine", ""))
+    shares = [share for each in scores.values() for share in (each.accuracy, each.low, each.high)]
+    if not all(isinstance(word, str) for word in words) or not all(0 <= share <= 1 for share in shares):
+        raise ValueError
+    return Evaluation(content["name"], scores, not content.get("limit"), prompt, engine)

@@ -16,10 +16,13 @@ from typing import Any
 
 import jinja2
 
+from matrix_llm.base.text import visible
+
 
 def text(value: Any) -> str:
     """Plain words in a sentence, a heading or a table cell: on one line, with Markdown's own characters escaped."""
-    return re.sub(r"([\\`*|<\[])", r"\\\1", _one_line(value))
+    escaped = re.sub(r"([\\`*|<\[@&~])", r"\\\1", _one_line(value))
+    return re.sub(r"(?i)(:)(?=//)|(?<=\bwww)(\.)", r"\\\1\2", escaped)  # addresses would become links of their own
 
 
 def code(value: Any) -> str:
@@ -47,7 +50,7 @@ def percent(share: float) -> str:
 
 
 def _one_line(value: Any) -> str:
-    return " ".join(str(value).split())
+    return visible(" ".join(str(value).split()))
 
 
 def _longer_than_any_ticks_in(value: str, at_least: int) -> str:

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from matrix_llm.base.errors import ModelError, RecipeError, one_line
 from matrix_llm.base.files import write_text
 from matrix_llm.base.modes import evaluation_mode
+from matrix_llm.base.weights import adapter_gaps, check_weights
 from matrix_llm.checks.machine import require
 from matrix_llm.model.adapters import WEIGHTS
 from matrix_llm.model.load import repair_generation_settings, set_special_ids
@@ -33,7 +34,9 @@ from matrix_llm.model.older_readers import add_older_names
 from matrix_llm.model.pretrained import load_pretrained
 from matrix_llm.model.tokenizer import check_vocabulary
 from matrix_llm.publish.card import card_of
+from matrix_llm.publish.checks import check_inside
 from matrix_llm.publish.finished_run import read_json, read_settings
+from matrix_llm.publish.markdown import text
 from matrix_llm.publish.names import is_hub_name
 from matrix_llm.run.failures import cannot_write, why_not_written
 from matrix_llm.run.run_folder import CARD, PLOT, RECIPE, RESULTS
@@ -61,13 +64,21 @@ class Adapter:
     """"load_in_4bit" or "load_in_8bit" if the run's recipe says that the base was quantised."""
 
 
-def merge(run: str, out: Path, *, dtype: str | None = None, base_model: str | None = None) -> str:
+def merge(
+    run: str,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    base_model: str | None = None,
+    trust_remote_code: bool = False,
+) -> str:
     """Merge the adapter of `run` into its base, and write the complete model to `out`.
 
     Args:
         run: a run's folder, another folder with an adapter, or a name on the Hub.
         dtype: of the weights, e.g. "bfloat16"; None: the base's own.
         base_model: the base, instead of the one that the adapter names.
+        trust_remote_code: run the Python code that came with the base.
 
     Returns:
         What was merged into what, in which dtype: the line on the card.
@@ -81,11 +92,16 @@ def merge(run: str, out: Path, *, dtype: str | None = None, base_model: str | No
     require("peft", "merging an adapter")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecipeError(f"{str(out)!r} exists and is not an empty folder. Give another place.")
-    adapter = find_adapter(run, base_model)
-    tokenizer = _load_tokenizer(adapter)
+    adapter = find_adapter(run, base_model, trust_remote_code=trust_remote_code)
+    tokenizer = _load_tokenizer(adapter, trust_remote_code)
 
     # 2. one model
-    merged = load_merged(adapter, tokenizer, dtype="auto" if dtype is None else getattr(torch, dtype))
+    merged = load_merged(
+        adapter,
+        tokenizer,
+        dtype="auto" if dtype is None else getattr(torch, dtype),
+        trust_remote_code=trust_remote_code,
+    )
     repair_generation_settings(merged)
 
     # 3. its files
@@ -94,23 +110,33 @@ def merge(run: str, out: Path, *, dtype: str | None = None, base_model: str | No
     return line
 
 
-def load_merged(adapter: Adapter, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype | str) -> PreTrainedModel:
+def load_merged(
+    adapter: Adapter,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype | str,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
     """The base with the adapter added to its weights, and the tokenizer's special ids.
 
     Args:
         dtype: of the weights; "auto": the base's own.
+        trust_remote_code: whether the base's own code may run.
 
     Raises:
         RecipeError: no base, or tokens beyond its embeddings.
         ModelError: the adapter does not fit the base, or the merged model is not the one that was trained.
     """
-    model = load_pretrained(
+    model, info = load_pretrained(
         "the base model",
         adapter.base,
         AutoModelForCausalLM.from_pretrained,
+        output_loading_info=True,
         revision=adapter.revision,
+        trust_remote_code=trust_remote_code,
         dtype=dtype,
     )
+    check_weights(model, info, f"the base model {adapter.base!r}")
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
     adapted = _put_on(model, adapter)
     expected = _few_logits(adapted)
@@ -123,7 +149,7 @@ def load_merged(adapter: Adapter, tokenizer: PreTrainedTokenizerBase, *, dtype: 
 # --------------------------------------------------------------------------------------------------- what to merge
 
 
-def find_adapter(run: str, base_model: str | None = None) -> Adapter:
+def find_adapter(run: str, base_model: str | None = None, *, trust_remote_code: bool = False) -> Adapter:
     """The adapter in a folder or on the Hub, and its base; no weights are read.
 
     Raises:
@@ -156,7 +182,8 @@ def find_adapter(run: str, base_model: str | None = None) -> Adapter:
         base = str(folder / base)  # relative to the adapter
     if not Path(base).expanduser().is_dir() and not is_hub_name(base):
         raise RecipeError(f"the base model {base!r} of {run!r} is not there. Name it with --base-model.")
-    config = load_pretrained("the base model", base, AutoConfig.from_pretrained, revision=revision)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = load_pretrained("the base model", base, AutoConfig.from_pretrained, **options)
     if getattr(config, "quantization_config", None) is not None:
         raise RecipeError(
             f"the base model {base!r} is stored quantised, so adding to its weights would round the adapter away. Name "
@@ -199,10 +226,12 @@ def _quantised_by(folder: Path) -> str | None:
     return next((key for key in ("load_in_4bit", "load_in_8bit") if f"{key}: true" in lines), None)
 
 
-def _load_tokenizer(adapter: Adapter) -> PreTrainedTokenizerBase:
+def _load_tokenizer(adapter: Adapter, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if (adapter.folder / "tokenizer_config.json").is_file():
-        return load_pretrained("the adapter's tokenizer", str(adapter.folder), AutoTokenizer.from_pretrained)
-    return load_pretrained("the base model", adapter.base, AutoTokenizer.from_pretrained, revision=adapter.revision)
+        return load_pretrained("the adapter's tokenizer", str(adapter.folder), AutoTokenizer.from_pretrained, **options)
+    options["revision"] = adapter.revision
+    return load_pretrained("the base model", adapter.base, AutoTokenizer.from_pretrained, **options)
 
 
 # ------------------------------------------------------------------------------------------------------ the weights
@@ -210,23 +239,20 @@ def _load_tokenizer(adapter: Adapter) -> PreTrainedTokenizerBase:
 
 def _put_on(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
     """`model` with every weight of the adapter, and no other."""
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
 
     where = f"the adapter {str(adapter.folder)!r} does not fit {adapter.base!r}"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what PEFT warns of is refused below
             adapted = PeftModel.from_pretrained(model, str(adapter.folder))
-        with safe_open(adapter.folder / WEIGHTS, framework="pt") as file:
-            saved = set(file.keys())
+        missing, unknown = adapter_gaps(adapted, adapter.folder)
     except (RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ModelError(f"{where}: {' '.join(lines[:2])} Name the right base with --base-model.") from None
-    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    copies = set(get_peft_model_state_dict(adapted, save_embedding_layers=True))  # of the base's embeddings
-    if missing := sorted(wanted - saved):
+    if missing:
         raise ModelError(f"{where}: it holds no {missing[0]}. Name the right base with --base-model.")
-    if unknown := sorted(saved - wanted - copies):
+    if unknown:
         raise ModelError(f"{where}, which has no place for {unknown[0]}. Name the right base with --base-model.")
     return adapted
 
@@ -299,13 +325,13 @@ def _card(adapter: Adapter, name: str, line: str) -> ModelCard:
         settings = dataclasses.replace(read_settings(adapter.folder), use_peft=False)
         base = adapter.base if is_hub_name(adapter.base) else None
         card = ModelCard(card_of(adapter.folder, settings, None, base))
-        title, _, text = card.text.lstrip().partition("\n")
-        card.text = f"{title}\n\n{line}\n{text}"
+        title, _, body = card.text.lstrip().partition("\n")
+        card.text = f"{title}\n\n{text(line)}\n{body}"
         return card
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation")
     if is_hub_name(adapter.base):
         data.base_model = adapter.base
-    return ModelCard(f"---\n{data}\n---\n\n# {name}\n\n{line}\n")
+    return ModelCard(f"---\n{data}\n---\n\n# {text(name)}\n\n{text(line)}\n")
 
 
 def _write(
@@ -320,6 +346,7 @@ def _write(
         add_older_names(staged, tokenizer)
         write_text(staged / CARD, str(card))
         if (adapter.folder / PLOT).is_file():  # shown on the card
+            check_inside(adapter.folder, adapter.folder / PLOT)
             shutil.copy(adapter.folder / PLOT, staged / PLOT)
         with contextlib.suppress(FileNotFoundError):
             out.rmdir()

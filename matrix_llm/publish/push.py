@@ -3,7 +3,7 @@
 1. without a network: the name, the weights, no token in any file that would be sent (names.py, checks.py)
 2. the Hub accepts the token, and the repository exists or is created, with the requested visibility
 3. links to the files, next to a fresh card, are uploaded from a temporary folder; the run's own folder is only read
-4. check that every file has arrived
+4. check that every file has arrived, and that the repository is as private as it was
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def push(
     with scrub_logs(hub.secrets), tempfile.TemporaryDirectory(prefix="matrix_llm_push_") as folder:
         # 2. the token, the repository, the branch
         hub.check_token()
-        _open_repository(hub, to)
+        was_private = _open_repository(hub, to)
         branch = to.revision or "main"
         if branch != "main" and not branch.startswith("refs/"):  # refs/pr/1 exists, or cannot be made by a push
             hub.request(hub.api.create_branch, to.repo, branch=branch, exist_ok=True)
@@ -79,6 +79,12 @@ def push(
 
         # 4. have they arrived?
         missing = sent - set(hub.request(hub.api.list_repo_files, to.repo, revision=branch))
+        is_private_now = bool(hub.request(hub.api.repo_info, to.repo).private)
+    if was_private and not is_private_now:
+        raise PushError(
+            f"{to.repo!r} was private when the push began and is public now: everyone can read what was sent. If that "
+            f"was not meant, change it at {hub.endpoint}/{to.repo}/settings."
+        )
     if missing:
         raise PushError(
             f"{to.repo!r} lacks {', '.join(sorted(missing))} after the push; its .gitignore may exclude them. Correct "
@@ -89,8 +95,11 @@ def push(
     return f"{hub.endpoint}/{to.repo}" + (f"/tree/{to.revision}" if to.revision else "")
 
 
-def _open_repository(hub: HubClient, to: Destination) -> None:
+def _open_repository(hub: HubClient, to: Destination) -> bool:
     """Create the repository if there is none, and print its visibility, which is never changed.
+
+    Returns:
+        whether it is private.
 
     Raises:
         PushError: it is public, and private was asked for or is what a new repository should have become.
@@ -114,6 +123,7 @@ def _open_repository(hub: HubClient, to: Destination) -> None:
     else:
         note = "exists"
     print(f"=> {to.repo} ({'private' if is_private else 'public'}): {note}", flush=True)
+    return bool(is_private)
 
 
 def _licence_on_hub(hub: HubClient, base: str | None) -> str | None:
@@ -121,7 +131,8 @@ def _licence_on_hub(hub: HubClient, base: str | None) -> str | None:
     if base is None or not is_hub_name(base):
         return None
     try:
-        return getattr(hub.api.model_info(base).card_data, "license", None)
+        licence = getattr(hub.api.model_info(base).card_data, "license", None)
+        return licence if isinstance(licence, str) else None
     except CLIENT_ERRORS:
         return None
 

@@ -6,23 +6,30 @@
 4. only then are older checkpoints removed: renamed first, so that a kill cannot leave half of one under its name
 
 A checkpoint is complete if it has a manifest and every file has the size listed there. This finds files that a kill
-or an interrupted copy cut short, without reading them.
+or an interrupted copy cut short, without reading them. Before a run resumes, its checkpoint's files are read, too, and
+compared with the checksums of the manifest.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
+import zipfile
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from matrix_llm.base.files import write_text
+from matrix_llm.base.console import say
+from matrix_llm.base.errors import CheckpointError
+from matrix_llm.base.files import parse_json, sampled_checksum, write_text
 
 MANIFEST = "manifest.json"  # in a checkpoint; written last
 SAVING = ".saving-checkpoint"  # in the output directory: checkpoints that are being written
+DAMAGED = "damaged-"  # in the output directory: the prefix of checkpoints that could not be read
 DELETING = ".deleting-"  # in the output directory: the prefix of checkpoints that are being removed
 
 # Some network file systems cannot flush folders, and say so with one of these.
@@ -51,16 +58,31 @@ def find_checkpoints(output_dir: Path) -> dict[int, Path]:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint, or {} if there is none that can be read."""
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        found = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else {}
+    is_whole = (
+        isinstance(found, dict)
+        and type(found.get("processes")) is int
+        and isinstance(found.get("files"), dict)
+        and all(type(size) is int for size in found["files"].values())
+        and all(_is_inside(name) for name in found["files"])
+        and isinstance(found.get("checksums", {}), dict)
+    )
+    return found if is_whole else {}
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name in a manifest is that of a file in the checkpoint's folder."""
+    return "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def what_is_missing(folder: Path) -> str | None:
     """Why a checkpoint is incomplete, in a few words; None if it is complete."""
     manifest = read_manifest(folder)
     if not manifest:
+        if (folder / MANIFEST).is_file():
+            return f"its {MANIFEST} cannot be read"
         return f"it has no {MANIFEST}, which is written last: saving was interrupted, or another program wrote it"
     for name, size in manifest["files"].items():
         try:
@@ -69,6 +91,52 @@ def what_is_missing(folder: Path) -> str | None:
             return f"{name} is missing"
         if found != size:
             return f"{name} has {found:,} bytes of {size:,}"
+    return None
+
+
+def what_is_damaged(folder: Path) -> str | None:
+    """Why a complete checkpoint cannot be read, in a few words; None if nothing was found. It reads its files.
+
+    A disk or a copy may lose what is in a file and keep its size. Checksums are in the manifest (`sampled_checksum`)
+    and in the files that torch.save writes, which are ZIP archives.
+    """
+    manifest = read_manifest(folder)
+    checksums = manifest.get("checksums", {})
+    for name in manifest.get("files", {}):
+        path = folder / name
+        try:
+            if name in checksums and sampled_checksum(path) != checksums[name]:
+                return f"{name} is not what was saved"
+            if path.suffix in (".pt", ".pth", ".bin") and not _is_whole_archive(path):
+                return f"{name} is damaged"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def _is_whole_archive(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError):
+        return False
+
+
+def last_sound_checkpoint(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint whose files can be read. A damaged one is set aside, and that is said.
+
+    Every process may call it: all of them find the same damage.
+    """
+    while (last := last_complete_checkpoint(output_dir)) is not None:
+        reason = what_is_damaged(last)
+        if reason is None:
+            return last
+        aside = last.with_name(DAMAGED + last.name)
+        say(f"=> {last} is damaged: {reason}. It is set aside as {aside.name}, and an older one is looked for.")
+        with contextlib.suppress(OSError):  # another process was first
+            os.rename(last, aside)
+        if last.is_dir():
+            raise CheckpointError(f"{last} is damaged: {reason}. Remove it, then resume from the one before it.")
     return None
 
 
@@ -92,7 +160,8 @@ def finish_checkpoint(staged: Path, final: Path, *, processes: int) -> None:
     # The manifest, which declares the checkpoint complete
     files = sorted(path for path in staged.rglob("*") if path.is_file())
     sizes = {path.relative_to(staged).as_posix(): path.stat().st_size for path in files}
-    manifest = {"step": step_of(final), "processes": processes, "files": sizes}
+    checksums = {path.relative_to(staged).as_posix(): sampled_checksum(path) for path in files}
+    manifest = {"step": step_of(final), "processes": processes, "files": sizes, "checksums": checksums}
     write_text(staged / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     # Contents before the name: after a power cut, a renamed folder must not hold empty files
     folders = [path for path in staged.rglob("*") if path.is_dir()]

@@ -2,33 +2,34 @@
 
 It runs in one process, without a GPU or a launcher, and needs memory for one copy of the float32 weights.
 
-Both engines store shards in pickles, which can hold code. They are read with torch's `weights_only` loader and, for
-the index of FSDP2, with an unpickler that knows only the index's own classes: a checkpoint from elsewhere cannot run
-code here.
+Both engines store shards in pickles, which can hold code. They are read as run/pickles.py says: a checkpoint from
+elsewhere cannot run code here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
-import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
-from matrix_llm.base.errors import CheckpointError
+from matrix_llm.base.errors import CheckpointError, one_line
 from matrix_llm.run.checkpoint_files import MANIFEST, what_is_missing
 from matrix_llm.run.failures import cannot_write, why_not_written
+from matrix_llm.run.pickles import read_index, tensors_only
 
-# What reading a damaged or hostile checkpoint raises
-DAMAGED = (OSError, EOFError, RuntimeError, pickle.UnpicklingError, CheckpointException)
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+
 COPIED = (".json", ".jinja", ".model", ".txt")  # suffixes of configs, tokenizer files and chat templates
 NOT_COPIED = ("trainer_state.json", MANIFEST, "log_window")  # prefixes of files that only resuming needs
 
@@ -51,9 +52,11 @@ def consolidate(checkpoint: Path, out: Path) -> None:
         state = _read_shards(checkpoint)
     except CheckpointError:
         raise
-    except DAMAGED as error:
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    except (Exception, CheckpointException) as error:  # a damaged or hostile one fails in any way
+        reason = f"{type(error).__name__}: {one_line(error)}"[:300]
         raise CheckpointError(f"{checkpoint} could not be read: {reason}. Give another checkpoint.") from error
+    if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise CheckpointError(f"{checkpoint} holds something else than weights. Give another checkpoint.")
     if any(".lora_" in name for name in state):
         raise CheckpointError(
             f"{checkpoint} holds a LoRA adapter, which is not sharded. Read it with PeftModel.from_pretrained as it is."
@@ -66,7 +69,8 @@ def consolidate(checkpoint: Path, out: Path) -> None:
         save_torch_state_dict(_separate_storages(state), staged, metadata={"format": "pt"})
         for file in checkpoint.iterdir():
             is_weights = "safetensors" in file.name
-            if file.suffix in COPIED and not is_weights and not file.name.startswith(NOT_COPIED):
+            if file.suffix in COPIED and not is_weights and not file.name.startswith(NOT_COPIED) and file.is_file():
+                _check_inside(file, checkpoint)
                 shutil.copy(file, staged / file.name)
         if out.exists():
             out.rmdir()
@@ -79,6 +83,12 @@ def consolidate(checkpoint: Path, out: Path) -> None:
         shutil.rmtree(staged, ignore_errors=True)
 
 
+def _check_inside(file: Path, folder: Path) -> None:
+    """Refuse a link out of the checkpoint: what it leads to would be published with the weights."""
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(f"{file} leads to {file.resolve()}, outside the checkpoint. Remove it, or copy the file.")
+
+
 def _read_shards(checkpoint: Path) -> dict[str, Tensor]:
     """The weights by name, from whichever engine wrote the checkpoint."""
     if (checkpoint / "latest").is_file():
@@ -86,7 +96,7 @@ def _read_shards(checkpoint: Path) -> dict[str, Tensor]:
     if (shards := checkpoint / "pytorch_model_fsdp_0").is_dir():
         return _read_fsdp(shards)
     if (unsharded := checkpoint / "pytorch_model_fsdp.bin").is_file():
-        return torch.load(unsharded, map_location="cpu", weights_only=True, mmap=True)
+        return dict(torch.load(unsharded, map_location="cpu", weights_only=True, mmap=True))
     raise CheckpointError(f"{checkpoint} has no shards of ZeRO or FSDP2. Read it with from_pretrained as it is.")
 
 
@@ -107,26 +117,6 @@ def _separate_storages(state: dict[str, Tensor]) -> dict[str, Tensor]:
 # -------------------------------------------------------------------------------------------------------- DeepSpeed
 
 
-@contextlib.contextmanager
-def _only_weights() -> Iterator[None]:
-    """Within the block, every torch.load refuses pickles that hold more than tensors and DeepSpeed's own classes.
-
-    That includes DeepSpeed's own calls, which ask for `weights_only=False`.
-    """
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
-            yield
-    finally:
-        os.environ.pop(name) if before is None else os.environ.update({name: before})
-
-
 def _read_zero(checkpoint: Path) -> dict[str, Tensor]:
     """The float32 master weights, which the optimizer holds; the model's own weights may be bfloat16 copies."""
     try:
@@ -135,44 +125,24 @@ def _read_zero(checkpoint: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{checkpoint} was made with DeepSpeed, which is not installed. Run pip install -e '.[deepspeed]'."
         ) from None
-    with _only_weights(), contextlib.redirect_stdout(io.StringIO()):
+    tag = (checkpoint / "latest").read_text(encoding="utf-8").strip()
+    _check_inside(checkpoint / tag, checkpoint)
+    with tensors_only(), contextlib.redirect_stdout(io.StringIO()):
         return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
 
 
 # ------------------------------------------------------------------------------------------------------------ FSDP2
 
 
-class _IndexUnpickler(pickle.Unpickler):
-    """Reads the index of torch.distributed.checkpoint: its own classes, sizes and dtypes, nothing that runs code."""
-
-    ALLOWED = {  # noqa: RUF012
-        "torch": {"Size"},
-        "torch.serialization": {"_get_layout"},
-        "collections": {"OrderedDict"},
-        "pathlib": {"PosixPath", "PurePosixPath", "Path"},
-        "torch.distributed.checkpoint.metadata": {
-            "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-            "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
-        },
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    }  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or name in self.ALLOWED.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"the index names {module}.{name}, which does not belong in a checkpoint")
-
-
 def _read_fsdp(shards: Path) -> dict[str, Tensor]:
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-    from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+    from torch.distributed.checkpoint.metadata import StorageMeta
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-    # 1. the index, read by the careful unpickler
-    with (shards / ".metadata").open("rb") as file:
-        metadata: Metadata = _IndexUnpickler(file).load()
+    # 1. the index: tensors alone, and no more of them than the shards can hold
+    metadata = read_index(shards)
+    _check_tensors(metadata, shards)
 
     # 2. the shards; torch's own reader would unpickle the index again, unguarded
     class Reader(FileSystemReader):
@@ -182,8 +152,29 @@ def _read_fsdp(shards: Path) -> dict[str, Tensor]:
             return metadata
 
     state: dict[str, Any] = {}
-    _load_state_dict(state, storage_reader=Reader(shards), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    with tensors_only():
+        _load_state_dict(state, storage_reader=Reader(shards), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
     return dict(_flat(state["model"]))
+
+
+def _check_tensors(metadata: Metadata, shards: Path) -> None:
+    """Refuse entries that are not tensors: torch unpickles those, whatever they hold; and sizes that nothing backs."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    entries = metadata.state_dict_metadata
+    tensors = [entry for entry in entries.values() if isinstance(entry, TensorStorageMetadata)]
+    if len(tensors) < len(entries):
+        others = sorted(name for name, entry in entries.items() if not isinstance(entry, TensorStorageMetadata))
+        raise CheckpointError(
+            f"{shards} holds {others[0]!r}, which is not a tensor and could run code when it is read. Give another "
+            "checkpoint."
+        )
+    claimed = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in tensors)
+    there = sum(file.stat().st_size for file in shards.iterdir() if file.is_file())
+    if claimed > there:
+        raise CheckpointError(
+            f"{shards} lists {claimed:,} bytes of weights, but its files have {there:,}. Give another checkpoint."
+        )
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:

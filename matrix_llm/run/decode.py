@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel, Trainer, TrainerCallback
 
-from matrix_llm.base.decoding import NEUTRAL_DECODING
+from matrix_llm.base.decoding import NEUTRAL_DECODING, end_tokens
 from matrix_llm.base.errors import DataError, RecipeError
-from matrix_llm.base.modes import evaluation_mode
+from matrix_llm.base.modes import evaluation_mode, neutral_generation
 from matrix_llm.base.statistics import wilson_interval
 from matrix_llm.data.prompts import CHAT, PROMPT_TEMPLATES
 from matrix_llm.data.tokens import Edges, chat_prompt_ids
@@ -88,10 +88,8 @@ def final_answer(text: str) -> str | None:
 
 
 def _stop_tokens(model: PreTrainedModel, tokenizer) -> list[int]:
-    """The tokenizer's end-of-text token, and those of the model's generation config (chat models have several)."""
-    extra = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    tokens = [tokenizer.eos_token_id, *(extra if isinstance(extra, list) else [extra])]
-    return sorted({token for token in tokens if token is not None})
+    said = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return end_tokens(said, tokenizer, model.config.get_text_config().vocab_size)
 
 
 def generate_greedy(
@@ -128,7 +126,8 @@ def generate_greedy(
     device = next(model.parameters()).device
     longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompt_ids[index]))
     texts = [""] * len(prompts)
-    with evaluation_mode(model), torch.no_grad():  # no inference_mode: its tensors could stay in a rotary cache
+    # no_grad and not inference_mode, whose tensors could stay in a rotary cache
+    with evaluation_mode(model), neutral_generation(model), torch.no_grad():
         for start in range(0, len(prompts), batch_size):
             chosen = longest_first[start : start + batch_size]
             # 4. Pad on the LEFT, with an explicit mask: each prompt is then continued from its own last token.

@@ -7,12 +7,12 @@ the results of a run. A file's date does not count.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matrix_llm.base.errors import RecipeError
+from matrix_llm.base.errors import RecipeError, one_line
+from matrix_llm.base.files import parse_json
 from matrix_llm.config import Recipe
 from matrix_llm.data.entries import names_of, question_source
 from matrix_llm.data.readers import file_digest
@@ -78,11 +78,17 @@ def check_inputs(checkpoint: Path, now: Inputs) -> None:
         RecipeError: something has changed.
     """
     stored = next((path for name in (PARTIAL, RESULTS) if (path := checkpoint.parent / name).is_file()), None)
-    then: Mapping[str, Any] = json.loads(stored.read_text(encoding="utf-8")).get(INPUTS, {}) if stored else {}
+    try:
+        content = parse_json(stored.read_text(encoding="utf-8")) if stored else {}
+        then: Mapping[str, Any] = content.get(INPUTS, {})
+        before_now = [(key, then[key], now[key]) for key in now.keys() & then.keys()]
+        pairs = [(key, before, name, after) for key, old, new in before_now
+                 for (_, before), (name, after) in zip(old, new, strict=False)]  # fmt: skip
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise RecipeError(f"{stored} cannot be read: {one_line(error)}. Restore it, or start a new run.") from None
     changed = [
-        f"{key}: {name!r} has other content: {before[:12]} then, {after[:12]} now"
-        for key in now.keys() & then.keys()
-        for (_, before), (name, after) in zip(then[key], now[key], strict=False)
+        f"{key}: {name!r} has other content: {str(before)[:12]} then, {after[:12]} now"
+        for key, before, name, after in pairs
         if before != after
     ]
     if changed:

@@ -29,7 +29,7 @@ class MetricsFileCallback(TrainerCallback):
         kept = []
         for entry in read_jsonl(path) if state.global_step else []:
             # a line of a later step, or the summary at the end of a run: it and all that follow will be written again
-            if entry["step"] > state.global_step or "train_runtime" in entry:
+            if entry.get("step", 0) > state.global_step or "train_runtime" in entry:
                 break
             kept.append(entry)
         write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
@@ -61,7 +61,7 @@ def plot_losses(entries: list[dict[str, Any]], path: Path, *, title: str) -> Non
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name, colour in COLOURS.items():
         for prefix, style, label in (("", "-", "training"), ("eval_", "o:", "held out")):
-            points = [(e["step"], e[prefix + name]) for e in entries if prefix + name in e]
+            points = [(e["step"], e[prefix + name]) for e in entries if prefix + name in e and "step" in e]
             if points:
                 axes.plot(
                     *zip(*points, strict=True), style, color=colour, markersize=4, label=f"{name.upper()}, {label}"
@@ -80,5 +80,5 @@ def last_values(entries: list[dict[str, Any]], names: tuple[str, ...]) -> dict[s
     """The last logged value of each name that was ever logged."""
     found = {}
     for entry in entries:
-        found.update({name: entry[name] for name in names if name in entry})
+        found.update({name: entry[name] for name in names if isinstance(entry.get(name), (int, float))})
     return found

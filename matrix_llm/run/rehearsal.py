@@ -94,7 +94,7 @@ def _read_back(folder: str, model: Any) -> None:
     if (
         Path(folder, "config.json").is_file() and model.config.model_type in CONFIG_MAPPING
     ):  # others need the code that came with the model
-        AutoConfig.from_pretrained(folder)
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if Path(folder, "generation_config.json").is_file():
         GenerationConfig.from_pretrained(folder)
 
@@ -102,7 +102,7 @@ def _read_back(folder: str, model: Any) -> None:
 def _read_tokenizer_back(folder: str, tokenizer: Any) -> None:
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or not type(tokenizer).__module__.startswith("transformers."):
         return
-    read = AutoTokenizer.from_pretrained(folder)
+    read = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     for name in ("vocab_size", "eos_token", "pad_token", "bos_token", "chat_template"):
         before, after = getattr(tokenizer, name), getattr(read, name)
         if before != after:

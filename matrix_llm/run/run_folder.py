@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from matrix_llm.base.console import say
-from matrix_llm.base.errors import RecipeError, scrub
+from matrix_llm.base.errors import RecipeError, one_line
 from matrix_llm.base.files import write_text
+from matrix_llm.base.safe_yaml import read_yaml
 from matrix_llm.run.checkpoint_files import (
     DELETING,
     SAVING,
     last_complete_checkpoint,
+    last_sound_checkpoint,
     read_manifest,
+    what_is_damaged,
     what_is_missing,
 )
 from matrix_llm.run.lock import LOCK
@@ -95,6 +98,9 @@ def check_output_dir(training: TrainingArguments, resolved: Mapping[str, Any]) -
             "Add --resume_from_checkpoint true to resume it, or choose another output_dir."
         )
     # 3. the checkpoint to resume from
+    if is_last_wanted(resume):  # from now on the one that is found here, which can be read
+        sound = last_sound_checkpoint(output)
+        training.resume_from_checkpoint = None if sound is None else str(sound)
     checkpoint = find_resume_checkpoint(training)
     if checkpoint is not None and training.save_only_model:
         raise RecipeError(
@@ -102,7 +108,7 @@ def check_output_dir(training: TrainingArguments, resolved: Mapping[str, Any]) -
             "would go on as another one. Start again in another output_dir, without save_only_model."
         )
     if checkpoint is not None:
-        _check_resumable(Path(checkpoint), training, resolved)
+        _check_resumable(Path(checkpoint), training, resolved, is_sound=is_last_wanted(resume))
     elif resume:
         say(f"=> no complete checkpoint in {output}, so the run starts from the beginning")
 
@@ -128,14 +134,22 @@ def check_writable(output: Path) -> None:
         ) from None
 
 
-def _check_resumable(checkpoint: Path, training: TrainingArguments, resolved: Mapping[str, Any]) -> None:
-    """Raise a RecipeError if `checkpoint` is absent, incomplete, or not of the run that `resolved` describes."""
-    # 1. complete
+def _check_resumable(
+    checkpoint: Path, training: TrainingArguments, resolved: Mapping[str, Any], *, is_sound: bool
+) -> None:
+    """Raise a RecipeError if `checkpoint` is absent, incomplete, damaged, or not of the run that `resolved` describes.
+
+    Args:
+        is_sound: its files have been read already.
+    """
+    # 1. complete and readable
     named = f"resume_from_checkpoint={str(training.resume_from_checkpoint)!r}"
     if not checkpoint.is_dir():
         raise RecipeError(f"{named}: no such folder. Give true (the last checkpoint) or the path of a checkpoint.")
     if (reason := what_is_missing(checkpoint)) is not None:
         raise RecipeError(f"{named} is incomplete: {reason}. Give true (the last complete one), or another path.")
+    if not is_sound and (reason := what_is_damaged(checkpoint)) is not None:
+        raise RecipeError(f"{named} is damaged: {reason}. Give true (the last one that is whole), or another path.")
     # 2. as many processes
     processes = read_manifest(checkpoint)["processes"]
     if processes != training.world_size:
@@ -148,7 +162,14 @@ def _check_resumable(checkpoint: Path, training: TrainingArguments, resolved: Ma
     stored = checkpoint.parent / RECIPE
     if not stored.is_file():
         return
-    before: dict[str, Any] = yaml.safe_load(stored.read_text(encoding="utf-8")) or {}
+    try:
+        before: Any = read_yaml(stored.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(
+            f"{stored} cannot be read: {one_line(error)}. Restore the file, or start a new run."
+        ) from None
+    if not isinstance(before, dict) or not all(isinstance(key, str) for key in before):
+        raise RecipeError(f"{stored} is not a mapping of settings. Restore the file, or start a new run.")
     changed = [
         f"{key}: {before.get(key, 'not given')!r} then, {resolved.get(key, 'not given')!r} now"
         for key in sorted({*before, *resolved} - MAY_CHANGE)
@@ -209,4 +230,4 @@ def finish_run_folder(output: Path) -> None:
 def say_stopped(state: TrainerState, output: Path, command: str) -> None:
     """Print where a stopped run was saved, and the `command` that resumes it."""
     say(f"=> stopped at step {state.global_step} of {state.max_steps}, saved in {last_complete_checkpoint(output)}")
-    say(f"=> resume with: {scrub(command)}")
+    say(f"=> resume with: {command}")

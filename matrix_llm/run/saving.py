@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
+import torch
+from accelerate.utils import is_peft_model
+from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 from transformers import Trainer
 
-from matrix_llm.base.errors import CheckpointError, RecipeError
+from matrix_llm.base.errors import CheckpointError, ModelError, RecipeError, one_line
+from matrix_llm.base.weights import check_adapter
 from matrix_llm.run.checkpoint_files import (
     SAVING,
     finish_checkpoint,
-    last_complete_checkpoint,
+    last_sound_checkpoint,
     remove_checkpoint,
     remove_old_checkpoints,
 )
 from matrix_llm.run.failures import cannot_write, why_not_written
+from matrix_llm.run.pickles import check_indexes, tensors_only
+
+
+@contextmanager
+def _reading(checkpoint: str | None) -> Iterator[None]:
+    """Turns what a damaged or hostile checkpoint raises into one line."""
+    try:
+        yield
+    except (CheckpointError, torch.OutOfMemoryError):
+        raise
+    except (pickle.UnpicklingError, EOFError, RuntimeError, SafetensorError, CheckpointException) as error:
+        reason = one_line(error)[:300]
+        raise CheckpointError(f"{checkpoint} cannot be read: {reason}. Resume from another checkpoint.") from error
 
 
 class AtomicCheckpoints(Trainer):
@@ -111,6 +131,45 @@ class AtomicCheckpoints(Trainer):
         else:  # resumed from the checkpoint of the last step: Trainer would train one step too many
             self.control.should_training_stop = True
 
+    # A checkpoint may be somebody else's: none of its pickles may run code, whichever engine reads them
+
+    def _load_from_checkpoint(self, *args, **kwargs) -> None:
+        with _reading(args[0]), tensors_only():
+            super()._load_from_checkpoint(*args, **kwargs)
+
+        model = self.accelerator.unwrap_model(self.model)
+        folder = Path(args[0])
+        if is_peft_model(model) and any(folder.glob("adapter_model.*")):
+            try:
+                check_adapter(model, folder, str(folder))
+            except ModelError as error:
+                raise CheckpointError(str(error)) from None
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raise where Trainer warns: the weights that a checkpoint lacks would be those that the run started from.
+
+        Raises:
+            CheckpointError: it lacks a weight, or holds one that is not the model's.
+        """
+        model: Any = self.model
+        state = model.state_dict()
+        missing = set(load_result.missing_keys)
+        loaded = {value.data_ptr() for name, value in state.items() if name not in missing}
+        lost = sorted(name for name in missing if name not in state or state[name].data_ptr() not in loaded)  # not tied
+        if wrong := [*lost, *sorted(load_result.unexpected_keys)]:
+            what = "lacks" if lost else "holds, for another model,"
+            raise CheckpointError(f"{self._resumed_from} {what} {wrong[0]}. Resume from another checkpoint.")
+        if missing:
+            model.tie_weights()
+
+    def _load_optimizer_and_scheduler(self, *args, **kwargs) -> None:
+        with _reading(args[0]), tensors_only():
+            super()._load_optimizer_and_scheduler(*args, **kwargs)
+
+    def _load_rng_state(self, *args, **kwargs) -> None:
+        with _reading(args[0]), tensors_only():
+            super()._load_rng_state(*args, **kwargs)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """Trainer's own; with True it resumes from the last complete checkpoint.
 
@@ -118,7 +177,7 @@ class AtomicCheckpoints(Trainer):
             RecipeError: True was given, and there is no complete checkpoint.
         """
         if resume_from_checkpoint is True:
-            last = last_complete_checkpoint(Path(str(self.args.output_dir)))
+            last = last_sound_checkpoint(Path(str(self.args.output_dir)))
             if last is None:
                 raise RecipeError(
                     f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint of this "
@@ -126,6 +185,11 @@ class AtomicCheckpoints(Trainer):
                 )
             resume_from_checkpoint = str(last)
         self._resumed_from = resume_from_checkpoint or None
-        output = super().train(resume_from_checkpoint or None, *args, **kwargs)
+        if self._resumed_from:
+            check_indexes(Path(self._resumed_from))
+        # DeepSpeed's own loader is called in the midst of Trainer's train; the others are overridden below
+        guard = tensors_only() if self._resumed_from and self.is_deepspeed_enabled else nullcontext()
+        with guard:
+            output = super().train(resume_from_checkpoint or None, *args, **kwargs)
         self._remove_old()  # a kill right after the last checkpoint leaves one too many, and no later save removes it
         return output

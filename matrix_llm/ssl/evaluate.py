@@ -35,6 +35,7 @@ from functools import partial
 import torch
 import transformers
 
+from matrix_llm.base.console import fail
 from matrix_llm.base.errors import MatrixLLMError, ProbeError
 from matrix_llm.base.files import write_text
 from matrix_llm.publish.card import versions
@@ -143,8 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         print(evaluate(read_settings(arguments, __doc__)))
     except MatrixLLMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(str(error), 2)
     except KeyboardInterrupt:
         print("error: aborted, without a result.", file=sys.stderr)
         return 130

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from matrix_llm.base.console import fail
 from matrix_llm.base.errors import ImageDataError, MatrixLLMError
 from matrix_llm.base.files import atomic_path, read_jsonl, write_text
 from matrix_llm.information import effective_rank, matrix_cross_entropy, matrix_kl
@@ -91,7 +92,7 @@ def two_view_embeddings(run: Path, data: str, *, split: str, rows: int, seed: in
     recipe = load_ssl_recipe(run / "recipe.yaml", dry_run=True)
     images = TrainImages(load_images(data, split=split, max_rows=rows))
     batch = TwoViewCollator(recipe.augment, seed=seed, labels=None)([images[(0, i)] for i in range(len(images))])
-    model = AutoModel.from_pretrained(run / "pretraining").eval()
+    model = AutoModel.from_pretrained(run / "pretraining", trust_remote_code=False).eval()
     with torch.no_grad():
         views = Augment(recipe.augment)(batch["crops"], batch["draws"])
         return model(views[0]).embedding, model(views[1]).embedding
@@ -173,8 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         draw_figures(args.runs, args.data, args.split, args.rows, args.output)
     except MatrixLLMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(str(error), 2)
     return 0
 
 

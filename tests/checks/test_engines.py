@@ -8,7 +8,15 @@ import pytest
 from transformers import TrainingArguments
 
 from matrix_llm.base.errors import RecipeError
-from matrix_llm.checks.engines import DEEPSPEED, FSDP, FSDP_VERSION_1, check_deepspeed, check_engines, check_fsdp
+from matrix_llm.checks.engines import (
+    DEEPSPEED,
+    DEEPSPEED_OLDER,
+    FSDP,
+    FSDP_VERSION_1,
+    check_deepspeed,
+    check_engines,
+    check_fsdp,
+)
 from tests.support.paths import ROOT
 
 
@@ -16,7 +24,11 @@ from tests.support.paths import ROOT
     ("settings", "said"),
     [
         ({"transformer_layer_cls_to_warp": "X"}, "'transformer_layer_cls_to_warp'.*Did you mean transformer_layer_cls"),
-        ({"fsdp_offload_params": True}, "'fsdp_offload_params' is not a setting.*Correct or remove"),
+        ({"fsdp_offload_params": True}, "'fsdp_offload_params' is not a setting.* cpu_offload.*Correct or remove"),
+        ({"fsdp_sharding_strategy": "FULL_SHARD"}, "'fsdp_sharding_strategy'.* reshard_after_forward"),
+        ({"version": 2, "fsdp_version": 1}, "'version' and 'fsdp_version' are the same.*Remove one"),
+        ({"version": 3}, "version=3 is not 1 or 2.*Write 2"),
+        ({"version": "two"}, "version='two' is not 1 or 2"),
         ({"use_orig_params": True}, "'use_orig_params' is read by FSDP version 1 alone.*Remove it"),
         ({"version": 1, "forward_prefetsh": True}, "'forward_prefetsh'.*Did you mean forward_prefetch"),
     ],
@@ -31,6 +43,8 @@ def test_an_fsdp_setting_that_would_do_nothing_is_refused(settings, said, tmp_pa
 def test_fsdp_settings_that_are_read_pass():
     check_fsdp("fsdp_config", {"fsdp_version": 2, "auto_wrap_policy": "NO_WRAP", "fsdp_reshard_after_forward": False})
     check_fsdp("fsdp_config", {"version": 1, "use_orig_params": True, "backward_prefetch": "NO_PREFETCH"})
+    check_fsdp("fsdp_config", {"version": 1.0, "use_orig_params": True})
+    check_fsdp("fsdp_config", {"_comment": "as on the old machine", "version": "2"})
 
 
 def test_every_fsdp_setting_that_transformers_reads_is_known():
@@ -75,6 +89,21 @@ def test_the_configs_that_are_shipped_pass(name):
     check_engines({"deepspeed": str(ROOT / "ds_configs" / f"{name}.json")})
 
 
+@pytest.mark.parametrize("key", ["_comment", "//", "$schema"])
+def test_a_comment_in_a_deepspeed_config_is_not_a_setting(key):
+    check_deepspeed("deepspeed", {key: "from the old machine", "train_batch_size": "auto"})
+
+
+@pytest.mark.parametrize("key", ["elasticity", "nebula", "sparse_gradients", "amp"])
+def test_a_block_of_some_deepspeeds_is_refused_by_those_that_removed_it(key):
+    config = pytest.importorskip("deepspeed.runtime.config", reason="DeepSpeed defines its settings")
+    if key not in getattr(config, "_REMOVED_TOP_LEVEL_CONFIG_KEYS", {}):
+        check_deepspeed("deepspeed", {key: {}})
+    else:
+        with pytest.raises(RecipeError, match=f"'{key}'.*removed.*Remove it"):
+            check_deepspeed("deepspeed", {key: {}})
+
+
 class Reads(dict):
     """An empty mapping that remembers what it was asked for."""
 
@@ -106,4 +135,4 @@ def test_every_block_that_deepspeed_reads_is_known():
     blocks = Reads()
     object.__new__(config.DeepSpeedConfig)._initialize_params(blocks)
     assert len(blocks.names) > 40
-    assert blocks.names <= set(DEEPSPEED)
+    assert blocks.names <= {*DEEPSPEED, *DEEPSPEED_OLDER}

@@ -15,8 +15,9 @@ import pytest
 from eval.answers import BENCHMARKS, CONVENTIONS, accuracy_reward, answers_equal, extract_answer, grade, is_correct
 from eval.grader import symbolic
 from eval.grader.equality import same
-from eval.grader.expressions import UndecidedError
-from eval.grader.structures import Equation, read_structure
+from eval.grader.errors import UndecidedError, UngradedError
+from eval.grader.kinds import Equation
+from eval.grader.structures import read_structure
 from tests.support.paths import ROOT
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -176,7 +177,7 @@ def test_every_gold_of_gsm8k_and_math_equals_itself_and_its_solution_is_right() 
 
 @pytest.mark.parametrize(
     "text",
-    ["x^{" * 60 + "1" + "}" * 60, "2^{3000}x", "2^{x+3000}", "(" * 70 + "x" + ")" * 70, "x+" * 200 + "x", "201!x"],
+    ["x^{" * 60 + "1" + "}" * 60, "2^{30000}x", "2^{x+30000}", "(" * 70 + "x" + ")" * 70, "x+" * 200 + "x", "300000!x"],
 )
 def test_what_is_past_a_bound_is_undecided_before_it_costs_anything(text: str) -> None:
     with pytest.raises(UndecidedError):
@@ -215,9 +216,9 @@ def test_hostile_texts_get_a_verdict_in_time_under_every_convention() -> None:
         for benchmark in BENCHMARKS:
             for convention in CONVENTIONS:
                 for gold in ("5", text[:300]):
-                    start = time.monotonic()
+                    start = time.process_time()
                     grade(text, gold, benchmark=benchmark, convention=convention)
-                    assert time.monotonic() - start < symbolic.SECONDS + 4, (text[:60], convention)
+                    assert time.process_time() - start < 2, (text[:60], convention)
 
 
 @pytest.mark.slow
@@ -226,7 +227,7 @@ def test_a_hundred_thousand_hostile_strings_neither_crash_nor_hang_nor_eat_memor
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     texts = [hostile(generator) for _ in range(100_000)]
     for index, text in enumerate(texts):
-        start = time.monotonic()
+        start = time.process_time()
         # all conventions and both benchmarks come round; every text is graded under two of them
         for turn in (index, index + 5):
             grade(
@@ -235,7 +236,7 @@ def test_a_hundred_thousand_hostile_strings_neither_crash_nor_hang_nor_eat_memor
                 benchmark=BENCHMARKS[turn % 2],
                 convention=CONVENTIONS[(turn // 2) % 6],
             )
-        assert time.monotonic() - start < 2 * symbolic.SECONDS + 8, text
+        assert time.process_time() - start < 2, text
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 600 * 1024, f"{grown / 1024:.0f} MiB more"
 
@@ -253,9 +254,8 @@ def test_the_last_rung_settles_what_the_parser_does_not_know() -> None:
 @needs_math_verify
 def test_a_pair_past_its_time_is_ungraded_and_the_next_pair_is_graded() -> None:
     assert symbolic.equal("1", "1") is True  # the worker is warm
-    start = time.monotonic()
-    assert symbolic.equal("9^{9^{9^{9}}}", "9^{9^{9^{8}}}", seconds=0.5) is not True
-    assert time.monotonic() - start < 5
+    with pytest.raises(UngradedError, match="processor time"):
+        symbolic.equal("9^{9^{9^{9}}}", "9^{9^{9^{8}}}", seconds=0.5)
     assert symbolic.equal("2", "2") is True
 
 

@@ -30,6 +30,9 @@ def folder(tmp_path_factory, tiny_tokenizer, tiny_llama):
     path = tmp_path_factory.mktemp("model")
     tiny_llama(512).save_pretrained(path)
     tiny_tokenizer.save_pretrained(path)
+    # settings that would change every text, on either engine, if they were followed
+    settings = {"repetition_penalty": 9.0, "suppress_tokens": [5, 40, 41], "min_new_tokens": 9, "temperature": 3.0}
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "do_sample": True, **settings}))
     return path
 
 

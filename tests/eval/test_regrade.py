@@ -192,8 +192,8 @@ def test_disagreements_are_the_rows_whose_verdicts_differ(tmp_path):
     assert [each["id"] for each in result["disagreements"]] == expected
     assert "test/5" not in expected  # no convention finds an answer there
     first = result["disagreements"][0]
-    assert first["verdicts"]["metamath"] == {"correct": True, "extracted": "7"}
-    assert first["verdicts"]["strict"] == {"correct": False, "extracted": None}
+    assert first["verdicts"]["metamath"] == {"correct": True, "extracted": "7", "reason": "equal"}
+    assert first["verdicts"]["strict"] == {"correct": False, "extracted": None, "reason": "no answer found"}
     text = describe(result, show=1)
     assert f"the conventions disagree on {len(expected)} of 7 responses" in text
     assert "1 shown" in text
@@ -205,7 +205,7 @@ def test_disagreements_about_answers_found_come_first(tmp_path):
     rows = [ours(0, "The answer is: 7", "7"), ours(1, "#### 9\nThe answer is: 7", "7")]
     result = regrade(write(tmp_path / "a.jsonl", rows), "gsm8k")
     assert [each["on_answers_found"] for each in result["disagreements"]] == [False, True]
-    assert result["disagreements"][1]["verdicts"]["strict"] == {"correct": False, "extracted": "9"}
+    assert result["disagreements"][1]["verdicts"]["strict"] == {"correct": False, "extracted": "9", "reason": "unequal"}
     text = describe(result, show=2)
     assert "disagree on 2 of 2 responses, on 1 of them about answers found; 2 shown, those first" in text
     assert text.index("test/1, sample 0, line 2: gold 7") < text.index("test/0, sample 0, line 1: gold 7")

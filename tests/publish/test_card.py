@@ -7,6 +7,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from matrix_llm.publish.base_model import licence_in
 from matrix_llm.publish.card import image_card, model_card
 from matrix_llm.publish.command import main
 from tests.support.finished_run import SCORE, change_recipe, write_run
@@ -201,8 +202,9 @@ def test_text_from_a_run_cannot_break_tables_code_blocks_or_start_html(tmp_path)
     assert row.replace("\\|", "").count("|") == 8  # seven columns
     assert "\\<b>\\`c\\` \\[d](e)" in row
     assert "``x`y.jsonl``" in text
-    opening = text.index("````yaml\n")
-    assert yaml.safe_load(text[opening + 9 : text.index("\n````", opening)])["dataset"] == "x`y.jsonl"
+    opening = text.index("```yaml\n")
+    shown = yaml.safe_load(text[opening + 8 : text.index("\n```", opening)])
+    assert (shown["dataset"], shown["prompt_template"]) == ("x`y.jsonl", "```\n</yaml> {instruction}\n```")
 
 
 def test_the_card_of_an_image_backbone_shows_how_to_load_it():
@@ -225,3 +227,12 @@ def test_the_card_of_an_image_backbone_shows_how_to_load_it():
     assert "hub_token" not in card.text
     assert card.data.pipeline_tag == "image-feature-extraction"
     assert card.data.tags[-1] == "simsiam"
+
+
+def test_a_readme_without_front_matter_states_no_licence_and_nothing_is_said_of_it(tmp_path, caplog):
+    """As `matrix-llm fetch` writes it."""
+    (tmp_path / "README.md").write_text("# A model\n\nIts weights are from a file.\n")
+    assert licence_in(tmp_path) is None
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    assert licence_in(tmp_path) == "mit"
+    assert not caplog.records

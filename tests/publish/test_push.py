@@ -154,6 +154,15 @@ def test_the_visibility_of_a_repository_that_exists_is_said_and_kept(hub, client
     assert not hub.seen("create|settings")
 
 
+def test_a_repository_that_turns_public_during_the_push_is_said(hub, client, run):
+    hub.turns_public = True
+    outcome = client("hub", "push", run, "--repo", "user/x")
+    assert outcome.status == 1
+    assert outcome.err.count("\n") == 1
+    assert "is public now" in outcome.err
+    assert f"{hub.url}/user/x/settings" in outcome.err
+
+
 def test_a_revision_is_a_branch_made_where_it_is_missing(hub, client, run):
     for _ in range(2):
         outcome = client("hub", "push", run, "--repo", "user/x", "--revision", "mce")

@@ -74,6 +74,7 @@ class FakeHub:
         self.requests: list[str] = []  # "PUT /lfs/..."
         self.faults: list[Fault] = []
         self.role = "write"
+        self.turns_public = False  # somebody changes a repository's visibility while it is pushed to
         self.licence: dict[str, str] = {}
         self.lock = threading.Lock()
         handler = type("Handler", (Handler,), {"hub": self})
@@ -87,6 +88,7 @@ class FakeHub:
         for held in (self.repositories, self.objects, self.requests, self.faults, self.licence):
             held.clear()
         self.role = "write"
+        self.turns_public = False
 
     def fail(self, pattern: str, kind: str | int, times: int = 1, **headers: str):
         self.faults.append(
@@ -279,6 +281,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def commit(self, repo, revision, body):
         files, repository = self.files(repo, revision), self.hub.repositories[repo]
+        repository.private = repository.private and not self.hub.turns_public
         if files is None:
             return self.no_revision()
         new = dict(files)

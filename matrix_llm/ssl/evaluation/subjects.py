@@ -16,6 +16,7 @@ import yaml
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from matrix_llm.base.errors import ImageDataError, ProbeError
+from matrix_llm.base.safe_yaml import read_yaml
 from matrix_llm.ssl.images.dataset import Images
 from matrix_llm.ssl.images.eval_transform import PROCESSOR_FILE, EvalTransform
 from matrix_llm.ssl.models.loading import load_backbone
@@ -125,7 +126,7 @@ def recipe_flip(folder: Path | None) -> float:
     for place in (folder, folder.parent) if folder else ():
         if (place / "recipe.yaml").is_file():
             try:
-                recipe = yaml.safe_load((place / "recipe.yaml").read_text(encoding="utf-8")) or {}
+                recipe = read_yaml((place / "recipe.yaml").read_text(encoding="utf-8")) or {}
                 value = recipe.get("flip_prob", 0.5)
                 return value if isinstance(value, (int, float)) and 0 <= value <= 1 else 0.5
             except (yaml.YAMLError, AttributeError, UnicodeDecodeError):

@@ -28,7 +28,7 @@ def load_backbone(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         OSError, ValueError: from `transformers`, where there is no such model.
         ModelError: the file lacks weights that the configuration asks for. `transformers` would start them at random.
     """
-    model, report = AutoModel.from_pretrained(path, output_loading_info=True, **kwargs)
+    model, report = AutoModel.from_pretrained(path, output_loading_info=True, trust_remote_code=False, **kwargs)
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
             f"{path} lacks {len(missing)} weight(s) of its configuration ({', '.join(missing[:3])}, ...). "
