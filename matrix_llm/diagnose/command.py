@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from matrix_llm.base.console import command_name, fail
+from matrix_llm.base.console import command_name, fail, say
 from matrix_llm.base.errors import MatrixLLMError
 from matrix_llm.base.files import write_text
 from matrix_llm.base.threads import wait_passively
@@ -63,14 +63,14 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         subject = find_subject(named[0], named[1] if len(named) == 2 else None, overrides)
-        figures = diagnose(subject, options.positions)
-        print(f"\n{render(figures)}")
+        figures = diagnose(subject, options.positions, say)
+        say(f"\n{render(figures)}")
         if options.out is not None:
             write_text(
                 options.out / DIAGNOSIS, json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
             )
             write_text(options.out / PAGE, render_page(figures))
-            print(f"\n=> {options.out / DIAGNOSIS}, {options.out / PAGE}")
+            say(f"\n=> {options.out / DIAGNOSIS}, {options.out / PAGE}")
     except (MatrixLLMError, OSError) as error:  # OSError: a file that cannot be read or written
         return fail(str(error), 2)
     return 0

@@ -69,7 +69,7 @@ class _Clock:
         self._last = now
 
 
-def diagnose(subject: Subject, asked: int, say: Callable[[str], None] = print) -> dict[str, Any]:
+def diagnose(subject: Subject, asked: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Measure what MCE will do to a model on the rows of a recipe.
 
     Args:

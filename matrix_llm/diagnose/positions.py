@@ -39,7 +39,7 @@ class Positions:
     """Trained positions in them, of which N were drawn."""
 
 
-def draw_positions(model: Any, rows: Any, wanted: int, seed: int, say: Callable[[str], None] = print) -> Positions:
+def draw_positions(model: Any, rows: Any, wanted: int, seed: int, say: Callable[[str], None]) -> Positions:
     """Run the model on rows drawn at random until they hold `wanted` trained positions, and draw that many of these.
 
     At least 32 rows are read, or all, one at a time: nothing is padded or packed.

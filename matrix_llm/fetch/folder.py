@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from matrix_llm.base.errors import FetchError
-from matrix_llm.base.files import write_text
+from matrix_llm.base.files import parse_json, write_text
 from matrix_llm.publish.base_model import RECORD
 from matrix_llm.publish.finished_run import CARD
 
@@ -32,7 +32,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     True
     """
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = parse_json((folder / RECORD).read_text(encoding="utf-8"))
         files = record["files"].items()
         is_whole = all((folder / name).stat().st_size == each["bytes"] for name, each in files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -6,7 +6,6 @@ one machine says nothing to anybody else.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from matrix_llm.base.files import parse_json
 from matrix_llm.base.safe_yaml import LONGEST, read_yaml
 from matrix_llm.publish.finished_run import CARD
 
@@ -68,7 +68,7 @@ def licence_in(folder: Path) -> str | None:
 
 def _read_record(folder: Path) -> Mapping[str, Any]:
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = parse_json((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # not fetched, or a record that says nothing
         return {}
     return record if isinstance(record, dict) else {}

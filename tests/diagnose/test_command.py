@@ -120,6 +120,14 @@ def _seen(page):
     return tags.seen
 
 
+def test_names_cannot_write_to_the_terminal(folder, tmp_path, capsys):
+    shutil.copytree(folder, model := tmp_path / "a\x1b[31mb", ignore=shutil.ignore_patterns("out"))
+    assert main([str(model), str(model / "rows.jsonl"), *OPTIONS, "--positions", "20"]) == 0
+    shown = capsys.readouterr().out
+    assert "a␛[31mb" in shown
+    assert "\x1b" not in shown
+
+
 def test_bars_are_as_long_as_their_values_and_negative_ones_go_left():
     plot = draw_bars("x", {"a": [2.0, None], "b": [-1.0, 0.5]}, ["one", "two"])
     lengths = [bar.width for bar in plot.bars]

@@ -227,6 +227,8 @@ def test_what_is_there_already_is_left_as_it_is(write, tmp_path, capsys, error):
     (out / "model.safetensors").write_bytes(b"")
     assert "something else" in error(file, out)
     assert (out / "model.safetensors").read_bytes() == b""
+    (out / RECORD).write_text('{"files": ' * 100_000)  # nested deeper than Python can follow
+    assert "something else" in error(file, out)
 
 
 def test_a_place_that_is_taken_is_not_touched(write, tmp_path, error):

@@ -120,7 +120,9 @@ def test_the_base_model_of_a_run_just_trained_is_named_as_well(recipe, tmp_path)
     assert (card.data.base_model, card.data.license) == ("user/base", "apache-2.0")
 
 
-@pytest.mark.parametrize("record", ["", "[1]", "\x00", '{"repo": 3, "licence": null}'])
+@pytest.mark.parametrize(
+    "record", ["", "[1]", "\x00", '{"repo": 3, "licence": null}', '{"repo": ' * 100_000], ids=range(5)
+)
 def test_a_record_that_says_nothing_leaves_the_folder_as_the_recipe_gives_it(tmp_path, record):
     run, base = write_run(tmp_path), write_base(tmp_path, record)
     change_recipe(run, model_name_or_path=str(base), model_config=None)

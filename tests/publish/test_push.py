@@ -6,11 +6,12 @@ import yaml
 from huggingface_hub import ModelCard
 
 from matrix_llm.publish.command import main
-from tests.support.finished_run import change_recipe, contents
+from tests.support.finished_run import change_recipe, contents, write_diagnosis
 from tests.support.hub_server import TOKEN, Repository
 
 
 def test_what_was_pushed_loads_to_the_same_logits_and_nothing_else_was_pushed(hub, client, run, tmp_path):
+    write_diagnosis(run)  # it goes to the card, and the file stays here
     before = contents(run)
     outcome = client("hub", "push", run, "--repo", "user/x", "--license", "mit")
     assert outcome.status == 0, outcome.shown()
@@ -20,6 +21,9 @@ def test_what_was_pushed_loads_to_the_same_logits_and_nothing_else_was_pushed(hu
         *("tokenizer.json", "tokenizer_config.json", "recipe.yaml", "results.json", "metrics.jsonl", "loss.png"),
         *("eval/gsm8k.json", "eval/gsm8k.settings.json"),
     }
+    card = hub.repositories["user/x"].branches["main"]["README.md"].decode()
+    assert "It forgives half." in card
+    assert "/home/somebody" not in card
     assert contents(run) == before
     loaded = client("load", run, "user/x", tmp_path / "cache")
     assert loaded.status == 0, loaded.shown()
