@@ -26,8 +26,8 @@ def limited(what: str, seconds: float = SECONDS) -> Iterator[None]:
     """Stop the block when it takes too much processor time, or memory.
 
     Time is that of the process, so that a crowded machine changes nothing. Both limits are those of the operating
-    system; they also hold within an operation of Python that looks at signals, such as 9**9**9. Time is limited in the main thread alone, and
-    memory on Linux alone: elsewhere the block runs without.
+    system; they also hold within an operation of Python that looks at signals, such as 9**9**9. Time is limited in the
+    main thread alone, and memory on Linux alone: elsewhere the block runs without.
 
     Args:
         what: what runs, for the message: "the chat template".
