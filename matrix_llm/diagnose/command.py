@@ -1,4 +1,4 @@
-"""Measure what matrix cross-entropy will do to a model, in a minute or two, before it is trained.
+"""Measure what matrix cross-entropy will do to a model, before it is trained.
 
 matrix-llm diagnose RECIPE [--key value ...]           # a recipe's model, rows, template and loss
 matrix-llm diagnose RUN [ROWS] [--key value ...]       # the model in a run's folder, with the settings of its recipe
@@ -32,10 +32,18 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--positions", type=int, default=ASKED, help="trained positions to measure, at least 2; default: %(default)s"
+        "--positions",
+        metavar="N",
+        type=int,
+        default=ASKED,
+        help="trained positions to measure, at least 2; default: %(default)s",
     )
     parser.add_argument(
-        "--out", type=Path, help=f"folder for diagnosis.json and {PAGE}; a run's own folder puts it on its card"
+        "--out",
+        "--output_dir",  # as the other commands call it
+        metavar="FOLDER",
+        type=Path,
+        help=f"for diagnosis.json and {PAGE}; a run's own folder puts it on its card",
     )
     return parser
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from matrix_llm.diagnose.text import choice_name, facts, number, percent, sections
+from matrix_llm.diagnose.text import choice_name, facts, group_name, number, percent, sections
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c")
 LEFT, RIGHT, LENGTH, TOP, THICK = 150, 90, 430, 24, 13  # pixels: labels, counts, longest bar, first bar, one bar
@@ -87,17 +87,17 @@ def plots(figures: Mapping[str, Any]) -> list[Plot]:
     loss, gradients = figures["loss"], figures["gradients"]
     where = [(kind, group) for kind in ("by_kind", "by_ce") for group in loss[kind]]
     shares = {
-        group: (each["share_of_positions"], each["share_of_ce"], each["share_of_mce"]["in use"])
+        group_name(group): (each["share_of_positions"], each["share_of_ce"], each["share_of_mce"]["in use"])
         for group, each in loss["by_ce"].items()
     }
-    means = {group: (loss[kind][group]["ce"], *loss[kind][group]["mce"].values()) for kind, group in where}
+    means = {group_name(group): (loss[kind][group]["ce"], *loss[kind][group]["mce"].values()) for kind, group in where}
     found = [
         draw_bars("Shares by cross-entropy", shares, ["positions", "CE", f"MCE {names[0]}"], in_percent=True),
         draw_bars("Mean loss in nats", means, ["CE", *(f"MCE {name}" for name in names)]),
     ]
     for place, title in (("hidden", "hidden states"), ("head", "LM head's weight")):
         cosines = {
-            group: [gradients[choice][kind][group]["mce"][place]["cosine"] for choice in choices]
+            group_name(group): [gradients[choice][kind][group]["mce"][place]["cosine"] for choice in choices]
             for kind, group in [("all", "all"), *where]
         }
         found.append(draw_bars(f"Cosine of MCE's gradient with CE's, {title}", cosines, names))
@@ -107,6 +107,10 @@ def plots(figures: Mapping[str, Any]) -> list[Plot]:
     }
     found.append(draw_bars("What is forgiven, by |cosine| with the target", forgiven, names, in_percent=True))
     return found
+
+
+def _heading(title: str) -> str:
+    return title[0].upper() + title[1:].replace("\n", "; ")
 
 
 def render_page(figures: Mapping[str, Any]) -> str:
@@ -124,7 +128,7 @@ def render_page(figures: Mapping[str, Any]) -> str:
         reading=figures["reading"],
         facts=facts(figures),
         plots=plots(figures),
-        sections=[(title.replace("\n", "; "), head, rows) for title, head, rows in sections(figures) if rows],
+        sections=[(_heading(title), head, rows) for title, head, rows in sections(figures) if rows],
         seconds=figures["cost"]["seconds"],
         versions=figures["versions"],
     )

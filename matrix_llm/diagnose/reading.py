@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from matrix_llm.diagnose.text import percent
+
 SAME, SIMILAR = 0.95, 0.8  # cosine of MCE's gradient with CE's
 SMALL = 0.1  # w |MCE| / |CE|, of gradients: less cannot matter much
 RANDOM, SOLVED = 0.9, 0.1  # CE / log V of a model that predicts nothing yet; CE of rows that are nearly solved
@@ -59,7 +61,7 @@ def _level(figures: Mapping[str, Any]) -> list[str]:
     hard = [each for name, each in figures["loss"]["by_ce"].items() if name in ("2 to 5", "CE >= 5")]
     if hard:
         positions, share = sum(each["share_of_positions"] for each in hard), sum(each["share_of_ce"] for each in hard)
-        lines.append(f"{positions:.0%} of the positions have CE >= 2; they carry {share:.0%} of CE.")
+        lines.append(f"{percent(positions)} of the positions have CE >= 2; they carry {percent(share)} of CE.")
     return lines
 
 
@@ -78,8 +80,8 @@ def _ratio(figures: Mapping[str, Any]) -> list[str]:
         ]
     near = sum(forgiven["by_cosine"][name] for name in NEAR)
     return [
-        f"MCE is {ratio:.2f} of CE: it forgives {1 - ratio:.0%}, and {near:.0%} of that goes to tokens whose cosine "
-        "with the target is at least 0.6."
+        f"MCE is {ratio:.2f} of CE: it forgives {percent(1 - ratio)}, and {percent(near)} of that goes to tokens whose "
+        "cosine with the target is at least 0.6."
     ]
 
 
@@ -114,7 +116,7 @@ def _direction(figures: Mapping[str, Any]) -> list[str]:
     lines = []
     if size < SMALL:
         lines.append(
-            f"{start} With the weight {weight:g} it is {size:.0%} of CE's gradient, too little to change much; "
+            f"{start} With the weight {weight:g} it is {percent(size)} of CE's gradient, too little to change much; "
             f"mce_weight {1 / mce['norm_ratio']:.2g} would make them equal."
             if mce["norm_ratio"] > 0
             else start
@@ -151,12 +153,12 @@ def _head(figures: Mapping[str, Any]) -> list[str]:
     lines = []
     if mean >= SHARED:
         lines.append(
-            f"Two rows of the token vectors have cosine {mean:.2f} on average (effective rank {rank:.0f} of {width}): "
+            f"Two token vectors have a cosine of {mean:.2f} on average (effective rank {rank:.0f} of {width}): "
             "they share a direction, so MCE forgives any likely token in part, not only synonyms."
         )
     elif abs(mean) <= ISOTROPIC:
         lines.append(
-            f"Two rows of the token vectors are orthogonal on average (cosine {mean:.2f}, effective rank {rank:.0f} of "
+            f"Two token vectors are orthogonal on average (cosine {mean:.2f}, effective rank {rank:.0f} of "
             f"{width}): they share no direction."
         )
     odd = [
@@ -186,13 +188,14 @@ def _solver(figures: Mapping[str, Any]) -> list[str]:
     found, solver = _in_use(figures["solver"]), figures["settings"]["solver"]
     if max(found["reference_value"], found["reference_logits"]) > TRUSTED:
         return [
-            f"The solver could not be judged: its reference is off by {found['reference_logits']:.1%} itself "
+            f"The solver could not be judged: its reference is off by {percent(found['reference_logits'], 1)} itself "
             f"({found['reference_check']})."
         ]
     error = found["hidden"]
     if error is None:
         return []
-    start = f"The solver in use is {error:.1%} off in the hidden states' gradient of the whole loss"
+    off = percent(error, 1 if error >= 0.001 else 2)
+    start = f"The solver in use is {off} off in the hidden states' gradient of the whole loss"
     if error <= ACCURATE:
         return [f"{start}: accurate."]
     more = {

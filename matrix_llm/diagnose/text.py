@@ -40,6 +40,15 @@ def choice_name(name: str, figures: Mapping[str, Any]) -> str:
     return str(figures["settings"]["mce_embeddings"]) if name == "in use" else name
 
 
+def group_name(name: str) -> str:
+    """A group of positions as it is shown beside others: a range of CE says that it is one.
+
+    >>> group_name("digits"), group_name("2 to 5"), group_name("CE >= 5")
+    ('digits', 'CE 2 to 5', 'CE >= 5')
+    """
+    return f"CE {name}" if name[0].isdigit() else name
+
+
 def sections(figures: Mapping[str, Any]) -> list[Table]:
     """Every table, for the screen and the page."""
     return [
@@ -93,10 +102,10 @@ def facts(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _head(figures: Mapping[str, Any]) -> Table:
     heads = figures["head"]
     rows = [
-        ["mean cosine of two rows", *(number(each["mean_cosine"], 3) for each in heads.values())],
+        ["mean cosine of two", *(number(each["mean_cosine"], 3) for each in heads.values())],
         ["effective rank", *(f"{each['effective_rank']:.0f} of {each['width']}" for each in heads.values())],
-        ["zero rows", *(str(each["zero_rows"]) for each in heads.values())],
-        ["duplicates of another row", *(str(each["duplicate_rows"]) for each in heads.values())],
+        ["zero", *(str(each["zero_rows"]) for each in heads.values())],
+        ["duplicates of another", *(str(each["duplicate_rows"]) for each in heads.values())],
     ]
     names = ("smallest", "5 %", "median", "95 %", "largest")
     for place, name in enumerate(names):
@@ -109,7 +118,8 @@ def _nearest(figures: Mapping[str, Any]) -> Table:
     rows = [
         [each["token"]["text"], each["nearest"]["text"], number(each["cosine"], 3)] for each in found["nearest"][:12]
     ]
-    return f"nearest rows of the {found['nearest_of']} targets", ["target", "nearest", "cosine"], rows
+    title = f"the nearest token of a target: the {len(rows)} closest of {found['nearest_of']} targets"
+    return title, ["target", "nearest", "cosine"], rows
 
 
 def _losses(figures: Mapping[str, Any]) -> Table:
@@ -119,8 +129,8 @@ def _losses(figures: Mapping[str, Any]) -> Table:
         for name, each in groups.items():
             mce = [number(each["mce"][choice], 3) for choice in names]
             share = [percent(each["share_of_mce"]["in use"])]
-            rows.append([name, str(each["positions"]), percent(each["share_of_positions"]), number(each["ce"], 3),
-                         percent(each["share_of_ce"]), *mce, *share])  # fmt: skip
+            rows.append([group_name(name), str(each["positions"]), percent(each["share_of_positions"]),
+                         number(each["ce"], 3), percent(each["share_of_ce"]), *mce, *share])  # fmt: skip
     mce_names = [f"MCE {choice_name(name, figures)}" for name in names]
     head = ["", "positions", "share", "CE", "of all CE", *mce_names, "of all MCE"]
     return "losses, means in nats", head, rows
@@ -146,7 +156,7 @@ def _gradients(figures: Mapping[str, Any], name: str) -> Table:
     rows = []
     for groups in figures["gradients"][name].values():
         for group, found in groups.items():
-            cells = [group]
+            cells = [group_name(group)]
             for loss in ("mce", "sum"):
                 for place in ("hidden", "head"):
                     each = found[loss][place]
@@ -164,7 +174,7 @@ def _solver_by_ce(figures: Mapping[str, Any]) -> Table:
     rows = []
     for name, found in figures["solver"].items():
         for where, each in found["by_ce"].items():
-            label = f"{choice_name(name, figures)}, {where}"
+            label = f"{choice_name(name, figures)}, {group_name(where)}"
             rows.append([label, str(each["positions"]), percent(each["value"], 2), percent(each["logits"], 2)])
     return "the solver's mean error, by CE", ["", "positions", "value", "logits' gradient"], rows
 

