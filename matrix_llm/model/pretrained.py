@@ -6,6 +6,7 @@ import copy
 import os
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig
 
 from matrix_llm.base.errors import RecipeError
@@ -29,7 +30,7 @@ def load_pretrained(key: str, name: str | None, loader: Any, **options: Any) -> 
         raise RecipeError(f"{key}={name!r}: no folder at {os.path.abspath(path)}. Correct the path.")
     try:
         return loader(path if os.path.isdir(path) else name, **options)
-    except (OSError, ValueError, KeyError) as error:  # the Hub client's errors are OSErrors
+    except (OSError, ValueError, KeyError, SafetensorError) as error:  # the Hub client's errors are OSErrors
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         cannot = "is a folder that cannot be read" if os.path.isdir(path) else "is neither a folder nor on the Hub"
         raise RecipeError(
