@@ -103,9 +103,7 @@ def not_applied(recipe: Recipe) -> list[str]:
     if model.dtype not in ("float32", "auto"):
         lines.append(f"dtype={model.dtype}: weights and forward are float32 here")
     if _is_for_gpus(model.attn_implementation):
-        lines.append(
-            f"attn_implementation={model.attn_implementation}: the model's default attention here"
-        )
+        lines.append(f"attn_implementation={model.attn_implementation}: the model's default attention here")
     if model.quantised_by is not None:
         lines.append(f"{model.quantised_by}=True: weights are not quantised here")
     if training.mce_weight == 0:

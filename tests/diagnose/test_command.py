@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 from matrix_llm.base.errors import RecipeError
+from matrix_llm.diagnose import diagnosis
 from matrix_llm.diagnose.command import main
 from matrix_llm.diagnose.diagnosis import check_memory
 from matrix_llm.diagnose.page import draw_bars, render_page
@@ -237,10 +238,12 @@ def test_what_cannot_be_measured_is_one_line(folder, capsys, words, said):
     assert said.format(**names) in refused(capsys, *(word.format(**names) for word in words), *OPTIONS)
 
 
-def test_more_positions_than_memory_holds_are_refused_with_the_number_that_fits():
+def test_more_positions_than_memory_holds_are_refused_with_the_number_that_fits(folder, monkeypatch, capsys):
     check_memory(1000, 50_000, 10**9)
     with pytest.raises(RecipeError, match=r"--positions.* 2,000 .*1.6 GB.*1.0 GB.*at most 1,250"):
         check_memory(2000, 50_000, 10**9)
+    monkeypatch.setattr(diagnosis, "_free_memory", lambda device: 100_000)
+    assert "at most 20" in refused(capsys, folder, folder / "rows.jsonl", *OPTIONS)
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "kernels-community/flash-attn3"])
