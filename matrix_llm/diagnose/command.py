@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from matrix_llm.base.console import command_name, fail, say
 from matrix_llm.base.errors import MatrixLLMError
@@ -48,6 +49,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _why_not_writable(folder: Path) -> str | None:
+    """Why no file can be written there, before anything is measured; None if it can."""
+    place = folder.absolute()
+    place = next(each for each in (place, *place.parents) if each.exists())
+    if not place.is_dir():
+        return "is a file" if place == folder.absolute() else f"is inside {str(place)!r}, which is a file"
+    try:
+        with TemporaryFile(dir=place):
+            return None
+    except OSError as error:
+        return f"cannot be written: {error.strerror}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0; 2, with one line on stderr, for what cannot be measured."""
     wait_passively()  # before torch is imported
@@ -61,8 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("give a recipe, a run, or a model and its rows, before any --key.")
     if options.positions < 2:
         parser.error(f"--positions={options.positions} must be at least 2.")
-    if options.out is not None and options.out.exists() and not options.out.is_dir():
-        return fail(f"--out={str(options.out)!r} is a file. Give a folder.", 2)
+    if options.out is not None and (reason := _why_not_writable(options.out)):
+        return fail(f"--out={str(options.out)!r} {reason}. Give a folder where you may write.", 2)
     from matrix_llm.diagnose.diagnosis import diagnose  # here: --help needs no torch
     from matrix_llm.diagnose.page import render_page
     from matrix_llm.diagnose.subject import find_subject

@@ -22,10 +22,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
-from matrix_llm.base.errors import ModelError
+from matrix_llm.base.errors import ModelError, RecipeError
 from matrix_llm.config import Recipe
 from matrix_llm.diagnose.accuracy import count_affordable, mce_loss, measure_solver, spread_by_ce
 from matrix_llm.diagnose.forgiven import Forgiven, forgiven
@@ -51,6 +52,7 @@ from matrix_llm.publish.card import versions
 from matrix_llm.publish.finished_run import DIAGNOSIS_FORMAT, DIAGNOSIS_VERSION
 
 IN_USE = "in use"
+GRADIENTS = 4  # (N, V) float32 that are held at once
 PAIRS_OF = 1024  # targets whose nearest rows are looked for
 
 
@@ -95,6 +97,7 @@ def diagnose(subject: Subject, asked: int, say: Callable[[str], None]) -> dict[s
     clock.finish("reading the model")
     positions = draw_positions(model, prepared.train, asked, recipe.training.seed, say)
     clock.finish("hidden states")
+    check_memory(len(positions.labels), len(LMHead.of(model).weight), _free_memory(model.device))
 
     # 2. everything else needs only the LM head and the positions
     result: dict[str, Any] = {"format": DIAGNOSIS_FORMAT, "version": DIAGNOSIS_VERSION}
@@ -111,6 +114,29 @@ def diagnose(subject: Subject, asked: int, say: Callable[[str], None]) -> dict[s
     }
     result["versions"] = versions()
     return result
+
+
+def check_memory(positions: int, vocabulary: int, free: int) -> None:
+    """Refuse more positions than memory holds: their gradients in the logits, of CE, of MCE and two more at a time.
+
+    Args:
+        free: bytes.
+
+    Raises:
+        RecipeError: with the number that fits.
+
+    >>> check_memory(480, 49152, 2**30)
+    """
+    each = GRADIENTS * 4 * vocabulary
+    if positions * each > free:
+        raise RecipeError(
+            f"--positions: the gradients of {positions:,} positions take about {positions * each / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free. Ask for at most {max(free // each, 2):,}."
+        )
+
+
+def _free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 # --- what was measured ------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def describe_rows(vectors: Tensor) -> HeadRows:
         vectors: (V, D) any float dtype, any norm.
 
     Raises:
-        ModelError: every row is zero.
+        ModelError: every row is zero, as equal rows are without their mean.
 
     >>> describe_rows(torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 2.0]])).mean_cosine  # of 0, 0 and 1
     0.3333333333333333
@@ -64,7 +64,10 @@ def describe_rows(vectors: Tensor) -> HeadRows:
     present = norm[norm > 0].sort().values
     n = len(present)
     if not n:
-        raise ModelError("every row of the LM head is zero, so its tokens have no direction. Give a trained model.")
+        raise ModelError(
+            "every token vector is zero, or would be without their mean, so tokens have no direction. Give a trained "
+            "model."
+        )
     at = [0, round(0.05 * (n - 1)), round(0.5 * (n - 1)), round(0.95 * (n - 1)), n - 1]
     return HeadRows(
         rows=count,

@@ -102,6 +102,8 @@ def not_applied(recipe: Recipe) -> list[str]:
     model, training, lines = recipe.model, recipe.training, []
     if model.dtype not in ("float32", "auto"):
         lines.append(f"dtype={model.dtype}: weights and forward are float32 here")
+    if _is_for_gpus(model.attn_implementation):
+        lines.append(f"attn_implementation={model.attn_implementation}: the model's default attention here")
     if model.quantised_by is not None:
         lines.append(f"{model.quantised_by}=True: weights are not quantised here")
     if training.mce_weight == 0:
@@ -111,6 +113,11 @@ def not_applied(recipe: Recipe) -> list[str]:
     if recipe.data.leakage_check:
         lines.append("leakage_check: test questions are not looked for")
     return lines
+
+
+def _is_for_gpus(attention: str | None) -> bool:
+    """Flash attention and kernels of the Hub, which know neither float32 nor the CPU."""
+    return attention is not None and ("flash" in attention or "/" in attention)
 
 
 def read_rows(recipe: Recipe, say: Callable[[str], None]) -> Any:
@@ -142,4 +149,6 @@ def read_model(subject: Subject, tokenizer: Any) -> PreTrainedModel:
     if subject.adapter is not None:
         return load_merged(subject.adapter, tokenizer, dtype=torch.float32)
     args = dataclasses.replace(recipe.model, dtype="float32", load_in_4bit=False, load_in_8bit=False)
+    if _is_for_gpus(args.attn_implementation):
+        args = dataclasses.replace(args, attn_implementation=None)
     return load_model(args, tokenizer, seed=recipe.training.seed, trust_remote_code=recipe.training.trust_remote_code)

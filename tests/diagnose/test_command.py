@@ -12,9 +12,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
+from matrix_llm.base.errors import RecipeError
+from matrix_llm.diagnose import diagnosis
 from matrix_llm.diagnose.command import main
+from matrix_llm.diagnose.diagnosis import check_memory
 from matrix_llm.diagnose.page import draw_bars, render_page
-from matrix_llm.diagnose.subject import find_subject, read_rows
+from matrix_llm.diagnose.subject import find_subject, not_applied, read_model, read_rows
 from matrix_llm.diagnose.text import render
 from matrix_llm.loss.settings import LossSettings
 from matrix_llm.model.lm_head import add_matrix_head
@@ -252,12 +255,31 @@ def refused(capsys, *words):
     (["{folder}/nowhere", "{rows}"], "nowhere"),
     (["no_such_recipe"], "no_such_recipe"),
     (["{folder}/r.yaml", "{rows}"], "--dataset"),
-    (["{folder}", "{rows}", "--out", "{rows}"], "--out"),
+    (["{folder}", "{rows}", "--out", "{rows}"], "--out='{rows}' is a file"),
     (["{folder}", "{rows}", "--output_dir", "{rows}"], "Give a folder"),
+    (["{folder}/nowhere", "{rows}", "--out", "{rows}/a/b"], "--out='{rows}/a/b' is inside '{rows}'"),
+    (["{folder}/nowhere", "{rows}", "--out", "/proc/out"], "--out='/proc/out' cannot be written"),
 ])  # fmt: skip
 def test_what_cannot_be_measured_is_one_line(folder, capsys, words, said):
     names = {"folder": str(folder), "rows": str(folder / "rows.jsonl")}
-    assert said in refused(capsys, *(word.format(**names) for word in words), *OPTIONS)
+    assert said.format(**names) in refused(capsys, *(word.format(**names) for word in words), *OPTIONS)
+
+
+def test_more_positions_than_memory_holds_are_refused_with_the_number_that_fits(folder, monkeypatch, capsys):
+    check_memory(1000, 50_000, 10**9)
+    with pytest.raises(RecipeError, match=r"--positions.* 2,000 .*1.6 GB.*1.0 GB.*at most 1,250"):
+        check_memory(2000, 50_000, 10**9)
+    monkeypatch.setattr(diagnosis, "_free_memory", lambda device: 100_000)
+    assert "at most 20" in refused(capsys, folder, folder / "rows.jsonl", *OPTIONS)
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "kernels-community/flash-attn3"])
+def test_a_recipe_for_a_gpu_is_diagnosed_with_another_attention_and_says_so(folder, attention):
+    words = [*OPTIONS, "--attn_implementation", attention]
+    subject = find_subject(str(folder), str(folder / "rows.jsonl"), words)
+    assert any(attention in line for line in not_applied(subject.recipe))
+    model = read_model(subject, read_rows(subject.recipe, lambda line: None).tokenizer)
+    assert model.config._attn_implementation in ("eager", "sdpa")
 
 
 def test_rows_that_are_not_trained_on_are_refused(folder, tmp_path, capsys):

@@ -163,12 +163,17 @@ def test_probabilities_and_gradient_are_rounded_once(dtype, softcap, scale):
     rounded = (form / largest).to(dtype).double() * largest.double()
     factor = constant.double() + rounded @ features[:, :37].double().T
     gradient = q * factor * scale * (1 if softcap is None else 1 - (z.double() / softcap) ** 2)
-    out = torch.full((3, 6000), 9.0, dtype=dtype, device=DEVICE)[:, :5000]  # rows apart, as in a buffer
+    buffer = torch.full((3, 6000), 9.0, dtype=dtype, device=DEVICE)
+    out = buffer[:, :5000]  # rows apart, as in a buffer
     ulp = {torch.float32: 1e-5, torch.float16: 2**-11 + 1e-5, torch.bfloat16: 2**-8 + 1e-5}[dtype]  # half of one
     kernels.probabilities(z, log_z, out)
     torch.testing.assert_close(out.double(), q, rtol=ulp, atol=3e-8)
-    out = out.float() if dtype == torch.float16 else out  # the derivative of an unlikely target exceeds it here
-    kernels.logit_gradient(z, log_z, constant, form, features, out, softcap=softcap, logit_scale=scale)
+    if dtype == torch.float16:  # the derivative of an unlikely target exceeds it here
+        buffer = buffer.float()
+        out = buffer[:, :5000]
+    apart = torch.zeros(3, 5100, dtype=z.dtype, device=DEVICE)[:, :5000].copy_(z)  # a stride of its own
+    kernels.logit_gradient(apart, log_z, constant, form, features, out, softcap=softcap, logit_scale=scale)
+    assert (buffer[:, 5000:] == 9.0).all()  # nothing is written beside them
     size = q * (constant.abs() + rounded.abs() @ features[:, :37].double().abs().T)  # sums cancel
     assert ((out.double() - gradient).abs() <= ulp * gradient.abs() + (1e-5 if softcap else 3e-6) * size + 3e-8).all()
 

@@ -31,6 +31,14 @@ def test_from_scratch_model_repeats_with_the_seed_and_can_be_loaded_again(tmp_pa
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight, first.lm_head.weight)
 
 
+def test_a_file_of_weights_that_is_cut_off_is_refused_in_one_line(tmp_path, tiny_tokenizer):
+    path = save_llama(tmp_path, rows=300)
+    file = Path(path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(RecipeError, match=r"model_name_or_path=.*cannot be read: .*incomplete"):
+        load_model(ModelArguments(model_name_or_path=path), tiny_tokenizer)
+
+
 def test_master_weights_of_a_bf16_checkpoint_are_float32_unless_named(tmp_path, tiny_tokenizer):
     path = save_llama(tmp_path, rows=300, dtype=torch.bfloat16)
     assert load_model(ModelArguments(model_name_or_path=path), tiny_tokenizer).dtype == torch.float32
