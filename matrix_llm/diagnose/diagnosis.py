@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from matrix_llm.base.errors import ModelError, RecipeError
+from matrix_llm.base.weights import check_finite
 from matrix_llm.config import Recipe
 from matrix_llm.diagnose.accuracy import count_affordable, mce_loss, measure_solver, spread_by_ce
 from matrix_llm.diagnose.forgiven import Forgiven, forgiven
@@ -42,7 +43,7 @@ from matrix_llm.diagnose.gradients import (
 )
 from matrix_llm.diagnose.groups import by_cross_entropy, by_kind, show_token
 from matrix_llm.diagnose.head import describe_rows, nearest_pairs
-from matrix_llm.diagnose.positions import Positions, check_weights, draw_positions
+from matrix_llm.diagnose.positions import Positions, draw_positions
 from matrix_llm.diagnose.reading import read_figures
 from matrix_llm.diagnose.subject import Subject, not_applied, read_model, read_rows
 from matrix_llm.loss.settings import LossSettings
@@ -90,7 +91,7 @@ def diagnose(subject: Subject, asked: int, say: Callable[[str], None]) -> dict[s
     prepared = read_rows(recipe, say)
     clock.finish("reading rows")
     model = read_model(subject, prepared.tokenizer)
-    check_weights(model)
+    check_finite(model, subject.name)  # with the adapter in it
     check_head(model)
     if torch.cuda.is_available() and not recipe.training.use_cpu:
         model.to("cuda")  # type: ignore[arg-type]
@@ -258,7 +259,7 @@ def _measure(recipe: Recipe, model: Any, tokenizer: Any, positions: Positions, c
 
 
 def _check_finite(what: str, values: Tensor, labels: Tensor, tokenizer: Any) -> None:
-    """Refuse a loss that is not finite: one target's logit is -inf, or the hidden states overflow."""
+    """Refuse a loss that is not finite: a logit overflows."""
     if not torch.isfinite(values).all():
         place = int(torch.nonzero(~torch.isfinite(values))[0])
         target = show_token(tokenizer, int(labels[place]))

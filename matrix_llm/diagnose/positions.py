@@ -92,17 +92,3 @@ def _in_random_order(rows: Any, seed: int) -> Iterator[dict[str, Any]]:
         generator = torch.Generator().manual_seed(seed)
         return (rows[place] for place in torch.randperm(len(rows), generator=generator).tolist())
     return itertools.islice(iter(rows), 64 * ROWS)
-
-
-def check_weights(model: Any) -> None:
-    """Refuse NaN or infinity in the weights, with the name of the first.
-
-    Raises:
-        ModelError: there is one; -inf in the LM head's bias, which removes a token, may be there.
-    """
-    head = model.get_output_embeddings()
-    for name, parameter in model.named_parameters():
-        if parameter is getattr(head, "bias", None):
-            continue
-        if not torch.isfinite(parameter).all():
-            raise ModelError(f"the weight {name} holds NaN or infinity. Give another checkpoint.")
