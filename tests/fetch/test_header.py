@@ -22,8 +22,14 @@ def entry(key, kind, value):
     return ENTRY.pack(len(key)) + key + struct.pack("<I", kind) + value
 
 
+def tensor(*shape, name=b"w"):
+    """A line of the table of tensors: float32, the data at 0."""
+    return ENTRY.pack(1) + name + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, 0)
+
+
 NAME = entry(b"general.architecture", 8, ENTRY.pack(5) + b"llama")
 TENSOR = ENTRY.pack(1) + b"w" + struct.pack("<IQIQ", 1, 32, 0, 0)
+ALIGNED_48 = entry(b"general.alignment", 4, struct.pack("<I", 48))
 BAD = {
     "empty": (b"", "GGUF"),
     "text": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "GGUF"),
@@ -31,6 +37,7 @@ BAD = {
     "old": (header(version=1), "version 1"),
     "big-endian": (header(version=3 << 24), "big-endian"),
     "tensors": (header(2**60, NAME), "1,152,921,504,606,846,976 tensors"),
+    "a tensor too many": (header(65_537, NAME), "65,537 tensors"),
     "entries": (header(0, NAME, count=2**60), "metadata entries"),
     "more entries than bytes": (header(1, NAME, count=60_000), "inside its header"),
     "text of 2^60": (header(0, entry(b"k", 8, ENTRY.pack(2**60))), "in one text"),
@@ -47,10 +54,15 @@ BAD = {
     "no tensors": (header(0, NAME), "no tensors"),
     "the same tensor": (header(2, NAME + TENSOR + TENSOR + bytes(200)), "twice"),
     "dimensions": (header(1, NAME + ENTRY.pack(1) + b"w" + struct.pack("<I", 2**32 - 1)), "dimensions"),
+    "no dimensions": (header(1, NAME + tensor()), "0 dimensions"),
+    "five dimensions": (header(1, NAME + tensor(2, 2, 2, 2, 2) + bytes(400)), "5 dimensions"),
+    "no weights": (header(1, NAME + tensor(4, 0) + bytes(200)), "the shape (0, 4)"),
+    "the larger one cut off": (header(2, NAME + tensor(64) + tensor(32, name=b"v") + bytes(160)), "cut off"),
     "shape of 2^60": (header(1, NAME + ENTRY.pack(1) + b"w" + struct.pack("<IQIQ", 1, 2**60, 0, 0)), "cut off"),
     "part of a block": (header(1, NAME + ENTRY.pack(1) + b"w" + struct.pack("<IQIQ", 1, 33, 3, 0)), "blocks of 32"),
     "kind of tensor": (header(1, NAME + ENTRY.pack(1) + b"w" + struct.pack("<IQIQ", 1, 32, 99, 0)), "type 99"),
     "alignment": (header(1, NAME + entry(b"general.alignment", 4, bytes(4)) + TENSOR, count=2), "alignment"),
+    "alignment of 48": (header(1, NAME + ALIGNED_48 + tensor(32) + bytes(400), count=2), "power of two"),
     "offset": (header(1, NAME + ENTRY.pack(1) + b"w" + struct.pack("<IQIQ", 1, 32, 0, 2**60)), "cut off"),
 }  # fmt: skip
 
