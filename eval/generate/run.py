@@ -26,7 +26,6 @@ from matrix_llm.base.errors import EvalError
 from matrix_llm.base.files import write_text
 from matrix_llm.base.limits import SECONDS, limited
 from matrix_llm.base.threads import wait_passively
-from matrix_llm.data.chat import check_length
 
 from ..text import first_line, say
 from .engines import Engine, choose_engine
@@ -242,6 +241,8 @@ def _has_gpu() -> bool:
 def _build_prompts(prompt: Prompt, problems: Sequence[str], tokenizer: Any) -> list[str]:
     if not prompt.chat:
         return [prompt.build(problem, tokenizer) for problem in problems]
+    from matrix_llm.data.chat import check_length  # here: it needs jinja2, and --help does not
+
     try:
         with limited("it", SECONDS + 0.05 * len(problems)):
             texts = [prompt.build(problem, tokenizer) for problem in problems]

@@ -13,7 +13,6 @@ from typing import Any
 
 from matrix_llm.base.errors import EvalError
 from matrix_llm.base.files import parse_json
-from matrix_llm.base.values import nearest
 
 from ..files import read_rows
 from ..grader.text import last_boxed
@@ -85,6 +84,8 @@ def load_problems(
             )
         return _builtin(data, limit)
     if data is not None and data.startswith("builtin") and not Path(data).exists():
+        from matrix_llm.base.values import nearest  # here: it needs numpy, and --help does not
+
         raise EvalError(f"--data {data}: generated problems are {' and '.join(BUILTIN)}.{nearest(data, BUILTIN)}")
     if data is not None:
         rows, source = list(read_rows(Path(data))), data

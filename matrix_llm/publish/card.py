@@ -277,7 +277,7 @@ def card_of(run: Path, settings: RunSettings, licence: str | None, base_model: s
     """
     licence = licence or licence_in(run)
     entries, results, evaluations = read_jsonl(run / METRICS), read_json(run / RESULTS), read_evaluations(run)
-    base = settings.model_name_or_path
+    base, diagnosis = settings.model_name_or_path, read_diagnosis(run)
     try:
         card = model_card(
             settings,
@@ -285,7 +285,7 @@ def card_of(run: Path, settings: RunSettings, licence: str | None, base_model: s
             results,
             evaluations,
             before=read_evaluations(Path(base)) if base and evaluations else [],  # of a folder: eval/ writes into it
-            diagnosis=read_diagnosis(run),
+            diagnosis=diagnosis,
             licence=licence,
             base_model=base_model,
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from eval.generate.options import Options
 from eval.generate.run import evaluate, main
@@ -306,6 +306,7 @@ def test_the_minerva_stop_stays_in_the_response(data, tmp_path, tiny_tokenizer, 
             super().__init__()
             self.weight = torch.nn.Parameter(torch.zeros(1))
             self.config = LlamaConfig()
+            self.generation_config = GenerationConfig()
             self.dtype = torch.float32
 
         def generate(self, input_ids, stopping_criteria, **_):

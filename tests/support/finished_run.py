@@ -20,7 +20,7 @@ def write_diagnosis(run: Path) -> None:
     """What the card needs of diagnosis.json, with the path of a model on this machine in it."""
     figures = {
         "format": "matrix_llm.diagnosis", "version": 1, "model": {"name": "/home/somebody/base"},
-        "rows": {"positions": 4}, "loss": {"all": {"all": {"ce": 2.0, "mce": {"in use": 1.0}}}},
+        "rows": {"positions": 4, "rows_used": 2}, "loss": {"all": {"all": {"ce": 2.0, "mce": {"in use": 1.0}}}},
         "gradients": {"in use": {"all": {"all": {"mce": {"hidden": {"cosine": 0.5, "norm_ratio": 1.0}}}}}},
         "head": {"in use": {"mean_cosine": 0.1}}, "reading": ["It forgives half."],
     }  # fmt: skip
