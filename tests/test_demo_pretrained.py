@@ -1,6 +1,7 @@
 """`make demo-pretrained`: its own commands, in its order, on a tiny model that stands in for the fetched one."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -26,8 +27,9 @@ SMALLER = {  # what a test that must end soon adds
 
 def commands() -> list[list[str]]:
     """The target's commands without those that set up, each without the environment's folder."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # under `make test`
     shown = subprocess.run(
-        ["make", "-n", "demo-pretrained"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "-n", "demo-pretrained"], cwd=ROOT, env=env, capture_output=True, text=True, check=True
     ).stdout
     lines = shown[shown.index("rm -rf runs/smollm2") :].replace(".venv/bin/", "").splitlines()
     return [shlex.split(line) for line in lines]

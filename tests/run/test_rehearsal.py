@@ -125,7 +125,7 @@ def test_a_trainer_does_not_mind_what_only_reading_changes(tiny_tokenizer, argum
     """SFTTrainer would train and save. A recipe is refused."""
     options = arguments(save_strategy="steps", mce_weight=0.0, max_steps=1)
     trainer = MatrixTrainer(tiny_model(), options, train_dataset=rows(), processing_class=tiny_tokenizer)
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda folder: type("Other", (), {"vocab_size": 7})())
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda folder, **_: type("Other", (), {"vocab_size": 7})())
     with pytest.raises(RecipeError, match="vocab_size"):
         trainer.rehearse_saving()
     trainer.train()
@@ -149,7 +149,7 @@ def test_generation_settings_and_a_tokenizer_that_would_not_survive_are_named(ti
     with pytest.raises(RecipeError, match=r"generation settings of .*could not be saved.*do_sample"):
         rehearse_saving(model, None, arguments())
 
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda folder: type("Other", (), {"vocab_size": 7})())
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda folder, **_: type("Other", (), {"vocab_size": 7})())
     with pytest.raises(RecipeError, match="vocab_size is 300 before it is saved and 7"):
         rehearse_saving(tiny_model(), tiny_tokenizer, arguments())
 
