@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import os
 import pickle
 import sys
@@ -35,10 +36,21 @@ def tensors_only() -> Iterator[None]:
     before = os.environ.get(FORCED)
     os.environ[FORCED] = "1"
     try:
-        with torch.serialization.safe_globals(_deepspeed_classes()):
+        getters = [(_member, f"{module}.getattr") for module in ("builtins", "__builtin__")]
+        with torch.serialization.safe_globals([*_deepspeed_classes(), *getters]):
             yield
     finally:
         os.environ.pop(FORCED) if before is None else os.environ.update({FORCED: before})
+
+
+def _member(kind: Any, name: Any) -> Any:
+    """What stands for `getattr` in a pickle: a member of an enumeration, and nothing else.
+
+    Python 3.11.0 to 3.11.3 pickles a member as getattr(class, name), others as class(value).
+    """
+    if isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError(f"it asks for {name!r} of {kind!r}, which is not a member of an enumeration")
 
 
 def _deepspeed_classes() -> list[Any]:
@@ -68,6 +80,8 @@ class _IndexUnpickler(pickle.Unpickler):
     }  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in self.ALLOWED.get(module, ()):
             return super().find_class(module, name)

@@ -171,8 +171,8 @@ def test_a_repository_is_copied_without_pickles_and_code(hub, client, tmp_path, 
         assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
-def test_a_known_model_comes_from_the_hub_where_that_gives_it(hub, client, tmp_path):
-    hub.repositories[REPO] = hub.repositories["user/tiny"]
+def test_a_known_model_comes_from_the_hub_where_that_gives_it(hub, client, tmp_path, monkeypatch):
+    monkeypatch.setitem(hub.repositories, REPO, hub.repositories["user/tiny"])
     assert client("fetch", NAME, tmp_path / "out", "--revision", "main").status == 0
     record = record_of(tmp_path / "out")
     assert (record["source"], record["name"], record["repo"]) == ("hub", NAME, REPO)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from matrix_llm.base.errors import CheckpointError
 from matrix_llm.checkpoints import finish_checkpoint, main
@@ -170,3 +171,41 @@ def test_files_that_link_out_of_the_checkpoint_are_not_copied(target, fsdp_check
     status, error = consolidate(fsdp_checkpoint(WEIGHTS, link), capsys)
     assert status == 2
     assert "outside the checkpoint" in error
+
+
+class Attribute:
+    """Pickled as getattr(owner, name), as Python 3.11.0 to 3.11.3 pickles a member of an enumeration."""
+
+    def __init__(self, owner, name):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "is_read"),
+    [(_MEM_FORMAT_ENCODING, "TORCH_CHANNELS_LAST", True), (_MEM_FORMAT_ENCODING, "mro", False), (Path, "home", False)],
+)
+def test_an_index_may_name_a_member_of_an_enumeration_as_old_pythons_do_and_no_other_attribute(
+    fsdp_checkpoint, owner, name, is_read
+):
+    checkpoint = fsdp_checkpoint(WEIGHTS)
+    change_index(
+        checkpoint / "pytorch_model_fsdp_0", lambda index: setattr(index, "planner_data", Attribute(owner, name))
+    )
+    if is_read:
+        check_indexes(checkpoint)
+        return
+    with pytest.raises(CheckpointError, match=name):
+        check_indexes(checkpoint)
+
+
+def test_the_same_holds_for_the_files_of_zero(tmp_path):
+    stages = pytest.importorskip("deepspeed.runtime.zero.config", reason="deepspeed is not installed").ZeroStageEnum
+    torch.save({"stage": Attribute(stages, "weights")}, tmp_path / "state.pt")
+    torch.save({"stage": Attribute(torch.Tensor, "apply_")}, tmp_path / "foreign.pt")
+    with tensors_only():
+        assert torch.load(tmp_path / "state.pt", weights_only=False)["stage"] is stages.weights
+        with pytest.raises(pickle.UnpicklingError, match="apply_"):
+            torch.load(tmp_path / "foreign.pt", weights_only=False)
