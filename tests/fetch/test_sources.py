@@ -173,7 +173,8 @@ def test_a_repository_is_copied_without_pickles_and_code(hub, client, tmp_path, 
 
 def test_a_known_model_comes_from_the_hub_where_that_gives_it(hub, client, tmp_path, monkeypatch):
     monkeypatch.setitem(hub.repositories, REPO, hub.repositories["user/tiny"])
-    assert client("fetch", NAME, tmp_path / "out", "--revision", "main").status == 0
+    cache = str(tmp_path / "cache")  # of its own: what is in a cache is had without the Hub
+    assert client("fetch", NAME, tmp_path / "out", "--revision", "main", HF_HUB_CACHE=cache).status == 0
     record = record_of(tmp_path / "out")
     assert (record["source"], record["name"], record["repo"]) == ("hub", NAME, REPO)
     assert client("fetch", NAME, tmp_path / "out").status == 0  # it is there
