@@ -132,16 +132,22 @@ def server():
 
 
 @pytest.fixture(scope="module")
-def client(server, tmp_path_factory):
-    client = Client(server, tmp_path_factory.mktemp("hf_home"))
+def hf_home(tmp_path_factory):
+    return tmp_path_factory.mktemp("hf_home")
+
+
+@pytest.fixture(scope="module")
+def client(server, hf_home):
+    client = Client(server, hf_home)
     yield client
     client.close()
 
 
 @pytest.fixture
-def hub(server, tmp_path, model, tokenizer):
-    """A Hub with user/tiny, and with what a repository has beside a model."""
+def hub(server, hf_home, tmp_path, model, tokenizer):
+    """A Hub with user/tiny, and with what a repository has beside a model; nothing of it is cached."""
     server.forget()
+    shutil.rmtree(hf_home / "hub", ignore_errors=True)
     model.save_pretrained(tmp_path / "original")
     tokenizer.save_pretrained(tmp_path / "original")
     files = {file.name: file.read_bytes() for file in (tmp_path / "original").iterdir()}
@@ -171,10 +177,9 @@ def test_a_repository_is_copied_without_pickles_and_code(hub, client, tmp_path, 
         assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
-def test_a_known_model_comes_from_the_hub_where_that_gives_it(hub, client, tmp_path, monkeypatch):
-    monkeypatch.setitem(hub.repositories, REPO, hub.repositories["user/tiny"])
-    cache = str(tmp_path / "cache")  # of its own: what is in a cache is had without the Hub
-    assert client("fetch", NAME, tmp_path / "out", "--revision", "main", HF_HUB_CACHE=cache).status == 0
+def test_a_known_model_comes_from_the_hub_where_that_gives_it(hub, client, tmp_path):
+    hub.repositories[REPO] = hub.repositories["user/tiny"]
+    assert client("fetch", NAME, tmp_path / "out", "--revision", "main").status == 0
     record = record_of(tmp_path / "out")
     assert (record["source"], record["name"], record["repo"]) == ("hub", NAME, REPO)
     assert client("fetch", NAME, tmp_path / "out").status == 0  # it is there
