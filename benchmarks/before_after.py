@@ -56,7 +56,7 @@ def table(pairs: list[tuple[str, Path, Path]]) -> Iterator[str]:
         yield f"{TITLES.get(name, visible(name)):46}{sides}{found['problems']:>10}"
         gain = f"{100 * found['difference']:+.1f} points"
         interval = f"{100 * found['difference_low']:+.1f} to {100 * found['difference_high']:+.1f}"
-        yield f"  {gain} (95 %: {interval}), McNemar's p = {found['mcnemar_p']:.1g}"
+        yield f"  {gain} (95 %: {interval}), {found['test']} p = {found['p']:.1g}"
     yield "In brackets: 95 % intervals, over problems. An answer counts when its final number is right, in any form."
 
 
@@ -79,11 +79,11 @@ def samples(before: Path, after: Path, count: int) -> Iterator[str]:
     a, b = Run.load(before), Run.load(after)
     shared = [problem for problem in b.rows if problem in a.rows][:count]
     for problem in shared:
-        row = b.rows[problem]
+        row = b.rows[problem][0]
         yield f"\nproblem: {_wrapped(row['problem'])}\n  gold:  {visible(row['gold'])}"
         for name, run in (("before", a), ("after", b)):
-            verdict = "right" if run.verdicts("verified").get(problem) else "wrong"
-            yield f"{name:>6}, {verdict}: {_wrapped(run.rows[problem]['response'])}"
+            verdict = "right" if run.verdicts("verified")[problem][0].correct else "wrong"
+            yield f"{name:>6}, {verdict}: {_wrapped(run.rows[problem][0]['response'])}"
 
 
 def _wrapped(text: str) -> str:

@@ -3,9 +3,11 @@
     python eval/compare.py runs/a/gsm8k.json runs/b/gsm8k.json
     python eval/compare.py runs/a/math.json runs/b/math.json --convention minerva --show 5
 
-Runs are paired by problem id. Of the problems that only one run solves, an exact McNemar test asks whether chance would
-split them so. The unpaired p next to it is what two published scores would give. Conventions other than "verified" are
-graded from the generations next to the summaries. No GPU, no model.
+Runs are paired by problem id, and a problem counts by the share of its samples that are right, as in the score of a
+run. With one sample each, an exact McNemar test asks of the problems that only one run solves whether chance would
+split them so, and the unpaired p next to it is what two published scores would give. With several, a sign-flip test
+asks the same of the differences. Conventions other than "verified" are graded from the generations next to the
+summaries. No GPU, no model.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ if not __package__:  # run as a script: import from the repository, not from thi
 import argparse
 import json
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,16 +33,17 @@ from matrix_llm.base.statistics import (
     bootstrap_difference,
     mcnemar_exact,
     minimum_detectable_difference,
+    sign_flip_test,
     two_proportion,
-    wilson_interval,
 )
 from matrix_llm.base.threads import wait_passively
 
-from .grader.answers import CONVENTIONS, VERIFIED, extract_answer, grade
+from .grader.answers import CONVENTIONS, VERIFIED, Verdict, grade
 from .report.comparison import describe
+from .report.scores import question, score, share_right
 
 OWN_TO_A_RUN = ("model", "revision", "model_fingerprint", "lora")  # settings that two runs are expected to differ in
-REPEATS = 10_000
+REPEATS, SIGN_FLIPS = 10_000, 100_000  # draws of the bootstrap, and of the sign-flip test
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ class Run:
     """Path of the summary, OUT/<name>.json."""
     summary: Mapping[str, Any]
     """The content of the summary."""
-    rows: Mapping[str, Mapping[str, Any]]
-    """{problem id: sample 0} from the generations next to the summary; empty if there are none."""
+    rows: Mapping[str, Sequence[Mapping[str, Any]]]
+    """{problem id: its samples} from the generations next to the summary; empty if there are none."""
 
     @classmethod
     def load(cls, path: Path) -> Run:
@@ -62,26 +66,38 @@ class Run:
     def benchmark(self) -> str:
         return self.summary["benchmark"]
 
-    def verdicts(self, convention: str) -> Mapping[str, bool | None]:
-        """{problem id: correct?} of sample 0: as stored for the summary's own convention, else graded from the rows."""
-        stored = self.summary["verdicts"]
-        if convention == self.summary.get("convention", VERIFIED):
-            return stored
-        missing = [problem for problem in stored if problem not in self.rows]
-        if missing:
-            raise EvalError(
-                f"--convention {convention} has to grade the generations, "
-                f"but those next to {self.path} lack {len(missing)} of its "
-                f"problems, such as {missing[0]}. Put the run's "
-                f"{_generations_beside(self.path, self.summary).name} next to it, "
-                "or leave --convention out."
-            )
-        rows = ((problem, self.rows[problem]) for problem in stored)
-        how = {"benchmark": self.benchmark, "convention": convention}
-        return {
-            problem: grade(row["response"], row["gold"], problem=row.get("problem"), **how).correct
-            for problem, row in rows
+    @property
+    def samples(self) -> int:
+        """Of each problem."""
+        return self.summary.get("samples_per_problem", 1)
+
+    def verdicts(self, convention: str) -> Mapping[str, Sequence[Verdict]]:
+        """{problem id: the verdict on each sample}: as stored for the summary's own convention, else graded from the
+        rows.
+        """
+        stored = {
+            problem: correct if isinstance(correct, list) else [correct]
+            for problem, correct in self.summary["verdicts"].items()
         }
+        is_stored = all(len(each) == self.samples for each in stored.values())
+        if convention == self.summary.get("convention", VERIFIED) and is_stored:
+            return {problem: [Verdict(each, None) for each in correct] for problem, correct in stored.items()}
+        missing = [problem for problem in stored if len(self.rows.get(problem, ())) != self.samples]
+        if missing:
+            why = f"--convention {convention} has to grade the generations"
+            if not is_stored:
+                why = f"{self.path} has {self.samples} samples of each problem, but holds other numbers of verdicts"
+            file = _generations_beside(self.path, self.summary).name
+            raise EvalError(
+                f"{why}, and the generations next to {self.path} lack {len(missing)} of its problems, such as "
+                f"{missing[0]}. Put the run's {file} next to it"
+                + (", or leave --convention out." if is_stored else ", or start the evaluation again: it grades them.")
+            )
+        return {problem: [self.grade(row, convention) for row in self.rows[problem]] for problem in stored}
+
+    def grade(self, row: Mapping[str, Any], convention: str) -> Verdict:
+        how = {"benchmark": self.benchmark, "convention": convention}
+        return grade(row["response"], row["gold"], problem=question(row), **how)
 
 
 def load_summary(path: Path) -> dict[str, Any]:
@@ -114,22 +130,21 @@ def _generations_beside(path: Path, summary: Mapping[str, Any]) -> Path:
     return path.parent / Path(summary.get("generations") or path.with_suffix(".jsonl").name).name
 
 
-def load_generations(file: Path) -> dict[str, dict[str, Any]]:
-    """{problem id: row of sample 0}; empty if there is no such file."""
-    rows: dict[str, dict[str, Any]] = {}
+def load_generations(file: Path) -> dict[str, list[dict[str, Any]]]:
+    """{problem id: its rows, by sample}; empty if there is no such file."""
+    rows: dict[str, dict[int, dict[str, Any]]] = {}
     if not file.is_file():
-        return rows
+        return {}
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 row = parse_json(line)
-                if row["sample"] == 0:
-                    rows[row["id"]] = row
+                rows.setdefault(row["id"], {})[int(row["sample"])] = row
             except (ValueError, KeyError, TypeError):
                 raise EvalError(
                     f"{file}, line {number}, is not a generation of ours. Remove the line, or generate again."
                 ) from None
-    return rows
+    return {problem: [samples[number] for number in sorted(samples)] for problem, samples in rows.items()}
 
 
 def compare(path_a: Path, path_b: Path, *, convention: str = VERIFIED) -> dict[str, Any]:
@@ -153,52 +168,59 @@ def compare(path_a: Path, path_b: Path, *, convention: str = VERIFIED) -> dict[s
             "compare two runs on the same --data."
         )
 
-    # 2. the pairs
-    right_a = [verdicts_a[problem] is True for problem in ids]
-    right_b = [verdicts_b[problem] is True for problem in ids]
-    total, correct_a, correct_b = len(ids), sum(right_a), sum(right_b)
-    only_a = sum(x and not y for x, y in zip(right_a, right_b, strict=True))
-    only_b = only_a + correct_b - correct_a
-    flipped = [(problem, "A" if x else "B") for problem, x, y in zip(ids, right_a, right_b, strict=True) if x != y]
+    # 2. the pairs: of each problem, the share of right samples in both runs
+    shares_a = [share_right(verdicts_a[problem]) for problem in ids]
+    shares_b = [share_right(verdicts_b[problem]) for problem in ids]
+    pairs = list(zip(ids, shares_a, shares_b, strict=True))
+    flipped = sorted(((problem, x, y) for problem, x, y in pairs if x != y), key=lambda each: -abs(each[2] - each[1]))
 
     # 3. the statistics
-    low, high = bootstrap_difference(right_a, right_b, repeats=REPEATS)
-    detectable = minimum_detectable_difference(total, len(flipped) / total)
+    low, high = bootstrap_difference(shares_a, shares_b, repeats=REPEATS)
     return {
         "benchmark": a.benchmark,
         "convention": convention,
-        "problems": total,
+        "problems": len(ids),
         "a": _side(a, [verdicts_a[problem] for problem in ids]),
         "b": _side(b, [verdicts_b[problem] for problem in ids]),
+        "a_better": sum(x > y for x, y in zip(shares_a, shares_b, strict=True)),
+        "b_better": sum(x < y for x, y in zip(shares_a, shares_b, strict=True)),
+        "difference": (math.fsum(shares_b) - math.fsum(shares_a)) / len(ids),
+        "difference_low": low,
+        "difference_high": high,
+        **_tests(shares_a, shares_b, several=max(a.samples, b.samples) > 1),
+        "settings_that_differ": _different(a.summary, b.summary, "settings", leave_out=OWN_TO_A_RUN),
+        "versions_that_differ": _different(a.summary, b.summary, "versions"),
+        "notes": _notes(a, b, ids),
+        "flipped": [_flip(*each, a, b, convention) for each in flipped],
+    }
+
+
+def _tests(shares_a: Sequence[float], shares_b: Sequence[float], *, several: bool) -> dict[str, Any]:
+    """The paired test, by name, with its p value; for one sample of each problem also the counts it rests on."""
+    if several:
+        return {"test": "sign flips", "p": sign_flip_test(shares_a, shares_b, repeats=SIGN_FLIPS)}
+    only_a = sum(x > y for x, y in zip(shares_a, shares_b, strict=True))
+    only_b = sum(x < y for x, y in zip(shares_a, shares_b, strict=True))
+    total, correct_a, correct_b = len(shares_a), int(sum(shares_a)), int(sum(shares_b))
+    p = mcnemar_exact(only_a, only_b)
+    detectable = minimum_detectable_difference(total, (only_a + only_b) / total)
+    return {
+        "test": "exact McNemar",
+        "p": p,
+        "mcnemar_p": p,
         "both": correct_a - only_a,
         "only_a": only_a,
         "only_b": only_b,
         "neither": total - correct_b - only_a,
-        "difference": (correct_b - correct_a) / total,
-        "difference_low": low,
-        "difference_high": high,
-        "mcnemar_p": mcnemar_exact(only_a, only_b),
         "unpaired_p": two_proportion(correct_a, total, correct_b, total),
         "minimum_detectable_difference": detectable if math.isfinite(detectable) else None,
-        "settings_that_differ": _different(a.summary, b.summary, "settings", leave_out=OWN_TO_A_RUN),
-        "versions_that_differ": _different(a.summary, b.summary, "versions"),
-        "notes": _notes(a, b, ids),
-        "flipped": [_flip(problem, right, a, b, convention) for problem, right in flipped],
     }
 
 
-def _side(run: Run, verdicts: Sequence[bool | None]) -> dict[str, Any]:
-    correct, total = sum(verdict is True for verdict in verdicts), len(verdicts)
-    low, high = wilson_interval(correct, total)
-    return {
-        "summary": str(run.path),
-        "model": run.summary.get("model"),
-        "correct": correct,
-        "accuracy": correct / total,
-        "low": low,
-        "high": high,
-        "ungraded": sum(verdict is None for verdict in verdicts),
-    }
+def _side(run: Run, verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Any]:
+    scores = score(verdicts)
+    kept = ("correct", "samples", "accuracy", "low", "high", "ungraded")
+    return {"summary": str(run.path), "model": run.summary.get("model"), **{name: scores[name] for name in kept}}
 
 
 def _notes(a: Run, b: Run, ids: Sequence[str]) -> list[str]:
@@ -207,32 +229,37 @@ def _notes(a: Run, b: Run, ids: Sequence[str]) -> list[str]:
     sizes = [len(run.summary["verdicts"]) for run in (a, b)]
     if len(ids) < max(sizes):
         notes.append(f"compared on the {len(ids)} problems in both runs; A has {sizes[0]}, B has {sizes[1]}")
-    pairs = [(a.rows[problem], b.rows[problem]) for problem in ids if problem in a.rows and problem in b.rows]
+    pairs = [(a.rows[problem][0], b.rows[problem][0]) for problem in ids if problem in a.rows and problem in b.rows]
     changed = sum(any(x[key] != y[key] for key in ("problem", "gold")) for x, y in pairs)
     if changed:
         notes.append(
             f"{changed} problems have the same id and another text or gold: the two runs did not see the same data"
         )
-    for name, run in (("A", a), ("B", b)):
-        samples = run.summary.get("samples_per_problem", 1)
-        if samples > 1:
-            notes.append(f"{name} has {samples} samples a problem; sample 0 of each is compared")
+    if max(a.samples, b.samples) > 1:
+        notes.append(f"A has {a.samples} samples a problem, B {b.samples}; a problem counts by the share that is right")
     return notes
 
 
-def _flip(problem: str, right: str, a: Run, b: Run, convention: str) -> dict[str, Any]:
-    """A problem that only one run solves; its texts are None where the generations are missing."""
-    row_a, row_b = a.rows.get(problem), b.rows.get(problem)
-    known = row_a or row_b or {}
+def _flip(problem: str, share_a: float, share_b: float, a: Run, b: Run, convention: str) -> dict[str, Any]:
+    """A problem that one run solves more often; its texts are None where the generations are missing."""
+    rows_a, rows_b = a.rows.get(problem), b.rows.get(problem)
+    known = (rows_a or rows_b or [{}])[0]
     return {
         "id": problem,
-        "right": right,
+        "right": "A" if share_a > share_b else "B",
+        "share_a": share_a,
+        "share_b": share_b,
         "problem": known.get("problem"),
         "gold": known.get("gold"),
-        "answer_a": row_a and extract_answer(row_a["response"], convention=convention, benchmark=a.benchmark),
-        "answer_b": row_b and extract_answer(row_b["response"], convention=convention, benchmark=b.benchmark),
-        "generations": bool(row_a and row_b),
+        "answer_a": rows_a and _most_given(a, rows_a, convention),
+        "answer_b": rows_b and _most_given(b, rows_b, convention),
+        "generations": bool(rows_a and rows_b),
     }
+
+
+def _most_given(run: Run, rows: Sequence[Mapping[str, Any]], convention: str) -> str | None:
+    """The answer that most samples give in the same words; None if it is none."""
+    return Counter(run.grade(row, convention).extracted for row in rows).most_common(1)[0][0]
 
 
 def _different(

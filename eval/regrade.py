@@ -1,4 +1,5 @@
-"""Grade saved generations again, under every convention side by side, with the disagreements listed.
+"""Grade saved generations again, under every convention side by side: where they disagree about an answer, and where
+some of them find none.
 
     python eval/regrade.py runs/a/gsm8k.jsonl --benchmark gsm8k
     python eval/regrade.py theirs.jsonl --benchmark math --show 20 --out regraded.json
@@ -16,7 +17,7 @@ if not __package__:  # run as a script: import from the repository, not from thi
 import argparse
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,10 +26,10 @@ from matrix_llm.base.errors import EvalError
 from matrix_llm.base.threads import wait_passively
 
 from .files import write_json
-from .grader.answers import BENCHMARKS, CONVENTIONS
+from .grader.answers import BENCHMARKS, CONVENTIONS, VERIFIED, Verdict
 from .grader.text import last_boxed
-from .report.scores import grade_rows, places_by_problem, score_conventions
-from .report.table import score_lines
+from .report.scores import grade_rows, places_by_problem, score_conventions, score_samples
+from .report.table import DEFINITION, align, convention_lines, sample_lines
 from .text import shorten, visible
 
 FIELDS = {  # the first name that a row holds is taken
@@ -37,7 +38,13 @@ FIELDS = {  # the first name that a row holds is taken
     "problem": ("problem", "question", "prompt"),
 }
 LISTED_BAD = 5  # lines without a generation that are named
-SHOWN = 110  # characters of a text in the list of disagreements
+SHOWN = 110  # characters of a text in a list
+KINDS = {  # what a row can be besides graded alike by every convention, each a list of the result
+    "disagreements": "two conventions found an answer, and one calls the response right and the other wrong",
+    "answer_missing": "right for the conventions that found an answer; others found none",
+    "no_answer": "no convention found an answer",
+    "ungraded": "a convention hit a limit",
+}
 
 
 def read_generations(path: Path, benchmark: str) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
@@ -116,63 +123,123 @@ def _fields(row: Any, benchmark: str) -> dict[str, Any]:
 
 
 def regrade(path: Path, benchmark: str) -> dict[str, Any]:
-    """Scores under every convention, bad lines, and the rows on whose verdict the conventions disagree."""
+    """Scores under every convention, bad lines, how each convention compares with our own, and the rows of KINDS."""
     rows, bad = read_generations(path, benchmark)
     graded = grade_rows(rows, benchmark=benchmark)
     try:
         places = places_by_problem(rows)
     except ValueError as error:
         raise EvalError(f"{path}: {error}") from None
-    disagreements = []
+    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for place, row in enumerate(rows):
         verdicts = {convention: graded[convention][place] for convention in CONVENTIONS}
-        if len({verdict.correct for verdict in verdicts.values()}) > 1:
-            of_answers = {verdict.correct for verdict in verdicts.values() if verdict.extracted is not None}
-            told = {key: row[key] for key in ("id", "sample", "line", "problem", "gold", "response")}
+        told = {key: row[key] for key in ("id", "sample", "line", "problem", "gold", "response")}
+        for kind in _kinds(list(verdicts.values())):
             each = {convention: asdict(verdict) for convention, verdict in verdicts.items()}
-            disagreements.append({**told, "on_answers_found": len(of_answers) > 1, "verdicts": each})
+            found[kind].append({**told, "verdicts": each})
+    samples = [len(each) for each in places.values()]
     return {
         "file": str(path),
         "benchmark": benchmark,
         "rows": len(rows),
         "problems": len(places),
+        "samples_per_problem": [min(samples), max(samples)],
         "scores": score_conventions(graded, places),
+        **score_samples([[graded[VERIFIED][place] for place in each] for each in places.values()]),
+        "against_verified": {
+            convention: _against(graded[convention], graded[VERIFIED])
+            for convention in CONVENTIONS
+            if convention != VERIFIED
+        },
         "bad_lines": [{"line": number, "reason": reason} for number, reason in bad],
-        "disagreements": disagreements,
+        **found,
     }
 
 
-def describe(result: Mapping[str, Any], *, show: int) -> str:
-    """The result as text for a terminal, with at most `show` disagreements."""
-    title = f"{result['file']}: {result['rows']} responses to {result['problems']} problems"
-    if result["rows"] != result["problems"]:
-        title += ", accuracy is over all samples, interval and counts are of the first of each"
-    lines = [title, "", *score_lines(result["scores"])]
+def _kinds(verdicts: Sequence[Verdict]) -> Iterator[str]:
+    """The KINDS of a row, by its verdict under each convention."""
+    if any(verdict.correct is None for verdict in verdicts):
+        yield "ungraded"
+    decided = [verdict for verdict in verdicts if verdict.correct is not None]
+    of_answers = {verdict.correct for verdict in decided if verdict.extracted is not None}
+    if len(of_answers) > 1:
+        yield "disagreements"
+    elif not of_answers and decided:
+        yield "no_answer"
+    elif of_answers == {True} and any(verdict.extracted is None for verdict in decided):
+        yield "answer_missing"
 
+
+def _against(theirs: Sequence[Verdict], ours: Sequence[Verdict]) -> dict[str, int]:
+    """Counts of rows by what two conventions make of them; they add up to all rows."""
+    counts = dict.fromkeys(("agree", "disagree", "only_theirs", "only_ours", "neither", "ungraded"), 0)
+    for one, other in zip(theirs, ours, strict=True):
+        if one.correct is None or other.correct is None:
+            counts["ungraded"] += 1
+        elif one.extracted is not None and other.extracted is not None:
+            counts["agree" if one.correct == other.correct else "disagree"] += 1
+        elif one.extracted is None and other.extracted is None:
+            counts["neither"] += 1
+        else:
+            counts["only_ours" if one.extracted is None else "only_theirs"] += 1
+    return counts
+
+
+def describe(result: Mapping[str, Any], *, show: int) -> str:
+    """The result as text for a terminal, with at most `show` rows of each kind."""
+    # 1. the scores
+    fewest, most = result["samples_per_problem"]
+    title = f"{result['file']}: {result['rows']} responses to {result['problems']} problems"
+    if most > 1:
+        title += f", {fewest if fewest == most else f'{fewest} to {most}'} samples of each\n{DEFINITION}"
+    lines = [title, "", *convention_lines(result["scores"], result["benchmark"]), *sample_lines(result, VERIFIED)]
+
+    # 2. bad lines
     bad = result["bad_lines"]
     if bad:
         lines += ["", f"warning: {len(bad)} lines hold no generation and are not counted"]
         lines += [f"  line {each['line']}: {visible(each['reason'])}" for each in bad[:LISTED_BAD]]
         lines += [f"  and {len(bad) - LISTED_BAD} more (--out lists all)"] if len(bad) > LISTED_BAD else []
 
-    # disagreements about answers first: in the others some conventions found none, which is a matter of format
-    disagreements = sorted(result["disagreements"], key=lambda each: not each["on_answers_found"])
-    telling = sum(each["on_answers_found"] for each in disagreements)
-    lines += [
-        "",
-        f"the conventions disagree on {len(disagreements)} of {result['rows']} responses, "
-        f"on {telling} of them about answers found",
-    ]
-    if disagreements and show > 0:
-        lines[-1] += f"; {min(show, len(disagreements))} shown, those first (--show N, --out FILE for all)"
-    for each in disagreements[: max(show, 0)]:
-        lines += ["", *_describe_disagreement(each)]
+    # 3. where conventions differ: about an answer, or because one of them found none
+    lines += ["", *_against_lines(result["against_verified"])]
+    for kind, meaning in KINDS.items():
+        found = result[kind]
+        lines += ["", f"{kind.replace('_', ' ')}, {len(found)} of {result['rows']} responses: {meaning}"]
+        if found and show > 0:
+            lines[-1] += f"; {min(show, len(found))} shown (--show N, --out FILE for all)"
+        for each in found[: max(show, 0)]:
+            lines += ["", *_describe_disagreement(each)] if kind == "disagreements" else [_describe_briefly(each)]
     return "\n".join(lines)
 
 
+def _against_lines(against: Mapping[str, Mapping[str, int]]) -> list[str]:
+    head = ("against verified", "agree", "disagree", "no answer here", "none in verified", "none in both", "ungraded")
+    order = ("agree", "disagree", "only_ours", "only_theirs", "neither", "ungraded")
+    return align(head, [(name, *(str(counts[key]) for key in order)) for name, counts in against.items()])
+
+
+def _place(each: Mapping[str, Any]) -> str:
+    return f"{visible(each['id'])}, sample {each['sample']}, line {each['line']}: gold {shorten(each['gold'], SHOWN)}"
+
+
+def _describe_briefly(each: Mapping[str, Any]) -> str:
+    """One line: the place, the conventions that found no answer or gave no verdict, and the answer of the others."""
+    verdicts = each["verdicts"]
+    ungraded = [name for name, verdict in verdicts.items() if verdict["correct"] is None]
+    silent = [name for name in verdicts if name not in ungraded and verdicts[name]["extracted"] is None]
+    found = next((verdict for verdict in verdicts.values() if verdict["extracted"] is not None), None)
+    parts = [_place(each)]
+    parts += [f"{'right' if found['correct'] else 'wrong'} {shorten(found['extracted'], SHOWN)}"] if found else []
+    parts += [f"no answer found by {', '.join(silent)}"] if silent else []
+    parts += (
+        [f"ungraded by {', '.join(ungraded)} ({shorten(verdicts[ungraded[0]]['reason'], SHOWN)})"] if ungraded else []
+    )
+    return "  " + "; ".join(parts)
+
+
 def _describe_disagreement(each: Mapping[str, Any]) -> list[str]:
-    gold = shorten(each["gold"], SHOWN)
-    lines = [f"{visible(each['id'])}, sample {each['sample']}, line {each['line']}: gold {gold}"]
+    lines = [_place(each)]
     if each["problem"]:
         lines.append(f"  problem    {shorten(each['problem'], SHOWN)}")
     lines.append(f"  response   {_shorten_start(each['response'])}")
@@ -195,8 +262,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("generations", type=Path, help="JSON lines with a response and a gold answer each")
     parser.add_argument("--benchmark", choices=BENCHMARKS, required=True)
-    parser.add_argument("--show", type=int, default=10, metavar="N", help="disagreements to list (default: 10)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON, with all disagreements")
+    parser.add_argument("--show", type=int, default=10, metavar="N", help="rows to list of each kind (default: 10)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON, with all rows of each kind")
     options = parser.parse_args(arguments)
     wait_passively()
     try:

@@ -4,9 +4,11 @@
 
 from matrix_llm.base.statistics import (
     bootstrap_difference,
+    clustered_interval,
     mcnemar_exact,
     minimum_detectable_difference,
     pass_at_k,
+    sign_flip_test,
     two_proportion,
     wilson_interval,
 )
@@ -15,10 +17,12 @@ from .report.scores import majority_vote
 
 __all__ = [
     "bootstrap_difference",
+    "clustered_interval",
     "majority_vote",
     "mcnemar_exact",
     "minimum_detectable_difference",
     "pass_at_k",
+    "sign_flip_test",
     "two_proportion",
     "wilson_interval",
 ]

@@ -421,12 +421,14 @@ class ProgressBar:
 def _write_report(plan: Plan, rows: list[dict[str, Any]], seconds: float, speed: float | None) -> dict[str, Any]:
     """Grade the rows, write the summary and the page, print the scores."""
     from ..report.page import write_report
-    from ..report.scores import summarise
+    from ..report.scores import grade_rows, summarise
     from ..report.table import score_table
 
     files, options = plan.files, plan.options
+    graded = grade_rows(rows, benchmark=plan.benchmark)
     summary = summarise(
         rows,
+        graded=graded,
         benchmark=plan.benchmark,
         settings=plan.settings,
         wall_seconds=round(seconds, 1),
@@ -438,9 +440,9 @@ def _write_report(plan: Plan, rows: list[dict[str, Any]], seconds: float, speed:
         generations=files.generations.name,
     )
     write_text(files.summary, json.dumps(summary, indent=2) + "\n")
-    write_report(files.report, summary, rows)
-    print(f"\n{score_table(summary)}\n")
+    write_report(files.report, summary, rows, graded)
     say(f"{files.generations} holds every text, {files.summary} the scores, {files.report} the report")
+    print(f"\n{score_table(summary)}", flush=True)  # last, so that it stands below every engine's messages
     return summary
 
 

@@ -83,6 +83,21 @@ def answers_equal(pred: str, gold: str) -> bool:
         return False
 
 
+def looks_for(convention: str, benchmark: str) -> str:
+    """What a response must hold for a convention to find an answer in it, in a few words.
+
+    >>> looks_for("strict", "gsm8k")
+    '"#### 7"'
+
+    Raises:
+        ValueError: an unknown convention or benchmark.
+    """
+    _check_names(convention, benchmark)
+    if convention == VERIFIED:
+        return "a marked answer or a concluding sentence"
+    return conventions.LOOKS_FOR[convention][benchmark != "gsm8k"]
+
+
 def grade(
     response: str, gold: str, *, benchmark: str = "gsm8k", convention: str = VERIFIED, problem: str | None = None
 ) -> Verdict:

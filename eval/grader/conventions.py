@@ -25,6 +25,14 @@ from .structures import read_structure
 from .text import last_boxed, read_rational
 
 PUBLISHED = ("metamath", "llemma", "minerva", "strict", "flexible")
+_SENTENCE = '"Final Answer: The final answer is"'
+LOOKS_FOR = {  # (GSM8K, MATH): where a response has none of it, the convention finds no answer
+    "metamath": ('a number after "The answer is: "', '"The answer is: "'),
+    "llemma": ('digits right after "The answer is "', _SENTENCE),
+    "minerva": (_SENTENCE, _SENTENCE),
+    "strict": ('"#### 7"', r"\boxed"),
+    "flexible": ("a number", r"\boxed, 'answer is' or a number"),
+}
 
 
 def extract(response: str, convention: str, benchmark: str) -> str | None:

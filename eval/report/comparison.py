@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..text import percent, shorten, visible
+from .table import interval
 
 
 def describe(result: Mapping[str, Any], *, show: int, repeats: int = 10_000) -> str:
@@ -20,28 +21,34 @@ def describe(result: Mapping[str, Any], *, show: int, repeats: int = 10_000) -> 
     lines += [f"note: {note}" for note in result["notes"]]
     lines += _warnings(result)
     if result["flipped"] and show > 0:
-        lines += ["", *_flipped(result["flipped"], show)]
+        lines += ["", *_flipped(result, show)]
     return "\n".join(lines)
 
 
 def _runs(result: Mapping[str, Any]) -> list[str]:
     lines = [
-        "|   |  accuracy |  95 % interval | correct | ungraded | run |",
-        "|---|----------:|---------------:|--------:|---------:|-----|",
+        "|   |  accuracy |  95 % interval | correct | samples | ungraded | run |",
+        "|---|----------:|---------------:|--------:|--------:|---------:|-----|",
     ]
     for name in "ab":
         side = result[name]
-        interval = f"{100 * side['low']:.1f} to {100 * side['high']:.1f}"
+        ends = interval(side["low"], side["high"])
         run = visible(f"{side['summary']}" + (f" ({side['model']})" if side["model"] else ""))
-        counts = f"{side['correct']:>7} | {side['ungraded']:>8}"
-        lines.append(f"| {name.upper()} | {percent(side['accuracy']):>9} | {interval:>14} | {counts} | {run} |")
+        counts = f"{side['correct']:>7} | {side['samples']:>7} | {side['ungraded']:>8}"
+        lines.append(f"| {name.upper()} | {percent(side['accuracy']):>9} | {ends:>14} | {counts} | {run} |")
     return lines
 
 
 def _tests(result: Mapping[str, Any], repeats: int) -> list[str]:
+    ends = f"{_points(result['difference_low'])} to {_points(result['difference_high'])}"
+    return [
+        f"B - A           {_points(result['difference'])} points, 95 % {ends} (paired bootstrap, {repeats} draws)",
+        *(_several_samples(result) if result["test"] == "sign flips" else _one_sample(result)),
+    ]
+
+
+def _one_sample(result: Mapping[str, Any]) -> list[str]:
     flips = result["only_a"] + result["only_b"]
-    interval = f"{_points(result['difference_low'])} to {_points(result['difference_high'])}"
-    alone = f"A alone right on {result['only_a']}, B alone on {result['only_b']}"
     detectable = "no difference: too few problems flip for a test at 5 %"
     if result["minimum_detectable_difference"] is not None:
         points = 100 * result["minimum_detectable_difference"]
@@ -49,20 +56,29 @@ def _tests(result: Mapping[str, Any], repeats: int) -> list[str]:
             f"a true difference of {points:.2f} points has an 80 % chance to be found, "
             f"while {percent(flips / result['problems'])} flip"
         )
+    alone = f"A alone right on {result['only_a']}, B alone on {result['only_b']}"
     return [
-        f"B - A           {_points(result['difference'])} points, 95 % {interval} (paired bootstrap, {repeats} draws)",
-        f"exact McNemar   p = {_p(result['mcnemar_p'])}: {flips} problems flip, "
+        f"exact McNemar   p = {_p(result['p'])}: {flips} problems flip, "
         f"{alone} (both {result['both']}, neither {result['neither']})",
         f"unpaired        p = {_p(result['unpaired_p'])} (what the two accuracies alone would say)",
         f"detectable      {detectable}",
     ]
 
 
+def _several_samples(result: Mapping[str, Any]) -> list[str]:
+    equal = result["problems"] - result["a_better"] - result["b_better"]
+    return [
+        f"sign-flip test  p = {_p(result['p'])}: A right more often on {result['a_better']} problems, "
+        f"B on {result['b_better']}, both as often on {equal}"
+    ]
+
+
 def _reading(result: Mapping[str, Any]) -> str:
-    if result["mcnemar_p"] >= 0.05:
-        return "=> no difference beyond chance (McNemar p >= 0.05); that is not the same as equal, see the interval"
+    test = "McNemar" if result["test"] == "exact McNemar" else "sign-flip"
+    if result["p"] >= 0.05:
+        return f"=> no difference beyond chance ({test} p >= 0.05); that is not the same as equal, see the interval"
     better, worse = ("B", "A") if result["difference"] > 0 else ("A", "B")
-    return f"=> {better} is better than {worse} beyond chance on these problems (McNemar p < 0.05)"
+    return f"=> {better} is better than {worse} beyond chance on these problems ({test} p < 0.05)"
 
 
 def _warnings(result: Mapping[str, Any]) -> list[str]:
@@ -78,11 +94,15 @@ def _warnings(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _flipped(flips: list[Mapping[str, Any]], show: int) -> list[str]:
+def _flipped(result: Mapping[str, Any], show: int) -> list[str]:
+    flips = result["flipped"]
     lines = [f"flipped problems, {min(show, len(flips))} of {len(flips)} (--show N)"]
     for flip in flips[:show]:
         problem = f"; {_brief(flip['problem'], 100)}" if flip["problem"] else ""
-        lines.append(f"  {visible(flip['id'])}: {flip['right']} alone is right{problem}")
+        who = f"{flip['right']} alone is right"
+        if result["test"] == "sign flips":
+            who = f"right in {percent(flip['share_a'])} of A's samples, {percent(flip['share_b'])} of B's"
+        lines.append(f"  {visible(flip['id'])}: {who}{problem}")
         if flip["generations"]:
             answers = f"A answers {_brief(flip['answer_a'])}; B answers {_brief(flip['answer_b'])}"
             lines.append(f"      gold {_brief(flip['gold'])}; {answers}")

@@ -1,4 +1,5 @@
-"""The report of one run, OUT/<name>.html: one file without scripts or network, and with the wrong answers to read.
+"""The report of one run, OUT/<name>.html: one file without scripts or network, and with answers to read, the wrong ones
+and the right ones: a false positive is found nowhere else.
 
 The layout is in page.html.j2; here is what it shows. Jinja escapes every value, and `visible` spells out every
 character that could hide or rearrange text.
@@ -17,36 +18,47 @@ from markupsafe import Markup
 
 from matrix_llm.base.files import write_text
 
-from ..grader.answers import extract_answer
+from ..grader.answers import Verdict
 from ..text import percent, visible
-from .scores import Row, places_by_problem
-from .table import HEAD, score_cells
+from .scores import Row
+from .table import HEAD, SAMPLES_HEAD, explain_missing, interval, sample_rows, score_cells
 
-SHOWN_WRONG = 500  # wrong answers on the page
+SHOWN_WRONG = 500  # wrong answers of one kind on the page
+SHOWN_RIGHT = 200  # right ones of one kind
 SHOWN_CHARACTERS = 20_000  # of one response
 SHOWN_ANSWER = 200  # characters of an answer in a heading
+PLAIN_REASONS = ("", "unequal", "no answer found")  # what the headings say already
 
 
-def write_report(path: str | os.PathLike[str], summary: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """Writes the page: scores, a chart with intervals, the settings, and the wrong answers.
+def write_report(
+    path: str | os.PathLike[str],
+    summary: Mapping[str, Any],
+    rows: Sequence[Row],
+    graded: Mapping[str, Sequence[Verdict]],
+) -> None:
+    """Writes the page: scores, a chart with intervals, the settings, and the answers.
 
     Args:
         summary: of `eval.report.scores.summarise`.
         rows: the generations it was made from.
+        graded: their verdicts, of `eval.report.scores.grade_rows`.
     """
-    wrong = [row for row in _first_samples(rows) if summary["verdicts"].get(row["id"], True) is not True]
     groups = {field.replace("_", " "): summary.get(field) for field in ("by_subject", "by_level")}
     page = _template().render(
         title=f"{summary.get('name', summary['benchmark'])}: {summary.get('model') or 'unnamed model'}",
         summary=summary,
         default=summary["scores"][summary["convention"]],
         head=HEAD,
+        notes=explain_missing(summary["scores"], summary["benchmark"]),
         sections={name: scores for name, scores in groups.items() if scores} or {"by convention": summary["scores"]},
+        samples_head=SAMPLES_HEAD,
+        samples={name: (percent(share), interval(*ends)) for name, share, *ends in sample_rows(summary)},
         facts=_facts(summary),
-        wrong=[_describe_wrong(row, summary) for row in wrong[:SHOWN_WRONG]],
-        wrong_total=len(wrong),
+        answers=_answers(
+            list(zip(rows, graded[summary["convention"]], strict=True)), summary["samples_per_problem"] > 1
+        ),
         percent=percent,
-        score_cells=score_cells,
+        cells=lambda groups: {name: score_cells(scores) for name, scores in groups.items()},
         draw=_draw,
     )
     write_text(path, page)
@@ -68,10 +80,6 @@ def _show(value: Any) -> Any:
     return value if isinstance(value, Markup) else visible(str(value))
 
 
-def _first_samples(rows: Sequence[Row]) -> list[Row]:
-    return [rows[places[0]] for places in places_by_problem(rows).values()]
-
-
 def _facts(summary: Mapping[str, Any]) -> dict[str, Any]:
     speed = summary.get("tokens_per_second")
     return {
@@ -88,38 +96,86 @@ def _facts(summary: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# --- wrong answers ----------------------------------------------------------------------------------------------------
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+Graded = tuple[Row, Verdict]
 
 
 @dataclass(frozen=True)
-class WrongAnswer:
-    """Sample 0 of a problem that it did not solve, as the page shows it."""
+class Answer:
+    """A response and its verdict, as the page shows them."""
 
     id: str
-    """Id of the problem."""
+    """Id of the problem, and the number of the sample where there are several."""
     answer: str | None
     """None: no answer was found in the response."""
     gold: str
     """The right answer."""
     notes: str
-    """Level, and why an answer may be missing; "" without any."""
+    """Subject, level, and why the verdict is what it is; "" without any."""
     problem: str
     """The question."""
     response: str
     """The response, cut in the middle if it is very long."""
 
 
-def _describe_wrong(row: Row, summary: Mapping[str, Any]) -> WrongAnswer:
-    answer = extract_answer(row["response"], convention=summary["convention"], benchmark=summary["benchmark"])
+@dataclass(frozen=True)
+class Group:
+    """Answers of one kind, under a heading that opens and closes."""
+
+    title: str
+    """What they have in common."""
+    total: int
+    """How many there are."""
+    shown: list[Answer]
+    """The first of them."""
+
+
+def _answers(graded: Sequence[Graded], several: bool) -> dict[str, list[Group]]:
+    """{"Wrong answers", "Right answers": groups}; of right ones, those that are not the gold as written come first."""
+    wrong = [pair for pair in graded if pair[1].correct is not True]
+    right = [pair for pair in graded if pair[1].correct is True]
+    kinds = {
+        "Wrong answers": {
+            "Another answer than the gold": [pair for pair in wrong if pair[1].correct is False and _has_answer(pair)],
+            "No answer found": [pair for pair in wrong if pair[1].correct is False and not _has_answer(pair)],
+            "Ungraded, counted as wrong": [pair for pair in wrong if pair[1].correct is None],
+        },
+        "Right answers": {
+            "Not written as the gold is": [pair for pair in right if not _is_gold(pair)],
+            "The gold as written": [pair for pair in right if _is_gold(pair)],
+        },
+    }
+    limits = {"Wrong answers": SHOWN_WRONG, "Right answers": SHOWN_RIGHT}
+    return {
+        title: [
+            Group(kind, len(pairs), [_describe(*pair, several) for pair in pairs[: limits[title]]])
+            for kind, pairs in groups.items()
+            if pairs
+        ]
+        for title, groups in kinds.items()
+    }
+
+
+def _has_answer(pair: Graded) -> bool:
+    return pair[1].extracted is not None
+
+
+def _is_gold(pair: Graded) -> bool:
+    return pair[1].extracted is not None and pair[1].extracted.strip() == str(pair[0]["gold"]).strip()
+
+
+def _describe(row: Row, verdict: Verdict, several: bool) -> Answer:
     notes = [
         str(row["subject"]) if row.get("subject") else None,
         f"level {row['level']}" if row.get("level") is not None else None,
-        "ungraded: a limit was hit" if summary["verdicts"][row["id"]] is None else None,
+        f"ungraded: {verdict.reason or 'a limit was hit'}" if verdict.correct is None else None,
+        verdict.reason if verdict.correct is False and verdict.reason not in PLAIN_REASONS else None,
         "cut at max_tokens" if row.get("finish_reason") == "length" else None,
     ]
-    return WrongAnswer(
-        id=row["id"],
-        answer=None if answer is None else _cut(answer),
+    return Answer(
+        id=f"{row['id']}, sample {row['sample']}" if several else row["id"],
+        answer=None if verdict.extracted is None else _cut(verdict.extracted),
         gold=_cut(row["gold"]),
         notes=", ".join(filter(None, notes)),
         problem=row["problem"],
@@ -140,29 +196,20 @@ def _cut_in_the_middle(text: str) -> str:
 
 # --- the chart --------------------------------------------------------------------------------------------------------
 
-LEFT, WIDTH = 190, 420  # position of 0 %, and distance from there to 100 %, in pixels
-TOP, STEP = 8, 28  # where the first bar begins, and the distance to the next
-LABEL = 26  # characters of a bar's name
-
-
-@dataclass(frozen=True)
-class Tick:
-    x: float
-    """Place in pixels."""
-    label: str
-    """The percentage that it marks."""
+STEP, TOP = 42, 6  # height of one bar with its label, and the place of the first, in pixels
+LABEL = 30  # characters of a bar's name
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One horizontal bar, in pixels: its middle line, its width, the ends of its interval."""
+    """One bar under its label. Shares are in percent of the chart's width, so that text keeps its size at any width."""
 
     label: str
     """Name of the group of problems."""
-    y: float
-    """Its middle line."""
-    width: float
-    """Its length, for the accuracy."""
+    top: int
+    """Upper edge in pixels."""
+    share: float
+    """The accuracy."""
     low: float
     """Lower end of the interval."""
     high: float
@@ -177,25 +224,19 @@ class Chart:
     """From top to bottom."""
     bottom: int
     """Lower edge in pixels."""
-    ticks: tuple[Tick, ...] = tuple(Tick(LEFT + WIDTH * share / 100, f"{share} %") for share in range(0, 101, 25))
-    """Marks every 25 %."""
-    top: int = TOP
-    """Upper edge in pixels."""
-    left: int = LEFT
-    """Place of 0 % in pixels."""
-    right: int = LEFT + WIDTH
-    """Place of 100 % in pixels."""
+    ticks: tuple[tuple[int, str], ...] = ((0, "start"), (25, "middle"), (50, "middle"), (75, "middle"), (100, "end"))
+    """Marks in percent, and which part of the label stands there."""
 
 
 def _draw(groups: Mapping[str, Mapping[str, Any]]) -> Chart:
-    """Horizontal bars from 0 to 100 %, each with a whisker for the interval and the count at the right."""
+    """Horizontal bars from 0 to 100 %, each with a whisker for the interval, below its name and its count."""
     bars = [
         Bar(
             label=name if len(name) <= LABEL else name[: LABEL - 1] + "…",
-            y=TOP + STEP * row + STEP / 2,
-            width=WIDTH * scores["accuracy"],
-            low=LEFT + WIDTH * scores["low"],
-            high=LEFT + WIDTH * scores["high"],
+            top=TOP + STEP * row,
+            share=100 * scores["accuracy"],
+            low=100 * scores["low"],
+            high=100 * scores["high"],
             count=f"{percent(scores['accuracy'])} of {scores['total']}",
         )
         for row, (name, scores) in enumerate(groups.items())

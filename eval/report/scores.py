@@ -1,8 +1,13 @@
 """Generations to verdicts, verdicts to scores, scores to the summary of a run.
 
-grade_rows  -> one verdict for each (row, convention); the only place that grades a run
-score       -> counts, accuracy and interval of a set of problems
-summarise   -> the summary of a run, as in OUT/<name>.json
+grade_rows      -> one verdict for each (row, convention); the only place that grades a run
+score           -> accuracy, interval and counts of a set of problems
+score_samples   -> pass@k and the majority vote, where problems have several samples
+summarise       -> the summary of a run, as in OUT/<name>.json
+
+One definition of accuracy, wherever a score is shown: the mean over problems of the share of a problem's samples that
+are right. The interval beside it is clustered by problem. With one sample each these are the share of right answers and
+Wilson's interval.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from matrix_llm.base.statistics import pass_at_k, wilson_interval
+from matrix_llm.base.statistics import clustered_interval, pass_at_k
 
 from ..grader.answers import CONVENTIONS, VERIFIED, Verdict, answers_equal, grade
 
@@ -24,11 +29,16 @@ def grade_rows(rows: Sequence[Row], *, benchmark: str) -> dict[str, list[Verdict
     """{convention: one verdict a row}."""
     return {
         convention: [
-            grade(row["response"], row["gold"], benchmark=benchmark, convention=convention, problem=row.get("problem"))
+            grade(row["response"], row["gold"], benchmark=benchmark, convention=convention, problem=question(row))
             for row in rows
         ]
         for convention in CONVENTIONS
     }
+
+
+def question(row: Row) -> str | None:
+    """The text of the problem; None where the row does not have it."""
+    return row.get("problem") or None
 
 
 def places_by_problem(rows: Sequence[Row]) -> dict[str, list[int]]:
@@ -52,24 +62,34 @@ def places_by_problem(rows: Sequence[Row]) -> dict[str, list[int]]:
 
 
 def score(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Any]:
-    """Scores of problems, each with the verdicts of its samples.
+    """Scores of problems, each with the verdicts of its samples; ungraded counts as wrong.
 
-    Counts and interval are of the first sample of each problem; `accuracy` is the mean over problems of the share of
-    correct samples, which with one sample is correct / total. Ungraded counts as wrong.
+    `accuracy` is the mean over problems of the share of right samples, `low` and `high` are its 95 % interval,
+    clustered by problem; `total` counts problems, and the other counts are of samples.
     """
-    first = [samples[0] for samples in verdicts]
-    correct, total = sum(verdict.correct is True for verdict in first), len(first)
-    low, high = wilson_interval(correct, total)
-    shares = [_correct(samples) / len(samples) for samples in verdicts]
+    everything = [verdict for samples in verdicts for verdict in samples]
     return {
-        "correct": correct,
-        "total": total,
-        "accuracy": math.fsum(shares) / total,
-        "low": low,
-        "high": high,
-        "extraction_failures": sum(verdict.extracted is None for verdict in first),
-        "ungraded": sum(verdict.correct is None for verdict in first),
+        "correct": count_right(everything),
+        "samples": len(everything),
+        "total": len(verdicts),
+        **_mean([share_right(samples) for samples in verdicts], [len(samples) for samples in verdicts]),
+        "extraction_failures": sum(verdict.extracted is None for verdict in everything),
+        "ungraded": sum(verdict.correct is None for verdict in everything),
     }
+
+
+def count_right(verdicts: Iterable[Verdict]) -> int:
+    return sum(verdict.correct is True for verdict in verdicts)
+
+
+def share_right(verdicts: Sequence[Verdict]) -> float:
+    return count_right(verdicts) / len(verdicts)
+
+
+def _mean(shares: Sequence[float], draws: Sequence[float]) -> dict[str, float]:
+    """The mean over problems and its interval; `draws` as `clustered_interval` takes them."""
+    low, high = clustered_interval(shares, draws)
+    return {"accuracy": math.fsum(shares) / len(shares), "low": low, "high": high}
 
 
 def score_conventions(
@@ -82,6 +102,40 @@ def score_conventions(
     }
 
 
+def score_samples(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Any]:
+    """pass@k with its intervals for the powers of two up to n and for n, and the majority vote over all samples, as
+    they stand in a summary; empty if n is 1.
+
+    n is the number of samples of each problem. Where it differs (other people's files), pass@k goes up to the smallest,
+    since beyond it not every problem has an estimate, and the vote is over all that each has.
+    """
+    fewest, most = min(map(len, verdicts)), max(map(len, verdicts))
+    if most == 1:
+        return {}
+    ks = [k for k in (2**i for i in range(fewest.bit_length())) if k < fewest] + [fewest]
+    passed = {}
+    for k in ks:
+        shares = [pass_at_k(len(samples), count_right(samples), k) for samples in verdicts]
+        passed[str(k)] = _mean(shares, [len(samples) / k for samples in verdicts])
+    return {
+        "pass_at_k": {k: each["accuracy"] for k, each in passed.items()},
+        "pass_at_k_intervals": {k: [each["low"], each["high"]] for k, each in passed.items()},
+        "majority": {"k": most, **score([[majority_verdict(samples)] for samples in verdicts])},
+    }
+
+
+def majority_verdict(verdicts: Sequence[Verdict]) -> Verdict:
+    """The verdict on the majority answer: on the first sample that gave it, so that nothing is graded twice."""
+    winner = majority_vote((verdict.extracted for verdict in verdicts), equal=answers_equal)
+    return next((verdict for verdict in verdicts if verdict.extracted == winner), verdicts[0])
+
+
+def stored_verdicts(verdicts: Sequence[Verdict]) -> bool | list[bool | None] | None:
+    """A problem's verdicts as a summary holds them: of its one sample, or the list of all."""
+    correct = [verdict.correct for verdict in verdicts]
+    return correct[0] if len(correct) == 1 else correct
+
+
 def summarise(
     rows: Sequence[Row],
     *,
@@ -89,15 +143,17 @@ def summarise(
     settings: Mapping[str, Any],
     wall_seconds: float,
     versions: Mapping[str, str],
+    graded: Mapping[str, Sequence[Verdict]] | None = None,
     **extra: Any,
 ) -> dict[str, Any]:
     """The summary of a run under all conventions.
 
     Args:
         rows: the run's generations, every problem with the same number n of samples.
+        graded: of `grade_rows`, where they are graded already.
         extra: added unchanged (name, limit, generations, ...).
 
-    With n > 1 there are also pass@k for the powers of two up to n and for n, and the majority vote over all n.
+    With n > 1 there is also what `score_samples` returns, and `verdicts` has a list for each problem.
 
     Raises:
         ValueError: no rows, or problems with different numbers of samples.
@@ -115,7 +171,7 @@ def summarise(
             )
 
     # 2. verdicts; groups and single verdicts use our own convention
-    graded = grade_rows(rows, benchmark=benchmark)
+    graded = graded or grade_rows(rows, benchmark=benchmark)
     verified = {problem: [graded[VERIFIED][place] for place in found] for problem, found in places.items()}
     first = {problem: rows[found[0]] for problem, found in places.items()}
 
@@ -139,16 +195,9 @@ def summarise(
         "tokens_per_second": generated / wall_seconds if wall_seconds > 0 else None,
         "settings": dict(settings),
         "versions": dict(versions),
-        "verdicts": {problem: verdicts[0].correct for problem, verdicts in verified.items()},
+        "verdicts": {problem: stored_verdicts(verdicts) for problem, verdicts in verified.items()},
     }
-    if samples > 1:
-        summary["pass_at_k"] = _pass_at_powers_of_two(verified, samples)
-        summary["majority"] = {"k": samples, **_score_majority(verified)}
-    return {**summary, **extra}
-
-
-def _correct(verdicts: Iterable[Verdict]) -> int:
-    return sum(verdict.correct is True for verdict in verdicts)
+    return {**summary, **score_samples(list(verified.values())), **extra}
 
 
 def _score_groups(
@@ -161,23 +210,6 @@ def _score_groups(
         if value is not None:  # rows may be anybody's: numbers come first, then texts
             groups.setdefault(value if isinstance(value, int) else str(value), []).append(verified[problem])
     return {str(name): score(groups[name]) for name in sorted(groups, key=lambda name: (isinstance(name, str), name))}
-
-
-def _pass_at_powers_of_two(verified: Mapping[str, Sequence[Verdict]], samples: int) -> dict[str, float]:
-    correct = [_correct(verdicts) for verdicts in verified.values()]
-    ks = [k for k in (2**i for i in range(samples.bit_length())) if k < samples] + [samples]
-    return {str(k): math.fsum(pass_at_k(samples, c, k) for c in correct) / len(correct) for k in ks}
-
-
-def _score_majority(verified: Mapping[str, Sequence[Verdict]]) -> dict[str, Any]:
-    """Scores of the majority answers, by the verdict on the first sample that gave each, so that nothing is graded
-    twice.
-    """
-    votes = []
-    for verdicts in verified.values():
-        winner = majority_vote((verdict.extracted for verdict in verdicts), equal=answers_equal)
-        votes.append([next((verdict for verdict in verdicts if verdict.extracted == winner), verdicts[0])])
-    return score(votes)
 
 
 def majority_vote(answers: Iterable[str | None], equal: Callable[[str, str], bool] | None = None) -> str | None:

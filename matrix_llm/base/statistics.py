@@ -3,8 +3,10 @@ first call.
 
 | question                                   | function                                      |
 |--------------------------------------------|-----------------------------------------------|
-| how far can chance move this accuracy?     | wilson_interval                               |
-| do two runs on the same problems differ?   | mcnemar_exact, bootstrap_difference           |
+| how far can chance move this accuracy?     | wilson_interval; clustered_interval for       |
+|                                            | several samples of each problem               |
+| do two runs on the same problems differ?   | bootstrap_difference; mcnemar_exact, or       |
+|                                            | sign_flip_test for several samples            |
 | what difference could this test have seen? | minimum_detectable_difference                 |
 | do two published scores differ?            | two_proportion (unpaired: needs far more)     |
 | does one of several samples get it right?  | pass_at_k                                     |
@@ -37,10 +39,61 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
     return float(interval.low), float(interval.high)
 
 
+def clustered_interval(
+    shares: Sequence[float], draws: Sequence[float], confidence: float = 0.95
+) -> tuple[float, float]:
+    """Interval of the mean share over problems, where the samples of one problem resemble each other.
+
+    Wilson's interval at p = mean(shares) and at m / D problems, m being their number and D Kish's design effect (Dean
+    & Pagano 2015): the variance of the shares over p(1-p), the variance of answers that are right or wrong as a whole.
+
+        mean(1 / draws) <= D <= 1
+
+    D is 1 where the samples of a problem are all right or all wrong, so that with one sample each this is
+    `wilson_interval`; it is 1 / n where n samples are as good as n problems. It is estimated with two more problems,
+    one always solved and one never: near 0 % and 100 %, where few problems show any variance, D stays near 1.
+
+    Args:
+        shares: of each problem, the share of its samples that are right, or another mean over them in [0, 1].
+        draws: how many independent samples each share stands for, 1 or more: n, or n / k for pass@k.
+
+    Raises:
+        ValueError: no shares, a share outside [0, 1], or another number of draws.
+
+    >>> [round(bound, 4) for bound in clustered_interval([0.75, 0.5, 1.0, 0.0, 0.25, 1.0], [4] * 6)]
+    [0.2849, 0.831]
+    """
+    total = len(shares)
+    if not total or len(draws) != total or not all(0 <= x <= 1 for x in shares) or not all(x >= 1 for x in draws):
+        raise ValueError(
+            f"{total} shares and {len(draws)} draws: there must be as many of both, at least one, the shares in [0, 1] "
+            "and the draws 1 or more."
+        )
+    if all(share in (0, 1) for share in shares):  # D = 1
+        return wilson_interval(int(sum(shares)), total, confidence)
+    padded = [*shares, 0.0, 1.0]
+    center = math.fsum(padded) / len(padded)
+    variance = math.fsum((share - center) ** 2 for share in padded) / len(padded)
+    least = math.fsum(1 / count for count in draws) / total
+    effect = min(1.0, max(least, variance / (center * (1 - center))))
+    return _wilson(math.fsum(shares) / total, total / effect, confidence)
+
+
+def _wilson(p: float, n: float, confidence: float) -> tuple[float, float]:
+    """`wilson_interval` of p strictly between 0 and 1, where n is no integer."""
+    from scipy.stats import norm
+
+    _check_confidence(confidence)
+    z = float(norm.ppf((1 + confidence) / 2))
+    middle, width = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
+    return max(0.0, (middle - width) / (1 + z * z / n)), min(1.0, (middle + width) / (1 + z * z / n))  # rounding
+
+
 def mcnemar_exact(only_a: int, only_b: int) -> float:
     """Two-sided p value of McNemar's test: of the n problems that only one run solves, does either run have too many?
 
-    p = min(1, 2 P[Binomial(n, 1/2) <= min(only_a, only_b)]). With no such problem, p = 1.
+    p = min(1, 2 P[Binomial(n, 1/2) <= min(only_a, only_b)]). With no such problem, p = 1. It is for one sample of each
+    problem; `sign_flip_test` asks the same of several.
 
     Raises:
         ValueError: a count that is not an integer of 0 or more.
@@ -90,18 +143,38 @@ def bootstrap_difference(
     """
     import numpy as np
 
-    if len(a) != len(b) or not len(a):
-        raise ValueError(
-            f"{len(a)} scores against {len(b)}: a paired difference needs the same problems on both sides, "
-            "at least one."
-        )
-    if not _is_count(repeats) or repeats == 0:
-        raise ValueError(f"repeats={repeats!r} draws no sample: use a positive integer, such as 10000.")
+    _check_pairs(a, b, repeats)
     _check_confidence(confidence)
     values, counts = np.unique(np.asarray(b, dtype=float) - np.asarray(a, dtype=float), return_counts=True)
     draws = np.random.default_rng(seed).multinomial(len(a), counts / len(a), size=repeats)  # (repeats, distinct values)
     low, high = np.quantile(draws @ values / len(a), [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def sign_flip_test(a: Sequence[float], b: Sequence[float], repeats: int = 100_000, seed: int = 0) -> float:
+    """Two-sided p value of mean(b) - mean(a) on the same problems: were it chance which run is which, how often would
+    the difference be at least as large?
+
+    The sign of each problem's difference is drawn `repeats` times; p = (1 + draws at least as large) / (1 + repeats).
+    Differences of 0 and 1 alone are what `mcnemar_exact` counts without drawing.
+
+    Args:
+        a, b: one score per problem (0 or 1, or a mean over samples), in the same order.
+
+    >>> 0.018 < sign_flip_test([1] + [0] * 9, [0] + [1] * 9) < 0.025  # mcnemar_exact(1, 9) is 0.0215
+    True
+    """
+    import numpy as np
+
+    _check_pairs(a, b, repeats)
+    differences = (np.asarray(b, dtype=float) - np.asarray(a, dtype=float)).round(9)  # 1/3 and 2/3 - 1/3 are one value
+    values, counts = np.unique(np.abs(differences), return_counts=True)
+    random = np.random.default_rng(seed)
+    sums = np.zeros(repeats)
+    for value, count in zip(values[values > 0], counts[values > 0], strict=True):  # a binomial draw each, as above
+        sums += value * (2 * random.binomial(count, 0.5, size=repeats) - count)
+    at_least = np.abs(sums) >= abs(differences.sum()) - 1e-6
+    return float((1 + at_least.sum()) / (1 + repeats))
 
 
 def minimum_detectable_difference(
@@ -163,6 +236,16 @@ def _check_count(correct: int, total: int) -> None:
         raise ValueError(
             f"{correct!r} of {total!r}: both must be integers, with 0 <= successes <= total and at least 1 in total."
         )
+
+
+def _check_pairs(a: Sequence[float], b: Sequence[float], repeats: int) -> None:
+    if len(a) != len(b) or not len(a):
+        raise ValueError(
+            f"{len(a)} scores against {len(b)}: a paired difference needs the same problems on both sides, "
+            "at least one."
+        )
+    if not _is_count(repeats) or repeats == 0:
+        raise ValueError(f"repeats={repeats!r} draws no sample: use a positive integer, such as 10000.")
 
 
 def _check_confidence(confidence: float) -> None:

@@ -5,6 +5,7 @@ For quick figures before and after a training run; the benchmark scripts in eval
 Shapes: B prompts in a batch, T tokens in the longest of them, L tokens in the longest continuation.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -162,7 +163,7 @@ def measure_accuracy(
     template: str = PROMPT_TEMPLATES["metamath"],
     max_new_tokens: int = 512,
     batch_size: int = 64,
-    is_correct: Callable[[str, str], bool] | None = None,
+    is_correct: Callable[..., bool] | None = None,
 ) -> Accuracy:
     """The share of `problems` whose greedy response ends in the right answer.
 
@@ -170,8 +171,9 @@ def measure_accuracy(
         template: the prompt of training, with {instruction} where the question goes. It is replaced, not formatted, so
             that the braces of LaTeX survive. "chat" lays the question out by the tokenizer's chat template.
         is_correct: (response, answer) -> verdict, for answers that are not numbers, such as
-            `functools.partial(eval.answers.is_correct, benchmark="math")`. By default the normal forms that
-            `final_answer` gives to the response's answer and to the problem's must be equal.
+            `functools.partial(eval.answers.is_correct, benchmark="math")`. If it takes `problem`, it is given the
+            question under that name, since a formula of the question is not its answer. By default the normal forms
+            that `final_answer` gives to the response's answer and to the problem's must be equal.
 
     Raises:
         DataError: there are no problems, or one has no number to compare with.
@@ -203,8 +205,10 @@ def measure_accuracy(
     if is_correct is None:
         verdicts = tuple(a == b for a, b in zip(given, expected, strict=True))
     else:
+        knows = _takes_problem(is_correct)
         verdicts = tuple(
-            is_correct(response, problem.answer) for response, problem in zip(responses, problems, strict=True)
+            is_correct(response, each.answer, **({"problem": each.query} if knows else {}))
+            for response, each in zip(responses, problems, strict=True)
         )
     correct, total = sum(verdicts), len(problems)
     low, high = wilson_interval(correct, total)
@@ -218,6 +222,12 @@ def measure_accuracy(
         responses=tuple(responses),
         is_correct=verdicts,
     )
+
+
+def _takes_problem(is_correct: Callable[..., bool]) -> bool:
+    """Whether it has a parameter `problem` that is still free, or takes any."""
+    parameters = inspect.signature(is_correct).parameters
+    return "problem" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
 class AccuracyCallback(TrainerCallback):

@@ -10,9 +10,11 @@ import pytest
 from matrix_llm.base import statistics
 from matrix_llm.base.statistics import (
     bootstrap_difference,
+    clustered_interval,
     mcnemar_exact,
     minimum_detectable_difference,
     pass_at_k,
+    sign_flip_test,
     two_proportion,
     wilson_interval,
 )
@@ -51,6 +53,91 @@ def test_wilson_ends_are_exact_at_none_and_all_and_hold_the_share_between(total)
         assert 0 <= low <= correct / total <= high <= 1
         mirrored = wilson_interval(total - correct, total)
         assert mirrored == pytest.approx((1 - high, 1 - low), abs=1e-12)
+
+
+SHARES = {
+    "one problem": ([0.25], [4]),
+    "one problem, every second sample": ([0.5], [2]),
+    "alike": ([0.5] * 40, [4] * 40),  # fewer differences than chance gives: n samples are no more than n problems
+    "almost none": ([0.25, *[0] * 99], [4] * 100),
+    "almost all": ([0.75, *[1] * 99], [4] * 100),
+    "mixed": ([0, 0.25, 0.5, 0.75, 1] * 9, [4] * 45),
+    "unequal numbers of samples": ([1, 1 / 3, 0.5, 0.875, 0], [1, 3, 2, 8, 5]),
+    "pass@3 of 4": ([0, 0.75, 1, 1, 1] * 5, [4 / 3] * 25),
+}
+
+
+@pytest.mark.parametrize(("shares", "draws"), SHARES.values(), ids=SHARES)
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
+def test_the_clustered_interval_is_the_score_interval_at_the_effective_number_of_problems(shares, draws, confidence):
+    """Both ends solve |mean - p| = z sqrt(p (1 - p) D / m): by SciPy's root finder, with numpy's variance."""
+    optimize, np = pytest.importorskip("scipy.optimize"), pytest.importorskip("numpy")
+    padded = np.array([*shares, 0, 1])
+    effect = np.var(padded) / (padded.mean() * (1 - padded.mean()))
+    effect = np.clip(effect, np.mean(1 / np.array(draws)), 1)
+    mean, m, z = np.mean(shares), len(shares), NormalDist().inv_cdf((1 + confidence) / 2)
+
+    def distance(p):
+        return abs(mean - p) - z * math.sqrt(p * (1 - p) * effect / m)
+
+    low, high = clustered_interval(shares, draws, confidence)
+    assert low == pytest.approx(optimize.brentq(distance, 1e-15, mean), abs=1e-9)
+    assert high == pytest.approx(optimize.brentq(distance, mean, 1 - 1e-15), abs=1e-9)
+    assert 0 <= low < mean < high <= 1
+
+
+@pytest.mark.parametrize(("correct", "total"), [(0, 1), (1, 1), (0, 7), (7, 7), (1, 3), (5, 9), (913, 1319)])
+@pytest.mark.parametrize("samples", [1, 4])
+def test_where_the_samples_of_a_problem_agree_the_clustered_interval_is_wilsons(correct, total, samples):
+    shares = [1.0] * correct + [0.0] * (total - correct)
+    assert clustered_interval(shares, [samples] * total) == wilson_interval(correct, total)
+
+
+@pytest.mark.parametrize("name", ["one problem", "alike", "almost none", "almost all", "mixed"])
+def test_the_clustered_interval_lies_between_those_of_all_samples_and_of_as_many_problems(name):
+    shares, draws = SHARES[name]
+    low, high = clustered_interval(shares, draws)
+    mean = sum(shares) / len(shares)
+    for count, sign in ((len(shares), 1), (sum(draws), -1)):
+        z2 = NormalDist().inv_cdf(0.975) ** 2 / count
+        width = 2 * math.sqrt(z2 * mean * (1 - mean) + z2 * z2 / 4) / (1 + z2)
+        assert sign * (high - low) <= sign * width + 1e-9
+
+
+def test_one_right_sample_among_hundreds_moves_the_interval_little():
+    """At 0 of 400 samples the interval is that of 100 problems; it must not shrink to that of 400 at the next one."""
+    none, one = clustered_interval([0.0] * 100, [4] * 100), clustered_interval([0.25] + [0.0] * 99, [4] * 100)
+    assert none[0] == 0 < one[0]
+    assert abs(one[1] - none[1]) < 0.005
+    assert one[1] > 2 * wilson_interval(1, 400)[1]
+
+
+def test_a_share_next_to_one_keeps_the_interval_within_its_bounds():
+    low, high = clustered_interval([1 - 2**-53] + [1.0] * 9, [4] * 10)
+    assert 0 <= low < high <= 1
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.3, 0.3), (0.1, 1.9), (50, 50)])
+def test_the_clustered_interval_covers_the_truth_where_that_of_all_samples_does_not(a, b):
+    """Simulated: 400 runs of 40 problems with 8 samples; a problem's chance to be solved is drawn from Beta(a, b)."""
+    np = pytest.importorskip("numpy")
+    random_numbers, truth, covered, naive = np.random.default_rng(1), a / (a + b), 0, 0
+    for _ in range(400):
+        right = random_numbers.binomial(8, random_numbers.beta(a, b, 40))
+        low, high = clustered_interval((right / 8).tolist(), [8] * 40)
+        covered += low <= truth <= high
+        low, high = wilson_interval(int(right.sum()), 320)
+        naive += low <= truth <= high
+    assert covered / 400 >= 0.93
+    assert naive / 400 < 0.8 or a == 50  # problems that are all alike do not cluster
+
+
+@pytest.mark.parametrize(
+    ("shares", "draws"), [([], []), ([0.5], [1, 2]), ([1.5], [2]), ([-0.1], [2]), ([0.5], [0.5]), ([math.nan], [2])]
+)
+def test_the_clustered_interval_refuses_what_is_no_share(shares, draws):
+    with pytest.raises(ValueError, match=r"shares.*draws.*in \[0, 1\]"):
+        clustered_interval(shares, draws)
 
 
 @pytest.mark.parametrize("bad", [(1, 0), (0, 0), (-1, 5), (6, 5), (0.5, 5), (2, 5.0), (True, 5), ("3", 5), (3, -5)])
@@ -149,6 +236,33 @@ def test_the_bootstrap_repeats_with_its_seed_narrows_with_more_problems_and_take
 def test_the_bootstrap_needs_pairs(a, b):
     with pytest.raises(ValueError, match="same problems on both sides"):
         bootstrap_difference(a, b)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_sign_flip_test_is_scipys_permutation_test_of_pairs(seed):
+    stats, np = pytest.importorskip("scipy.stats"), pytest.importorskip("numpy")
+    draw = np.random.default_rng(seed)
+    a, b = draw.integers(0, 5, 12) / 4, draw.integers(0, 4, 12) / 3
+    exact = stats.permutation_test(
+        (b, a), lambda x, y, axis: np.mean(x - y, axis=axis), permutation_type="samples", n_resamples=5000,
+        vectorized=True,
+    ).pvalue  # fmt: skip
+    assert sign_flip_test(a, b) == pytest.approx(exact, abs=0.006)
+    assert sign_flip_test(b, a) == sign_flip_test(a, b)
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (3, 12), (1, 9), (0, 20), (7, 7), (40, 41)])
+def test_the_sign_flip_test_of_single_samples_is_mcnemars(only_a, only_b):
+    a = [1] * only_a + [0] * only_b + [1] * 50
+    b = [0] * only_a + [1] * only_b + [1] * 50
+    assert sign_flip_test(a, b) == pytest.approx(mcnemar_exact(only_a, only_b), abs=0.006)
+
+
+def test_the_sign_flip_test_of_differences_that_only_rounding_makes_is_one():
+    thirds = [1 / 3, 2 / 3, 1.0] * 10
+    assert sign_flip_test(thirds, [1 - 2 / 3, 1 - 1 / 3, 3 * (1 / 3)] * 10) == 1.0
+    with pytest.raises(ValueError, match="same problems on both sides"):
+        sign_flip_test([1], [1, 0])
 
 
 @pytest.mark.parametrize(("total", "share"), [(1319, 0.2), (500, 0.11), (5000, 0.35), (97, 0.6)])

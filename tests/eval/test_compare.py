@@ -1,15 +1,24 @@
 """Two runs compared: pairing, statistics, other conventions, what is said when they cannot be compared."""
 
 import json
+import random
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from eval.compare import compare, describe, main
 from eval.report.scores import summarise
-from eval.statistics import bootstrap_difference, mcnemar_exact, minimum_detectable_difference, two_proportion
+from eval.statistics import (
+    bootstrap_difference,
+    clustered_interval,
+    mcnemar_exact,
+    minimum_detectable_difference,
+    sign_flip_test,
+    two_proportion,
+)
 from matrix_llm.base.errors import EvalError
 from matrix_llm.base.files import write_text
 from tests.support.paths import ROOT
@@ -28,7 +37,9 @@ def make_run(
     golds=None,
     **settings,
 ):
-    """A run whose problem i is answered answers[i], with gold i: generations and summary as a run writes them."""
+    """A run whose problem i is answered answers[i], for each sample or one for all, with gold i: generations and
+    summary as a run writes them.
+    """
     rows = [
         {
             "id": f"test/{i}",
@@ -37,7 +48,7 @@ def make_run(
             "gold": str((golds or {}).get(i, i)),
             "subject": None,
             "level": None,
-            "response": wording.format(answer),
+            "response": wording.format(answer[sample] if isinstance(answer, list) else answer),
             "finish_reason": "stop",
             "stop_reason": None,
             "prompt_tokens": 5,
@@ -112,6 +123,8 @@ def test_flipped_problems_are_listed_with_both_answers(tmp_path):
     assert result["flipped"][3] == {
         "id": "test/3",
         "right": "B",
+        "share_a": 0.0,
+        "share_b": 1.0,
         "problem": "What is 3?\nThink.",
         "gold": "3",
         "answer_a": "-1",
@@ -197,21 +210,61 @@ def test_versions_that_differ_are_named(tmp_path):
     )
 
 
-def test_of_several_samples_the_first_is_compared_and_it_is_said(tmp_path):
-    a = make_run(tmp_path / "a", {0: 0, 1: 1}, samples=3, n=3)
-    file = a.with_suffix(".jsonl")
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    file.write_text(
-        "".join(
-            json.dumps(row if row["sample"] == 0 else {**row, "response": "The answer is: -9"}) + "\n" for row in rows
-        )
-    )
-    b = make_run(tmp_path / "b", {0: 0, 1: 0})
+def sampled_run(folder, right, **settings):
+    """A run that is right on right[i] of the samples of problem i, of which each has as many as the largest count."""
+    return make_run(
+        folder, {i: [i] * count + [-1] * (max(right) - count) for i, count in enumerate(right)}, samples=max(right),
+        **settings,
+    )  # fmt: skip
+
+
+def test_with_several_samples_a_problem_counts_by_the_share_that_is_right(tmp_path):
+    draw = random.Random(0)
+    right_a = [4, *(draw.choice([0, 1, 2, 4]) for _ in range(59))]
+    right_b = [4, *(min(4, count + draw.choice([0, 0, 1, 2])) for count in right_a[1:])]
+    a, b = sampled_run(tmp_path / "a", right_a), sampled_run(tmp_path / "b", right_b)
     result = compare(a, b)
-    assert (result["only_a"], result["problems"]) == (1, 2)
-    assert result["flipped"][0]["answer_a"] == "1"
-    assert "note: A has 3 samples a problem; sample 0 of each is compared" in describe(result, show=0)
-    assert compare(a, b, convention="metamath")["only_a"] == 1
+    shares_a, shares_b = [count / 4 for count in right_a], [count / 4 for count in right_b]
+    for side, shares, right, path in (("a", shares_a, right_a, a), ("b", shares_b, right_b, b)):
+        score = json.loads(path.read_text())["scores"]["verified"]
+        assert {key: result[side][key] for key in ("accuracy", "low", "high", "correct", "samples")} == {
+            key: score[key] for key in ("accuracy", "low", "high", "correct", "samples")
+        }
+        assert (score["low"], score["high"]) == clustered_interval(shares, [4] * 60)
+        assert score["accuracy"] == pytest.approx(sum(right) / 240)
+    assert result["difference"] == pytest.approx(np.mean(shares_b) - np.mean(shares_a))
+    assert (result["difference_low"], result["difference_high"]) == bootstrap_difference(shares_a, shares_b)
+    assert (result["test"], result["p"]) == ("sign flips", sign_flip_test(shares_a, shares_b))
+    assert "mcnemar_p" not in result
+    assert result["b_better"] == sum(x < y for x, y in zip(right_a, right_b, strict=True))
+    text = describe(result, show=3)
+    assert "sign-flip test  p = " in text
+    assert "McNemar" not in text
+    assert "note: A has 4 samples a problem, B 4; a problem counts by the share that is right" in text
+    assert re.search(r"test/\d+: right in \d+.00 % of A's samples, \d+.00 % of B's", text)
+    assert abs(result["flipped"][0]["share_b"] - result["flipped"][0]["share_a"]) == 0.5  # the largest first
+
+
+def test_one_sample_is_compared_with_several(tmp_path):
+    a = make_run(tmp_path / "a", {0: 0, 1: -1})
+    b = sampled_run(tmp_path / "b", [3, 1], n=3)
+    result = compare(a, b)
+    assert (result["a"]["accuracy"], result["b"]["accuracy"]) == (0.5, pytest.approx(2 / 3))
+    assert (result["test"], result["b_better"]) == ("sign flips", 1)
+    assert result["flipped"][0]["answer_b"] == "-1"  # what most samples say
+    assert compare(a, b, convention="metamath")["b"]["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_a_summary_that_holds_one_verdict_of_several_samples_is_graded_from_the_generations(tmp_path):
+    """As earlier versions wrote it. Its one verdict a problem is not the score."""
+    a, b = sampled_run(tmp_path / "a", [1, 2]), make_run(tmp_path / "b", {0: 0, 1: 1})
+    expected = compare(a, b)
+    summary = json.loads(a.read_text())
+    a.write_text(json.dumps({**summary, "verdicts": {"test/0": True, "test/1": True}}))
+    assert compare(a, b) == expected
+    a.with_suffix(".jsonl").unlink()
+    with pytest.raises(EvalError, match=r"2 samples of each problem.*lack 2.*start the evaluation again"):
+        compare(a, b)
 
 
 def test_ungraded_counts_as_wrong_and_is_shown(tmp_path):

@@ -9,9 +9,12 @@ import sys
 import pytest
 
 from eval.answers import CONVENTIONS, is_correct
-from eval.regrade import describe, main, read_generations, regrade
-from eval.report.scores import summarise
-from eval.statistics import wilson_interval
+from eval.grader.answers import Verdict
+from eval.regrade import KINDS, describe, main, read_generations, regrade
+from eval.report import scores as report_scores
+from eval.report.scores import grade_rows, summarise
+from eval.report.table import score_table
+from eval.statistics import clustered_interval, wilson_interval
 from matrix_llm.base.errors import EvalError
 from tests.support.paths import ROOT
 
@@ -52,7 +55,13 @@ def test_a_regraded_run_has_the_scores_of_its_summary(tmp_path):
     result = regrade(write(tmp_path / "a.jsonl", rows), "gsm8k")
     assert result["scores"] == summary["scores"]
     assert (result["rows"], result["problems"]) == (39, 13)
-    assert "39 responses to 13 problems, accuracy is over all samples" in describe(result, show=0)
+    for key in ("pass_at_k", "pass_at_k_intervals", "majority"):
+        assert result[key] == summary[key]
+    text = describe(result, show=0)
+    assert "39 responses to 13 problems, 3 samples of each" in text
+    assert [line for line in score_table(summary).splitlines() if "@" in line] == [
+        line for line in text.splitlines() if "|" in line and "@" in line
+    ]
 
 
 @pytest.mark.parametrize("response", ["response", "completion", "generation", "output", "prediction"])
@@ -181,43 +190,103 @@ def test_missing_files_folders_and_repeated_samples_are_refused(tmp_path):
         regrade(write(tmp_path / "a.jsonl", [ours(0, "7", "7"), ours(0, "8", "7")]), "gsm8k")
 
 
-def test_disagreements_are_the_rows_whose_verdicts_differ(tmp_path):
-    rows = [ours(i, response, "7") for i, response in enumerate(RESPONSES)]
-    result = regrade(write(tmp_path / "a.jsonl", rows), "gsm8k")
-    expected = [
-        row["id"]
-        for row in rows
-        if len({is_correct(row["response"], "7", benchmark="gsm8k", convention=name) for name in CONVENTIONS}) > 1
+def test_rows_on_which_the_conventions_differ_are_listed_by_the_reason(tmp_path):
+    """A disagreement needs two answers. That a convention found none is a matter of format, and stands apart."""
+    rows = [
+        ours(0, "The answer is: 7", "7"),  # strict, minerva and llemma find nothing
+        ours(1, "#### 9\nThe answer is: 7", "7"),  # strict reads 9
+        ours(2, "no idea", "7"),
+        ours(3, "The answer is: 8", "7"),  # wrong for all that read it: no difference
+        ours(
+            4,
+            "Final Answer: The final answer is $7$. I hope it is correct. The answer is 7 #### 7 The answer is: 7",
+            "7",
+        ),
     ]
-    assert [each["id"] for each in result["disagreements"]] == expected
-    assert "test/5" not in expected  # no convention finds an answer there
-    first = result["disagreements"][0]
-    assert first["verdicts"]["metamath"] == {"correct": True, "extracted": "7", "reason": "equal"}
-    assert first["verdicts"]["strict"] == {"correct": False, "extracted": None, "reason": "no answer found"}
-    text = describe(result, show=1)
-    assert f"the conventions disagree on {len(expected)} of 7 responses" in text
-    assert "1 shown" in text
-    assert text.count("gold 7") == 1
-
-
-def test_disagreements_about_answers_found_come_first(tmp_path):
-    """strict finds no answer in the first row, a matter of format; in the second it reads 9 where the others read 7."""
-    rows = [ours(0, "The answer is: 7", "7"), ours(1, "#### 9\nThe answer is: 7", "7")]
     result = regrade(write(tmp_path / "a.jsonl", rows), "gsm8k")
-    assert [each["on_answers_found"] for each in result["disagreements"]] == [False, True]
-    assert result["disagreements"][1]["verdicts"]["strict"] == {"correct": False, "extracted": "9", "reason": "unequal"}
+    listed = {kind: [each["id"] for each in result[kind]] for kind in KINDS}
+    assert listed == {
+        "disagreements": ["test/1"],
+        "answer_missing": ["test/0"],
+        "no_answer": ["test/2"],
+        "ungraded": [],
+    }
+    assert result["disagreements"][0]["verdicts"]["strict"] == {"correct": False, "extracted": "9", "reason": "unequal"}
+    assert result["against_verified"]["strict"] == {
+        "agree": 1, "disagree": 1, "only_theirs": 0, "only_ours": 2, "neither": 1, "ungraded": 0,
+    }  # fmt: skip
     text = describe(result, show=2)
-    assert "disagree on 2 of 2 responses, on 1 of them about answers found; 2 shown, those first" in text
-    assert text.index("test/1, sample 0, line 2: gold 7") < text.index("test/0, sample 0, line 1: gold 7")
+    assert "disagreements, 1 of 5 responses" in text
     assert "  metamath   right     7" in text
     assert "  strict     wrong     9" in text
-    assert "  strict     wrong     no answer found" in text
+    assert "test/0, sample 0, line 1: gold 7; right 7; no answer found by llemma, minerva, strict" in text
+    assert re.search(r"\| strict +\| +1 \| +1 \| +2 \| +0 \| +1 \| +0 \|", text)
+    assert "test/3" not in text
+    assert describe(result, show=0).count("test/") == 0
+
+
+def test_ungraded_responses_are_counted_and_listed_apart(tmp_path, monkeypatch):
+    real = report_scores.grade
+
+    def limited(response, gold, *, convention, **how):
+        if convention == "verified" and "deep" in response:
+            return Verdict(None, "9^9", "3 seconds were not enough")
+        return real(response, gold, convention=convention, **how)
+
+    monkeypatch.setattr(report_scores, "grade", limited)
+    rows = [ours(0, "deep. The answer is: 7", "7"), ours(1, "The answer is: 7", "7")]
+    result = regrade(write(tmp_path / "a.jsonl", rows), "gsm8k")
+    assert [each["id"] for each in result["ungraded"]] == ["test/0"]
+    assert [each["id"] for each in result["answer_missing"]] == ["test/0", "test/1"]
+    assert all(sum(counts.values()) == 2 for counts in result["against_verified"].values())
+    assert result["against_verified"]["metamath"]["ungraded"] == 1
+    assert "ungraded by verified (3 seconds were not enough)" in describe(result, show=1)
+
+
+def test_a_problem_counts_once_however_many_samples_it_has(tmp_path):
+    """Other people's files may hold 1 sample of one problem and 3 of another."""
+    rows = [
+        ours(0, "#### 7", "7"),
+        *(ours(1, f"#### {answer}", "7", sample) for sample, answer in enumerate([7, 8, 8])),
+    ]
+    result = regrade(write(tmp_path / "a.jsonl", rows), "gsm8k")
+    scores = result["scores"]["verified"]
+    assert scores["accuracy"] == pytest.approx((1 + 1 / 3) / 2)
+    assert (scores["correct"], scores["samples"], scores["total"]) == (2, 4, 2)
+    assert (scores["low"], scores["high"]) == clustered_interval([1, 1 / 3], [1, 3])
+    assert list(result["pass_at_k"]) == ["1"]
+    assert result["pass_at_k"]["1"] == scores["accuracy"]
+    assert "1 to 3 samples of each" in describe(result, show=0)
+
+
+def test_the_question_of_a_row_reaches_the_grader(tmp_path):
+    copied = {"response": r"It is \boxed{2^{10}}.", "gold": "1024"}
+    rows = [{**copied, "problem": "Compute $2^{10}$."}, copied, {**copied, "response": r"\boxed{2^{10}}"}]
+    result = regrade(write(tmp_path / "a.jsonl", rows), "math")
+    verdicts = grade_rows(read_generations(tmp_path / "a.jsonl", "math")[0], benchmark="math")["verified"]
+    assert [verdict.correct for verdict in verdicts] == [False, True, False]
+    assert verdicts[0].reason == "the question copied"
+    assert verdicts[2].reason == "a calculation that was not done"  # no question: a box alone has the gold's form
+    assert result["scores"]["verified"]["correct"] == 1
+
+
+def test_why_a_convention_finds_no_answer_is_said_from_the_responses(tmp_path):
+    chat = [ours(i, f"So the result is **{i}**.", str(i)) for i in range(4)]
+    text = describe(regrade(write(tmp_path / "a.jsonl", chat), "gsm8k"), show=0)
+    assert 'llemma looks for digits right after "The answer is "; 0 of 4 responses have it' in text
+    assert 'strict looks for "#### 7"; 0 of 4 responses have it' in text
+    assert "flexible looks for" not in text
+    marked = [ours(i, f"The answer is {i} #### {i}", str(i)) for i in range(3)] + chat[3:]
+    text = describe(regrade(write(tmp_path / "b.jsonl", marked), "gsm8k"), show=0)
+    assert "strict looks for" not in text
+    assert "llemma looks for" not in text
 
 
 def test_text_from_a_model_reaches_the_terminal_harmless(tmp_path, capsys):
     rows = [
         ours(0, "\x1b[2J\u202e The answer is: 7\x07", "7"),
         {**ours(1, "#### 7", "7"), "id": "\x1b[31m"},
+        ours(2, "#### 8 \x1b[2J\u202e The answer is: 7\x07", "7"),
         {"\x1b[5m": 1},
     ]
     assert main([str(write(tmp_path / "a.jsonl", rows)), "--benchmark", "gsm8k"]) == 0
@@ -231,9 +300,8 @@ def test_the_command_prints_a_table_and_writes_everything(tmp_path, capsys):
     out = tmp_path / "deep" / "out.json"
     assert main([str(path), "--benchmark", "gsm8k", "--show", "0", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")][2:] == list(
-        CONVENTIONS
-    )
+    first = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")]
+    assert first[2 : 2 + len(CONVENTIONS)] == list(CONVENTIONS)
     assert json.loads(out.read_text()) == regrade(path, "gsm8k")
 
 

@@ -13,8 +13,9 @@ from eval import text as eval_text
 from eval.answers import CONVENTIONS, answers_equal, is_correct
 from eval.report import page as report_page
 from eval.report import scores as report_scores
+from eval.report import table as report_table
 from eval.report.page import write_report
-from eval.report.scores import summarise
+from eval.report.scores import grade_rows, summarise
 from eval.report.table import score_table
 from eval.statistics import majority_vote, pass_at_k, wilson_interval
 from eval.text import visible
@@ -49,6 +50,14 @@ def summary_of(rows, *, benchmark="gsm8k", **extra):
     return summarise(rows, benchmark=benchmark, settings=SETTINGS, wall_seconds=2.0, versions=VERSIONS, **extra)
 
 
+def page_of(folder, rows, *, benchmark="gsm8k", **extra):
+    """The text of the page of a run that gave these rows."""
+    graded = grade_rows(rows, benchmark=benchmark)
+    summary = summary_of(rows, benchmark=benchmark, graded=graded, **extra)
+    write_report(folder / "deep" / "r.html", summary, rows, graded)
+    return (folder / "deep" / "r.html").read_text(encoding="utf-8")
+
+
 THREE = [
     row(0, metamath(18), "18"),
     row(1, metamath(4), "5", finish_reason="length", stop_reason=None),
@@ -57,7 +66,7 @@ THREE = [
 
 
 def test_the_docstrings_are_true():
-    results = [doctest.testmod(module) for module in (eval_text, report_scores)]
+    results = [doctest.testmod(module) for module in (eval_text, report_scores, report_table)]
     assert all(result.attempted and not result.failed for result in results)
 
 
@@ -117,21 +126,24 @@ def test_each_row_is_graded_once_for_each_convention(monkeypatch, tmp_path):
         for i in range(4)
         for s in range(3)
     ]
-    summary = summary_of(rows)
-    write_report(tmp_path / "r.html", summary, rows)
+    graded = grade_rows(rows, benchmark="gsm8k")
+    summary = summary_of(rows, graded=graded)
+    write_report(tmp_path / "r.html", summary, rows, graded)
     score_table(summary)
     assert len(calls) == len(set(calls)) == 4 * 3 * len(CONVENTIONS)
 
 
 def test_ungraded_is_wrong_counted_and_shown(monkeypatch, tmp_path):
-    monkeypatch.setattr(report_scores, "grade", lambda response, gold, **how: report_scores.Verdict(None, "9^{9^9}"))
+    verdict = report_scores.Verdict(None, "9^{9^9}", "3 seconds were not enough")
+    monkeypatch.setattr(report_scores, "grade", lambda response, gold, **how: verdict)
     rows = [row(0, "x", "1")]
     summary = summary_of(rows)
     assert summary["scores"]["verified"]["ungraded"] == 1
     assert summary["scores"]["verified"]["correct"] == 0
     assert summary["verdicts"] == {"gsm8k/test/0": None}
-    write_report(tmp_path / "r.html", summary, rows)
-    assert "ungraded: a limit was hit" in (tmp_path / "r.html").read_text()
+    page = page_of(tmp_path, rows)
+    assert "<summary>Ungraded, counted as wrong: 1</summary>" in page
+    assert "ungraded: 3 seconds were not enough" in page
 
 
 def test_groups_are_of_the_verified_convention_in_order_and_add_up():
@@ -168,13 +180,13 @@ def test_several_samples_give_pass_at_k_for_powers_of_two_and_n_and_a_majority()
     assert (
         summary["scores"]["verified"]["accuracy"] == pytest.approx(summary["pass_at_k"]["1"]) == pytest.approx(4 / 18)
     )
-    assert summary["scores"]["verified"]["correct"] == 2  # of sample 0, as the interval is
+    assert (summary["scores"]["verified"]["correct"], summary["scores"]["verified"]["samples"]) == (4, 18)
     assert answers_equal("18.0", "18")
     assert (summary["majority"]["correct"], summary["majority"]["k"]) == (
         1,
         6,
     )  # 18 (2 votes with 18.0, before 3), 5 and 2
-    assert summary["verdicts"] == {"gsm8k/test/0": True, "gsm8k/test/1": True, "gsm8k/test/2": False}  # sample 0
+    assert summary["verdicts"]["gsm8k/test/0"] == [True, True, False, False, False, False]
 
 
 def test_the_order_of_samples_in_the_file_does_not_matter():
@@ -184,7 +196,7 @@ def test_the_order_of_samples_in_the_file_does_not_matter():
     first, second = summary_of(rows), summary_of(shuffled)
     assert first["scores"] == second["scores"]
     assert first["majority"] == second["majority"]
-    assert first["verdicts"] == second["verdicts"] == {f"gsm8k/test/{i}": True for i in range(5)}
+    assert first["verdicts"] == second["verdicts"] == {f"gsm8k/test/{i}": [True, *[False] * 3] for i in range(5)}
 
 
 def test_answers_that_no_sample_gives_have_no_majority():
@@ -220,7 +232,8 @@ def test_the_table_names_conventions_and_intervals():
 def test_the_table_has_groups_and_several_samples():
     rows = [row(i, metamath(i), str(i), sample=s, subject="a|b", level=2) for i in range(3) for s in range(2)]
     table = score_table(summary_of(rows))
-    assert "pass@1 100.00 %, pass@2 100.00 %; majority of 2 100.00 % (verified)" in table
+    for name in ("pass@1", "pass@2", "maj@2"):
+        assert re.search(rf"\| {name} +\| 100.00 % \| +43.9 to 100.0 \|", table)
     assert r"| a\|b" in table
     assert "by level (verified)" in table
 
@@ -251,10 +264,11 @@ HOSTILE = (
 def test_hostile_text_is_shown_and_never_run(tmp_path):
     rows = [row(0, HOSTILE, "<i>1</i>", subject="<s>", level=1, problem=HOSTILE, id="<u>id</u>"), row(1, "7", "7")]
     settings = {**SETTINGS, "model": HOSTILE, "<k>": HOSTILE}
+    graded = grade_rows(rows, benchmark="gsm8k")
     summary = summarise(
         rows, benchmark="gsm8k", settings=settings, wall_seconds=1, versions={"<v>": HOSTILE}, name=HOSTILE
     )
-    write_report(tmp_path / "r.html", summary, rows)
+    write_report(tmp_path / "r.html", summary, rows, graded)
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     page = Page(text)
     assert not {"script", "img", "b", "i", "s", "u", "link", "iframe"} & set(page.tags)
@@ -262,7 +276,7 @@ def test_hostile_text_is_shown_and_never_run(tmp_path):
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\ud800-\udfff]", text)
     assert "".join(page.texts).count("<script>alert(1)</script>") >= 6  # visible as text wherever it stands
     assert "␛[2J ␀ ⟨U+202E⟩ ⟨U+200B⟩ ⟨U+D800⟩" in html.unescape(text)
-    assert page.tags.count("details") == 2  # the settings, and one wrong answer: its text closed none
+    assert page.tags.count("details") == 1 + 2 + 2  # the settings, and two groups of one answer: no text closed one
 
 
 def test_the_table_shows_no_control_characters():
@@ -277,57 +291,79 @@ def test_visible_keeps_what_can_be_read():
     assert visible("a\r\n\x7f\x85\ufeff\u2028") == "a␍\n⟨U+007F⟩⟨U+0085⟩⟨U+FEFF⟩⟨U+2028⟩"
 
 
-def test_the_page_is_one_file_with_a_plot_and_the_wrong_answers(tmp_path):
+def test_the_page_is_one_file_with_a_plot_and_the_answers(tmp_path):
     rows = [row(i, rf"so \boxed{{{i}}}", "3", subject=f"Subject {i % 2}", level=1 + i % 3) for i in range(7)]
-    summary = summary_of(rows, benchmark="math", name="math")
-    write_report(tmp_path / "deep" / "math.html", summary, rows)
-    text = (tmp_path / "deep" / "math.html").read_text()
+    text = page_of(tmp_path, rows, benchmark="math", name="math")
     page = Page(text)
     assert page.tags.count("svg") == 2
-    assert page.tags.count("path") == 2 + 3  # one whisker a bar
+    assert text.count('class="whisker"') == 2 + 3  # one a bar
     assert "http" not in re.sub(r"http-equiv", "", text)
-    assert page.tags.count("details") == 1 + 6
-    assert "Problem 3?" not in text  # the right one
-    assert "Problem 6?" in text
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["math.html"]
+    assert page.tags.count("details") == 1 + (1 + 6) + (1 + 1)
+    assert (
+        text.index("Wrong answers") < text.index("Problem 6?") < text.index("Right answers") < text.index("Problem 3?")
+    )
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["r.html"]
+
+
+def test_answers_stand_in_groups_and_right_ones_that_are_not_written_as_the_gold_come_first(tmp_path):
+    given = {0: r"\boxed{0.5}", 1: r"\boxed{\frac{1}{2}}", 2: r"\boxed{3}", 3: "no idea at all", 4: r"\boxed{2^{2}}"}
+    rows = [
+        row(i, response, "4" if i == 4 else r"\frac{1}{2}", problem="What is $2^{2}$?") for i, response in given.items()
+    ]
+    text = html.unescape(page_of(tmp_path, rows, benchmark="math"))
+    places = [
+        text.index(each)
+        for each in (
+            "<summary>Another answer than the gold: 2</summary>", "gsm8k/test/2: <code>3", "gsm8k/test/4: <code>2^{2}",
+            "<summary>No answer found: 1</summary>", "gsm8k/test/3: no answer found",
+            "<h2>Right answers</h2>", "<summary>Not written as the gold is: 1</summary>", "gsm8k/test/0: <code>0.5",
+            "<summary>The gold as written: 1</summary>", "gsm8k/test/1: <code>",
+        )
+    ]  # fmt: skip
+    assert places == sorted(places)
+    assert "(the question copied)" in text  # why 2^2 is not 4
 
 
 def test_without_subjects_the_plot_is_by_convention(tmp_path):
-    summary = summary_of(THREE)
-    write_report(tmp_path / "r.html", summary, THREE)
-    page = Page((tmp_path / "r.html").read_text())
-    assert page.tags.count("svg") == 1
-    assert page.tags.count("path") == len(CONVENTIONS)
+    text = page_of(tmp_path, THREE)
+    assert Page(text).tags.count("svg") == 1
+    assert text.count('class="whisker"') == len(CONVENTIONS)
 
 
 def test_bars_and_whiskers_stand_where_the_numbers_say(tmp_path):
-    rows = [row(i, metamath(i % 2), "1", subject="s") for i in range(8)]
-    summary = summary_of(rows)
-    write_report(tmp_path / "r.html", summary, rows)
-    text = (tmp_path / "r.html").read_text()
-    assert f'width="{420 * 0.5:.2f}"' in text
+    text = page_of(tmp_path, [row(i, metamath(i % 2), "1", subject="s") for i in range(8)])
+    assert '<rect x="0" y="25" width="50.00%"' in text
     low, high = wilson_interval(4, 8)
-    assert f"M{190 + 420 * low:.2f} " in text
-    assert f"H{190 + 420 * high:.2f}M" in text
+    assert f'<line x1="{100 * low:.2f}%" x2="{100 * high:.2f}%"' in text
 
 
-def test_a_page_of_very_many_and_very_long_wrong_answers_stays_bounded(tmp_path, monkeypatch):
+def test_on_a_narrow_screen_no_figure_loses_its_name_and_text_keeps_its_size(tmp_path):
+    """Columns become lines that name themselves, and the chart is laid out in percent: nothing scales its letters."""
+    rows = [row(i, metamath(i), "1", subject="Counting & Probability", sample=s) for i in range(3) for s in range(2)]
+    text = page_of(tmp_path, rows)
+    cells = re.findall(r"<td[^>]*>", re.sub(r'<table class="facts">.*?</table>', "", text, flags=re.S))
+    assert len(cells) == 5 * (len(CONVENTIONS) + 1) + 2 * 3
+    assert all(re.fullmatch(r'<td data-name="[^"]+">', cell) for cell in cells)
+    assert "overflow-x" not in text
+    assert "viewBox" not in text
+    assert [int(size) for size in re.findall(r'font-size="(\d+)"', text)] == [13]
+
+
+def test_a_page_of_very_many_and_very_long_answers_stays_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(report_page, "SHOWN_WRONG", 30)
-    rows = [row(i, "x" * 100_000 + metamath(1), "2") for i in range(report_page.SHOWN_WRONG + 20)]
-    summary = summary_of(rows, generations="gsm8k.jsonl")
-    write_report(tmp_path / "r.html", summary, rows)
-    text = (tmp_path / "r.html").read_text()
-    assert f"the first {report_page.SHOWN_WRONG} are shown, all of them are in gsm8k.jsonl" in text
-    assert Page(text).tags.count("details") == 1 + report_page.SHOWN_WRONG
-    assert len(text) < 1.1 * report_page.SHOWN_WRONG * report_page.SHOWN_CHARACTERS
+    monkeypatch.setattr(report_page, "SHOWN_RIGHT", 20)
+    rows = [row(i, "x" * 100_000 + metamath(1 + i // 50), "2") for i in range(100)]
+    text = page_of(tmp_path, rows, generations="gsm8k.jsonl")
+    for shown in (30, 20):
+        assert f"The first {shown} are shown, all of them are in gsm8k.jsonl" in text
+    assert Page(text).tags.count("details") == 1 + (1 + 30) + (1 + 20)
+    assert len(text) < 1.1 * 50 * report_page.SHOWN_CHARACTERS
     assert "characters left out" in text
     assert "The answer is: 1" in text  # the end, where the answer stands
 
 
 def test_a_perfect_run_has_no_wrong_answers(tmp_path):
-    rows = [row(0, metamath(1), "1")]
-    write_report(tmp_path / "r.html", summary_of(rows), rows)
-    assert "<h2>Wrong answers</h2>\n<p>None.</p>" in (tmp_path / "r.html").read_text()
+    assert "<h2>Wrong answers</h2>\n<p>None.</p>" in page_of(tmp_path, [row(0, metamath(1), "1")])
 
 
 # --- votes

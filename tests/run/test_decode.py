@@ -3,12 +3,14 @@
 import copy
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from eval.answers import is_correct
 from matrix_llm.base.statistics import wilson_interval
 from matrix_llm.data.wordproblems import generate
 from matrix_llm.run.decode import final_answer, generate_greedy, measure_accuracy
@@ -223,6 +225,20 @@ def test_accuracy_counts_right_wrong_and_unanswered(monkeypatch, model, tokenize
     assert result.is_correct == (True, False, False, True)
     assert result.responses == tuple(replies.values())
     assert (result.low, result.high) == wilson_interval(2, 4)
+
+
+def test_a_grader_that_takes_the_question_is_given_it(monkeypatch, model, tokenizer):
+    """The question handed back earns nothing while training, as in eval/."""
+    reply = r"It is $\boxed{2^{10}}$."
+    monkeypatch.setattr("matrix_llm.run.decode.generate_greedy", lambda _m, _t, prompts, **_: [reply] * len(prompts))
+    problems = [problem(query="Compute $2^{10}$.", answer="1024"), problem(query="How much is a KiB?", answer="1024")]
+    how = {"template": "Q: {instruction}"}
+    graded = measure_accuracy(model, tokenizer, problems, is_correct=partial(is_correct, benchmark="math"), **how)
+    assert graded.is_correct == (False, True)
+    told = measure_accuracy(
+        model, tokenizer, problems, is_correct=lambda text, gold: (text, gold) == (reply, "1024"), **how
+    )
+    assert told.is_correct == (True, True)  # a grader of two arguments is called with two
 
 
 def test_accuracy_in_the_chat_template_starts_from_the_ids_of_training(monkeypatch, model, tokenizer):
