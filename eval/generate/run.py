@@ -421,6 +421,7 @@ class ProgressBar:
 def _write_report(plan: Plan, rows: list[dict[str, Any]], seconds: float, speed: float | None) -> dict[str, Any]:
     """Grade the rows, write the summary and the page, print the scores."""
     from ..report.page import write_report
+    from ..report.precision import precision_notes, template_score
     from ..report.scores import grade_rows, summarise
     from ..report.table import score_table
 
@@ -439,10 +440,15 @@ def _write_report(plan: Plan, rows: list[dict[str, Any]], seconds: float, speed:
         tokens_per_second=speed,  # of what this call generated: rows that were on file took no time
         generations=files.generations.name,
     )
+    templates = template_score(summary, rows)
+    if templates is not None:
+        summary["templates"] = templates
     write_text(files.summary, json.dumps(summary, indent=2) + "\n")
     write_report(files.report, summary, rows, graded)
     say(f"{files.generations} holds every text, {files.summary} the scores, {files.report} the report")
     print(f"\n{score_table(summary)}", flush=True)  # last, so that it stands below every engine's messages
+    for note in precision_notes(summary):
+        say(note)
     return summary
 
 

@@ -8,54 +8,47 @@ from typing import Any
 
 from matrix_llm.base.statistics import clustered_interval
 
-
 WIDE = 0.05  # an interval wider than this is remarked on
 
 
-def precision_notes(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines to print below the table of a run; [] where nothing is to be said.
-
-    Args:
-        summary: of `eval.report.scores.summarise`.
-        rows: its generations.
-    """
-    found = summary["scores"][summary["convention"]]
-    shares = _shares(summary)
+def precision_notes(summary: Mapping[str, Any]) -> list[str]:
+    """Lines to print below the table of a run, whose summary may hold `templates`; [] where nothing is to be said."""
+    found, templates = summary["scores"][summary["convention"]], summary.get("templates")
     notes = []
-    templates = template_score(shares, rows)
     if templates is not None:
         notes.append(
-            f"{len(shares)} problems are made from {templates['templates']} templates, and problems of one template "
-            f"resemble each other: clustered by template, the 95 % interval is {100 * templates['low']:.1f} to "
-            f"{100 * templates['high']:.1f}"
+            f"{summary['problems']:,} problems are made from {templates['templates']:,} templates, and problems of one "
+            f"template resemble each other: clustered by template, the 95 % interval is {100 * templates['low']:.1f} "
+            f"to {100 * templates['high']:.1f}"
         )
         found = templates
     width = found["high"] - found["low"]
     if width > WIDE:
-        notes.append(_width_note(width, list(shares.values()), summary["samples_per_problem"], templates))
+        shares = list(shares_by_problem(summary).values())
+        notes.append(_width_note(width, shares, summary["samples_per_problem"], templates))
     return notes
 
 
-def template_score(shares: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def template_score(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The accuracy over templates, each with the mean of its problems, and the interval clustered by template; None
     where the problems are made from none.
 
     Args:
-        shares: {problem id: share of its samples that are right}.
-        rows: the generations; those of problems of a template name it.
+        summary: of a run, as `eval.report.scores.summarise` returns it.
+        rows: its generations; those of problems of a template name it.
     """
     problems: dict[str, list[float]] = {}
     named = {row["id"]: str(row["template"]) for row in rows if row.get("template") is not None}
     if not named:
         return None
-    for problem, share in shares.items():
+    for problem, share in shares_by_problem(summary).items():
         problems.setdefault(named.get(problem, f"problem {problem}"), []).append(share)
     means = [math.fsum(each) / len(each) for each in problems.values()]
     low, high = clustered_interval(means, [len(each) for each in problems.values()])
     return {"templates": len(problems), "accuracy": math.fsum(means) / len(means), "low": low, "high": high}
 
 
-def _shares(summary: Mapping[str, Any]) -> dict[str, float]:
+def shares_by_problem(summary: Mapping[str, Any]) -> dict[str, float]:
     """{problem id: share of its samples that are right} of the summary's own convention."""
     shares = {}
     for problem, correct in summary["verdicts"].items():
@@ -70,7 +63,7 @@ def _width_note(width: float, shares: Sequence[float], samples: int, templates: 
     count = len(shares) if templates is None else templates["templates"]
     wanted = math.ceil(count * (width / WIDE) ** 2)
     note = (
-        f"the 95 % interval is {100 * width:.1f} points wide: about {wanted:,} {counted} would make it "
+        f"warning: the 95 % interval is {100 * width:.1f} points wide: about {wanted:,} {counted} would make it "
         f"{100 * WIDE:.0f}, and there are {count:,}"
     )
     if templates is not None:

@@ -295,8 +295,12 @@ def test_samples_of_one_question_are_one_test_question(run, tmp_path, capsys):
     assert "1 test questions against 1 training rows" in capsys.readouterr().out
 
 
-def test_rows_of_a_template_say_so(run, tmp_path):
-    assert run("gsm_symbolic", SYMBOLIC)[0] == 0
+def test_rows_of_a_template_say_so_and_the_interval_is_clustered_by_it(run, tmp_path):
+    code, out, _ = run("gsm_symbolic", SYMBOLIC)
+    assert code == 0
+    assert "2 problems are made from 1 templates" in out
+    assert "warning: the 95 % interval is" in out
+    assert json.loads((tmp_path / "out/gsm_symbolic.json").read_text())["templates"]["templates"] == 1
     assert [json.loads(line)["template"] for line in (tmp_path / "out/gsm_symbolic.jsonl").open()] == ["3", "3"]
 
 
