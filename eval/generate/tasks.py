@@ -53,8 +53,8 @@ class Sampling:
 
 
 GREEDY = Sampling(1, 0.0, 1.0)
-# For sets of 30 and 40 problems, which say little when each is asked once: the temperature and top-p that DeepSeek-R1
-# reports them with, and a number of samples that keeps 30 problems to 480 texts.
+# For sets of 30 and 40 problems, which say little when each is asked once: the temperature and top-p of public scripts
+# that measure reasoning models on them (open-r1's), and a number of samples that keeps 30 problems to 480 texts.
 SIXTEEN = Sampling(16, 0.6, 0.95)
 
 

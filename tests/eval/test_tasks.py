@@ -17,6 +17,7 @@ from eval.regrade import regrade
 from eval.score import main as score
 from matrix_llm.base.errors import EvalError
 from matrix_llm.publish.card import BENCHMARKS
+from tests.support.paths import ROOT
 
 # One or two rows of each data set's layout; the texts are ours.
 AIME = [
@@ -220,6 +221,15 @@ def test_names_of_files_tell_tasks_and_data_sets_apart():
 
 def test_the_model_card_names_every_task_with_its_data_set():
     assert {task.name: (task.title, task.data.name) for task in TASKS.values()} == BENCHMARKS
+
+
+def test_the_table_of_tasks_is_as_documented():
+    table = (ROOT / "docs/evaluation.md").read_text().partition("## Tasks")[2].partition("\n## ")[0]
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines() if "| `" in line]
+    documented = {name: (data, place.split(", ")[-1], count, rule) for name, data, place, count, rule, *_ in rows}
+    assert documented == {
+        task.name: (task.data.name, task.data.split, f"{task.problems:,}", task.rule) for task in TASKS.values()
+    }
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
