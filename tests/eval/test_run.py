@@ -104,7 +104,9 @@ def test_a_run_leaves_its_four_files(run):
     assert summary["generations"] == "gsm8k.jsonl"
     assert "recipe.yaml says prompt_template: plain" in out
     assert all(f"gsm8k{suffix}" in out for suffix in (".jsonl", ".json", ".html"))
-    assert "| verified" in out
+    scores = out[out.index("gsm8k: 10 problems") :]
+    assert "| verified" in scores
+    assert "=>" not in scores  # they are the last that is printed, and whole
 
 
 def test_a_second_run_generates_only_what_is_missing(run):
@@ -223,6 +225,7 @@ def test_samples_of_a_problem_stand_together(run):
     summary = json.loads((run.folder / "gsm8k.json").read_text())
     assert (summary["problems"], summary["samples_per_problem"]) == (3, 4)
     assert set(summary["pass_at_k"]) == {"1", "2", "4"}
+    assert all(len(verdicts) == 4 for verdicts in summary["verdicts"].values())
 
 
 @pytest.mark.parametrize(
