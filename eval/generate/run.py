@@ -446,9 +446,8 @@ def _write_report(plan: Plan, rows: list[dict[str, Any]], seconds: float, speed:
     write_text(files.summary, json.dumps(summary, indent=2) + "\n")
     write_report(files.report, summary, rows, graded)
     say(f"{files.generations} holds every text, {files.summary} the scores, {files.report} the report")
-    print(f"\n{score_table(summary)}", flush=True)  # last, so that it stands below every engine's messages
-    for note in precision_notes(summary):
-        say(note)
+    lines = [score_table(summary), *precision_notes(summary)]
+    print("", *lines, sep="\n", flush=True)  # last, so that it stands below every engine's messages
     return summary
 
 
