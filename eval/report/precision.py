@@ -9,6 +9,7 @@ from typing import Any
 from matrix_llm.base.statistics import clustered_interval
 
 WIDE = 0.05  # an interval wider than this is remarked on
+Z = 1.959963984540054  # the normal quantile of a 95 % interval
 
 
 def precision_notes(summary: Mapping[str, Any]) -> list[str]:
@@ -22,11 +23,11 @@ def precision_notes(summary: Mapping[str, Any]) -> list[str]:
             f"to {100 * templates['high']:.1f}"
         )
         found = templates
-    width = found["high"] - found["low"]
-    if width > WIDE:
+    if found["high"] - found["low"] > WIDE:
         shares = list(shares_by_problem(summary).values())
-        notes.append(_width_note(width, shares, summary["samples_per_problem"], templates))
-    return notes
+        count = None if templates is None else templates["templates"]
+        notes.append(_width_note(found, shares, summary["samples_per_problem"], count))
+    return ["", *notes] if notes else []
 
 
 def template_score(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -57,11 +58,12 @@ def shares_by_problem(summary: Mapping[str, Any]) -> dict[str, float]:
     return shares
 
 
-def _width_note(width: float, shares: Sequence[float], samples: int, templates: Mapping[str, Any] | None) -> str:
+def _width_note(found: Mapping[str, Any], shares: Sequence[float], samples: int, templates: int | None) -> str:
     """How many problems would narrow an interval to WIDE, and how far more samples of these problems could."""
-    counted = "problems" if templates is None else "templates"
-    count = len(shares) if templates is None else templates["templates"]
-    wanted = math.ceil(count * (width / WIDE) ** 2)
+    accuracy, width = found["accuracy"], found["high"] - found["low"]
+    counted, count = ("problems", len(shares)) if templates is None else ("templates", templates)
+    effective = draws_for(accuracy, width)  # as many independent answers as the problems are worth
+    wanted = math.ceil(count * draws_for(accuracy, WIDE) / effective)
     note = (
         f"warning: the 95 % interval is {100 * width:.1f} points wide: about {wanted:,} {counted} would make it "
         f"{100 * WIDE:.0f}, and there are {count:,}"
@@ -70,12 +72,32 @@ def _width_note(width: float, shares: Sequence[float], samples: int, templates: 
         return note
     if samples == 1:
         return f"{note}. More samples of each (--n) help less, and never beyond what {count:,} problems allow"
-    floor = width * math.sqrt(between_problems(shares, samples))
+    least = between_problems(shares, samples)
+    floor = wilson_width(accuracy, effective / least) if least > 0 else 0.0
     return f"{note}. More samples of each would narrow it to {100 * floor:.1f} at best"
 
 
+def wilson_width(accuracy: float, draws: float) -> float:
+    """The width of Wilson's 95 % interval of `draws` independent answers, which need not be a whole number.
+
+    >>> round(wilson_width(0.5, 1500), 3)
+    0.051
+    """
+    return 2 * Z * math.sqrt(accuracy * (1 - accuracy) / draws + (Z / (2 * draws)) ** 2) / (1 + Z * Z / draws)
+
+
+def draws_for(accuracy: float, width: float) -> float:
+    """How many independent answers have an interval of this width, the inverse of `wilson_width`."""
+    low, high = 1e-3, 1e12
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if wilson_width(accuracy, middle) > width else (low, middle)
+    return high
+
+
 def between_problems(shares: Sequence[float], samples: int) -> float:
-    """The part of the variance of the shares that is between problems, 0 to 1: what no number of samples removes.
+    """The part of the variance of the shares that is between problems, 0 to 1: what no number of samples removes. 1
+    where the samples show no variance.
 
     The variance within a problem is estimated from its own samples, p(1-p) / (n-1).
 
@@ -85,4 +107,6 @@ def between_problems(shares: Sequence[float], samples: int) -> float:
     mean = math.fsum(shares) / len(shares)
     total = math.fsum((share - mean) ** 2 for share in shares) / max(len(shares) - 1, 1)
     within = math.fsum(share * (1 - share) for share in shares) / len(shares) / (samples - 1)
-    return min(1.0, max(0.0, 1 - within / total)) if total > 0 else 0.0
+    if total == 0:
+        return 0.0 if within > 0 else 1.0
+    return min(1.0, max(0.0, 1 - within / total))
