@@ -27,7 +27,7 @@ from matrix_llm.base.errors import EvalError
 from matrix_llm.base.threads import wait_passively
 from matrix_llm.data.questions import FIELDS, NGRAM, QuestionIndex, question_of
 
-from .files import read_rows, write_json
+from .files import FORMATS, read_rows, write_json
 from .text import shorten, visible
 
 SHARE = 0.5
@@ -175,10 +175,8 @@ def _exact_entry(each: Mapping[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     # 1. The options
     parser = argparse.ArgumentParser(prog="eval/contamination.py", description="Find test questions in training data.")
-    parser.add_argument(
-        "--train", type=Path, nargs="+", required=True, metavar="FILE", help=".jsonl, .json or .parquet"
-    )
-    parser.add_argument("--test", type=Path, nargs="+", required=True, metavar="FILE", help=".jsonl, .json or .parquet")
+    parser.add_argument("--train", type=Path, nargs="+", required=True, metavar="FILE", help=FORMATS)
+    parser.add_argument("--test", type=Path, nargs="+", required=True, metavar="FILE", help=FORMATS)
     parser.add_argument(
         "--field", metavar="NAME", help=f"column of the question in --train (default: the first of {', '.join(FIELDS)})"
     )
@@ -196,7 +194,8 @@ def main(arguments: list[str] | None = None) -> int:
     wait_passively()
     started = time.perf_counter()
     try:
-        test = [pair for path in options.test for pair in questions(path)]
+        # samples of one problem are one question
+        test = list(dict.fromkeys(pair for path in options.test for pair in questions(path)))
         train = (pair for path in options.train for pair in questions(path, options.field))
         result = find_overlaps(train, test, n=options.n, share=options.share)
         if not result["train_rows"] or not result["test_rows"]:

@@ -3,6 +3,7 @@
 Rows are read one at a time: memory does not grow with the file.
 """
 
+import csv
 import json
 import os
 from collections.abc import Collection, Iterator
@@ -17,11 +18,12 @@ from .text import first_line
 
 CHUNK = 1 << 20  # characters of a JSON list decoded at a time
 PARQUET_ROWS = 1000  # decoded at a time
-FORMATS = ".jsonl, .json or .parquet"
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+FORMATS = ".jsonl, .json, .parquet or .csv"
 
 
 def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a .jsonl, .json (a list, or one object a line) or .parquet file.
+    """The rows of a .jsonl, .json (a list, or one object a line), .parquet or .csv (a head line, then texts) file.
 
     Args:
         columns: read only these of a parquet file, if it has any of them.
@@ -36,6 +38,8 @@ def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[di
         rows = _read_parquet(path, columns)
     elif path.suffix in (".jsonl", ".json"):
         rows = _read_json(path)
+    elif path.suffix == ".csv":
+        rows = _read_csv(path)
     else:
         raise EvalError(f"{path} ends in {path.suffix!r}, which is not a known format. Give a {FORMATS} file.")
     for number, row in enumerate(rows, 1):
@@ -63,6 +67,29 @@ def _read_json(path: Path) -> Iterator[Any]:
                         ) from None
     except ArrayError as error:
         raise EvalError(f"{path}, line {error.line}, is not JSON ({error}). Repair the file.") from None
+    except UnicodeDecodeError:
+        raise EvalError(f"{path} is not UTF-8 text. Convert it, or check that it is not compressed.") from None
+
+
+def _read_csv(path: Path) -> Iterator[dict[str, str]]:
+    """Each value is a text. A row with more or fewer values than the head line has names is refused."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, strict=True)
+            names = next(rows, [])
+            repeated = next((name for name in names if names.count(name) > 1), None)
+            if repeated is not None:
+                raise EvalError(f"{path}: the head line names {repeated!r} twice. Rename one of the columns.")
+            for values in rows:
+                if values and len(values) != len(names):
+                    raise EvalError(
+                        f"{path}, line {rows.line_num}, has {len(values)} values where the head line names "
+                        f"{len(names)}. Put values that hold commas or line breaks between double quotes."
+                    )
+                if values:
+                    yield dict(zip(names, values, strict=True))
+    except csv.Error as error:
+        raise EvalError(f"{path}, line {rows.line_num}, is not CSV ({error}). Repair or remove that line.") from None
     except UnicodeDecodeError:
         raise EvalError(f"{path} is not UTF-8 text. Convert it, or check that it is not compressed.") from None
 

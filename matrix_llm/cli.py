@@ -90,6 +90,7 @@ COMMANDS: dict[str, Command] = {
         commands={
             "gsm8k": Command("GSM8K, grade-school word problems", "eval.gsm8k"),
             "math": Command("MATH, competition problems, or MATH-500", "eval.hendrycks_math"),
+            "score": Command("any of the benchmarks by --task NAME: AIME, AMC, GSM-Plus and others", "eval.score"),
         },
     ),
     "compare": Command("two evaluated runs on the same problems, paired", "eval.compare"),

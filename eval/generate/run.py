@@ -1,4 +1,4 @@
-"""One evaluation run, shared by eval/gsm8k.py and eval/hendrycks_math.py.
+"""One evaluation run, shared by eval/score.py, eval/gsm8k.py and eval/hendrycks_math.py.
 
 1. Options, model files, problems, prompt and earlier rows are checked; no weights are loaded before that.
 2. Every sample that is not on file yet is generated, and appended to OUT/NAME.partial.jsonl as it finishes.
@@ -34,8 +34,8 @@ from .models import Source, check_values, context_limit, load_tokenizer, locate
 from .options import Options, parse_options
 from .prompts import Prompt, choose_prompt
 from .recipes import read_recipe
-from .run_files import ROW_FIELDS, RunFiles
-from .tasks import BUILTIN, Problem, choose, load_problems, problem_set_name
+from .run_files import MORE_FIELDS, ROW_FIELDS, RunFiles
+from .tasks import BUILTIN, GREEDY, Problem, Task, choose, find_task, load_problems, problem_set_name
 from .transformers_engine import TransformersEngine
 from .vllm_engine import DataParallelVLLM, VLLMEngine, VLLMOptions
 
@@ -46,12 +46,16 @@ UNWRITABLE = (
 )  # fmt: skip
 
 
-def main(benchmark: str, description: str, arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 an error that the user can correct (one line on stderr), 130 interrupted."""
+def main(task: str | None, description: str, arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 an error that the user can correct (one line on stderr), 130 interrupted.
+
+    Args:
+        task: a key of TASKS, the command's own; None: --task must be given.
+    """
     wait_passively()
-    options = parse_options(benchmark, description, arguments)
+    options = parse_options(task, description, arguments)
     try:
-        evaluate(benchmark, options)
+        evaluate(options.task or "", options)
         return 0
     except EvalError as error:
         message = str(error)
@@ -74,9 +78,9 @@ class Plan:
     """What a run will do, decided and checked before any weights are loaded."""
 
     benchmark: str
-    """"gsm8k" or "math"."""
+    """The rule that grades: "gsm8k" or "math"."""
     options: Options
-    """The options of the command line."""
+    """The options of the command line, with the task's sampling where none was asked for."""
     files: RunFiles
     """Where the rows, scores and report are stored."""
     everything: list[Problem]
@@ -97,7 +101,7 @@ class Plan:
     @property
     def wanted(self) -> dict[Key, Problem]:
         """The samples that the run needs, in the order of the rows."""
-        return {(problem.id, sample): problem for problem in self.problems for sample in range(self.options.n)}
+        return {(problem.id, sample): problem for problem in self.problems for sample in range(self.settings["n"])}
 
     @property
     def digests(self) -> dict[str, str]:
@@ -105,7 +109,7 @@ class Plan:
         return {problem.id: _sha256(text) for problem, text in zip(self.problems, self.texts, strict=True)}
 
 
-def evaluate(benchmark: str, options: Options, *, engine: TransformersEngine | None = None) -> dict[str, Any]:
+def evaluate(task: str, options: Options, *, engine: TransformersEngine | None = None) -> dict[str, Any]:
     """Generate what is missing, grade everything, and write the files; return the summary that OUT/NAME.json holds.
 
     Args:
@@ -117,7 +121,7 @@ def evaluate(benchmark: str, options: Options, *, engine: TransformersEngine | N
         EvalError: something that the user can correct.
     """
     started = time.perf_counter()
-    plan = _make_plan(benchmark, options, engine)
+    plan = _make_plan(find_task(options.task or task, options.subset), options, engine)
     speed = None
     with plan.files.lock():
         # 1. what is on disk
@@ -146,7 +150,8 @@ def _starts_over(options: Options, engine: TransformersEngine | None) -> bool:
     return options.overwrite or engine is not None
 
 
-def _make_plan(benchmark: str, options: Options, engine: TransformersEngine | None) -> Plan:
+def _make_plan(task: Task, options: Options, engine: TransformersEngine | None) -> Plan:
+    asked, options = options, options.for_task(task)
     options.check()
     if engine is not None and (options.output_dir is None or options.prompt == "auto"):
         raise EvalError("a model in memory has no folder: give output_dir and prompt.")
@@ -155,14 +160,19 @@ def _make_plan(benchmark: str, options: Options, engine: TransformersEngine | No
     source = locate(options.model, options.revision) if engine is None else None
     if source is not None:
         source = replace(source, trust_remote_code=options.trust_remote_code)
-    name = problem_set_name(benchmark, data=options.data, subset=options.subset)
+    name = problem_set_name(task.name, data=options.data, subset=options.subset)
     files = RunFiles(output_folder(options), name)
     everything = load_problems(
-        benchmark, data=options.data, subset=options.subset, ids=options.ids, limit=options.limit
+        task.name, data=options.data, subset=options.subset, ids=options.ids, limit=options.limit
     )
     problems = choose(everything, limit=options.limit, shuffle_seed=options.shuffle_seed)
     samples = "1 sample" if options.n == 1 else f"{options.n} samples"
     say(f"{name}: {len(problems):,} of {len(everything):,} problems, {samples} each, into {files.folder}/")
+    if task.sampling != GREEDY and asked != options:
+        say(
+            f"temperature {options.temperature}, top_p {options.top_p}: --n, --temperature and --top_p change the "
+            f"sampling of {task.name}"
+        )
 
     # 2. the engine and the prompt
     stored = None if _starts_over(options, engine) else files.read_settings()
@@ -170,7 +180,7 @@ def _make_plan(benchmark: str, options: Options, engine: TransformersEngine | No
     tokenizer = engine.tokenizer if engine is not None else load_tokenizer(source)  # type: ignore[arg-type]
     prompt, why = choose_prompt(
         options.prompt,
-        benchmark=benchmark,
+        benchmark=task.rule,
         builtin=options.data in BUILTIN,
         recipe=read_recipe(source) if source else None,
         chat_template=bool(getattr(tokenizer, "chat_template", None)),
@@ -185,7 +195,7 @@ def _make_plan(benchmark: str, options: Options, engine: TransformersEngine | No
         "prompt": prompt.name,
         "prompt_sha256": _sha256(_build_prompts(prompt, ["{instruction}"], tokenizer)[0]),
         "stop": list(prompt.stop),
-        "max_tokens": options.max_tokens or prompt.max_tokens[benchmark == "math"],
+        "max_tokens": options.max_tokens or prompt.max_tokens[task.rule == "math"],
         "n": options.n,
         "temperature": options.temperature,
         "top_p": options.top_p,
@@ -195,7 +205,7 @@ def _make_plan(benchmark: str, options: Options, engine: TransformersEngine | No
     }
     _check_settings(stored, settings, files)
     texts = _build_prompts(prompt, [problem.problem for problem in problems], tokenizer)
-    return Plan(benchmark, options, files, everything, problems, texts, prompt, tokenizer, source, settings)
+    return Plan(task.rule, options, files, everything, problems, texts, prompt, tokenizer, source, settings)
 
 
 def output_folder(options: Options) -> Path:
@@ -319,7 +329,7 @@ def _make_requests(plan: Plan, limit: int | None) -> list[Request]:
             )
         room = max_tokens if limit is None else limit - len(ids)
         shortened += room < max_tokens
-        requests += [Request(problem.id, sample, ids, min(max_tokens, room)) for sample in range(plan.options.n)]
+        requests += [Request(problem.id, sample, ids, min(max_tokens, room)) for sample in range(plan.settings["n"])]
     if shortened:
         say(f"the model has {limit} positions: {shortened:,} problems have room for fewer than {max_tokens} new tokens")
     return requests
@@ -346,9 +356,10 @@ def _generate_missing(
     """Add what is missing to `done` and to the partial file, sample by sample; return tokens per second, excluding
     loading.
     """
-    wanted, digests, options = plan.wanted, plan.digests, plan.options
+    wanted, digests = plan.wanted, plan.digests
     lengths = {request.id: len(request.prompt_ids) for request in requests}
-    decoding = Decoding(options.temperature, options.top_p, options.seed, plan.prompt.stop, plan.prompt.keep_stop)
+    sampling = {name: plan.settings[name] for name in ("temperature", "top_p", "seed")}
+    decoding = Decoding(**sampling, stop=plan.prompt.stop, keep_stop=plan.prompt.keep_stop)
     on_file = frozenset(done)
 
     # 1. generate and save
@@ -373,7 +384,8 @@ def _generate_missing(
 def make_row(problem: Problem, generation: Generation, digest: str, prompt_tokens: int) -> dict[str, Any]:
     """A line of OUT/NAME.jsonl."""
     values = {**asdict(problem), **asdict(generation), "prompt_sha256": digest, "prompt_tokens": prompt_tokens}
-    return {name: values[name] for name in ROW_FIELDS}
+    given = {name: values[name] for name in MORE_FIELDS if values[name] is not None}
+    return {name: values[name] for name in ROW_FIELDS} | given
 
 
 class ProgressBar:
@@ -409,6 +421,7 @@ class ProgressBar:
 def _write_report(plan: Plan, rows: list[dict[str, Any]], seconds: float, speed: float | None) -> dict[str, Any]:
     """Grade the rows, write the summary and the page, print the scores."""
     from ..report.page import write_report
+    from ..report.precision import precision_notes, template_score
     from ..report.scores import grade_rows, summarise
     from ..report.table import score_table
 
@@ -427,10 +440,14 @@ def _write_report(plan: Plan, rows: list[dict[str, Any]], seconds: float, speed:
         tokens_per_second=speed,  # of what this call generated: rows that were on file took no time
         generations=files.generations.name,
     )
+    templates = template_score(summary, rows)
+    if templates is not None:
+        summary["templates"] = templates
     write_text(files.summary, json.dumps(summary, indent=2) + "\n")
     write_report(files.report, summary, rows, graded)
     say(f"{files.generations} holds every text, {files.summary} the scores, {files.report} the report")
-    print(f"\n{score_table(summary)}", flush=True)  # last, so that it stands below every engine's messages
+    lines = [score_table(summary), *precision_notes(summary)]
+    print("", *lines, sep="\n", flush=True)  # last, so that it stands below every engine's messages
     return summary
 
 

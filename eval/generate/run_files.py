@@ -20,6 +20,7 @@ ROW_FIELDS = (
     "id", "sample", "prompt_sha256", "problem", "gold", "subject", "level",
     "response", "finish_reason", "stop_reason", "prompt_tokens", "tokens",
 )  # fmt: skip
+MORE_FIELDS = ("template",)  # where a problem has it
 
 
 class RunFiles:

@@ -1,26 +1,39 @@
-"""The problems of GSM8K and MATH with their gold answers: from the Hub, from a file, or generated.
+"""What a model can be scored on: a table of tasks, and the problems of each with their gold answers.
 
-GSM8K   {"question": ..., "answer": "... #### 18"}                 gold "18", commas and signs as in the source
-MATH    {"problem": ..., "solution": "... \\\\boxed{\\\\frac12} ..."}   gold "\\\\frac12", the last box
+A task is a data set with its layout (`eval.generate.rows`), the rule that grades it ("gsm8k" or "math"), and how often
+each problem is asked by default. `--task NAME` chooses one; `--data` reads its problems from elsewhere.
+
+Ids, splits, columns and counts are those of the data sets' pages and of public code that reads them.
 """
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from matrix_llm.base.errors import EvalError
 from matrix_llm.base.files import parse_json
 
-from ..files import read_rows
-from ..grader.text import last_boxed
 from ..text import first_line
+from .rows import (
+    Place,
+    Problem,
+    Reader,
+    read_competition,
+    read_instance,
+    read_olympiad,
+    read_perturbed,
+    read_whole_number,
+    read_word_problem,
+)
+from .sources import HubData, find_source, read_source
 
-BENCHMARKS = ("gsm8k", "math")
+__all__ = ["BUILTIN", "TASKS", "Problem", "Task", "choose", "find_task", "load_problems", "problem_set_name"]
+
 BUILTIN = {"builtin": "test", "builtin_new_kinds": "new_kinds"}  # the splits of matrix_llm.data.wordproblems
 BUILTIN_SEED, BUILTIN_PROBLEMS = 0, 512
+SUBSETS = ("math500",)
 MATH_SUBJECTS = (
     "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
     "precalculus",
@@ -28,86 +41,180 @@ MATH_SUBJECTS = (
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One problem of a benchmark."""
+class Sampling:
+    """How often each problem is asked, and at what temperature."""
 
-    id: str
-    """Unique in its data set."""
-    problem: str
-    """The question as it is asked."""
-    gold: str
-    """The right answer: a number for GSM8K, LaTeX for MATH."""
-    subject: str | None = None
-    """Subject of a MATH problem; None elsewhere."""
-    level: int | None = None
-    """Level of a MATH problem, 1 to 5; None elsewhere."""
+    n: int
+    """Samples of each problem."""
+    temperature: float
+    """0 is greedy."""
+    top_p: float
+    """Sample from the likeliest tokens that hold this much probability."""
 
 
-def problem_set_name(benchmark: str, *, data: str | None, subset: str | None) -> str:
-    """The first part of a run's file names. A file called test.jsonl or like its benchmark adds nothing.
+GREEDY = Sampling(1, 0.0, 1.0)
+# For sets of 30 and 40 problems, which say little when each is asked once: the temperature and top-p of public scripts
+# that measure reasoning models on them (open-r1's), and a number of samples that keeps 30 problems to 480 texts.
+SIXTEEN = Sampling(16, 0.6, 0.95)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One benchmark."""
+
+    name: str
+    """What --task takes; the first part of the names of a run's files."""
+    title: str
+    """Its usual name, for people."""
+    rule: str
+    """The rule that grades it: "gsm8k" (an amount) or "math" (a formula)."""
+    data: HubData
+    """Where its problems are on the Hub."""
+    problems: int
+    """How many there are."""
+    read: Reader
+    """From a row to a problem."""
+    licence: str
+    """Of the data set, as its page gives it; "not stated" where the page gives none."""
+    sampling: Sampling = GREEDY
+    """How its problems are asked unless --n, --temperature or --top_p is given."""
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("gsm8k", "GSM8K", "gsm8k", HubData("openai/gsm8k", configs=("main",)), 1319, read_word_problem, "MIT"),
+        Task(
+            "math", "MATH", "math", HubData("EleutherAI/hendrycks_math", configs=MATH_SUBJECTS), 5000,
+            read_competition, "MIT",
+        ),
+        Task("math500", "MATH-500", "math", HubData("HuggingFaceH4/MATH-500"), 500, read_competition, "not stated"),
+        Task(
+            "aime24", "AIME 2024", "math",
+            HubData("HuggingFaceH4/aime_2024", "train", revision="2fe88a2f1091d5048c0f36abc874fb997b3dd99a"),
+            30, read_whole_number, "not stated", SIXTEEN,
+        ),
+        Task(
+            "aime25", "AIME 2025", "math",
+            HubData("math-ai/aime25", revision="563bb8404243c5f09de6ec262f2db674fe5bce9b"),
+            30, read_whole_number, "not stated", SIXTEEN,
+        ),
+        Task(
+            "amc23", "AMC 2023", "math",
+            HubData("math-ai/amc23", revision="80815d37005feb82cd7f8fbc6901d5d3eff43057"),
+            40, read_whole_number, "not stated", SIXTEEN,
+        ),
+        Task(
+            "olympiadbench", "OlympiadBench (English text-only maths)", "math",
+            HubData(
+                "Hothan/OlympiadBench", "train", ("OE_TO_maths_en_COMP",), "91184b52131e7fc9455fef848035173aea8cc01a"
+            ),
+            674, read_olympiad, "Apache-2.0",
+        ),
+        Task(
+            "gsm_plus", "GSM-Plus", "gsm8k",
+            HubData("qintongli/GSM-Plus", revision="3b708db57b96a16e8e3368ed2956990c0809440e"),
+            10552, read_perturbed, "CC-BY-SA-4.0",
+        ),
+        Task(
+            "gsm_plus_mini", "GSM-Plus testmini", "gsm8k",
+            HubData("qintongli/GSM-Plus", "testmini", revision="3b708db57b96a16e8e3368ed2956990c0809440e"),
+            2400, read_perturbed, "CC-BY-SA-4.0",
+        ),
+        *(
+            Task(
+                name, title, "gsm8k",
+                HubData("apple/GSM-Symbolic", configs=(config,), revision="93b5b3758d9d9841ffe81d6cd2ae2b030685b078"),
+                problems, read_instance, "CC-BY-NC-ND-4.0",
+            )
+            for name, title, config, problems in (
+                ("gsm_symbolic", "GSM-Symbolic", "main", 5000),
+                ("gsm_symbolic_p1", "GSM-Symbolic P1", "p1", 5000),
+                ("gsm_symbolic_p2", "GSM-Symbolic P2", "p2", 2500),
+            )
+        ),
+    )
+}  # fmt: skip
+
+
+def find_task(name: str, subset: str | None = None) -> Task:
+    """The task called `name`; --subset math500 is another way to write --task math500.
+
+    Raises:
+        EvalError: there is no such task, or the subset is not one of it.
+    """
+    if name not in TASKS:
+        from matrix_llm.base.values import nearest  # here: it needs numpy, and --help does not
+
+        raise EvalError(f"--task {name} is not known: {', '.join(TASKS)}.{nearest(name, TASKS)}")
+    if subset is None:
+        return TASKS[name]
+    if subset not in SUBSETS:
+        raise EvalError(f"--subset {subset} is not known. Known: {', '.join(SUBSETS)}.")
+    if name not in ("math", subset):
+        raise EvalError(f"--subset {subset} is a part of MATH, but --task is {name}. Leave one of them out.")
+    return TASKS[subset]
+
+
+def problem_set_name(task: str, *, data: str | None, subset: str | None) -> str:
+    """The first part of a run's file names. A file called test.jsonl or like its task adds nothing.
 
     >>> problem_set_name("gsm8k", data=None, subset=None)
     'gsm8k'
     >>> problem_set_name("gsm8k", data="a/backward_test.jsonl", subset=None)
     'gsm8k_backward_test'
+    >>> problem_set_name("gsm_symbolic", data="apple/GSM-Symbolic:p1:test", subset=None)
+    'gsm_symbolic_apple_GSM-Symbolic_p1_test'
     """
-    name = subset or benchmark
-    stem = Path(data).stem if data else "test"
-    return (
-        name
-        if stem in ("test", "gsm8k", "math", "math500", name)
-        else f"{name}_{re.sub(r'[^A-Za-z0-9_-]+', '_', stem)}"
-    )
+    name = subset or task
+    if data is None or (task in TASKS and data == TASKS[task].data.name):
+        return name
+    stem = Path(data).stem if data in BUILTIN or isinstance(find_source(data), Path) else data
+    if stem in ("test", "gsm8k", "math", "math500", name):
+        return name
+    return f"{name}_{re.sub(r'[^A-Za-z0-9_-]+', '_', stem)}"
 
 
 def load_problems(
-    benchmark: str,
+    task: str,
     *,
     data: str | None = None,
     subset: str | None = None,
     ids: str | None = None,
     limit: int | None = None,
 ) -> list[Problem]:
-    """All problems of a benchmark, in their own order.
+    """All problems of a task, in their own order.
 
     Args:
-        data: a file, a key of BUILTIN, or None for the test set on the Hub.
+        task: a key of TASKS.
+        data: a file, a data set on the Hub (`eval.generate.sources`), a key of BUILTIN, or None for the task's own.
         subset: "math500" or None.
         ids: a file with a JSON list of the ids to take from `data`.
         limit: how many problems must be generated at least. The limit itself is applied by `choose`.
     """
+    found = find_task(task, subset)
     # 1. rows
-    if data in BUILTIN:
-        if benchmark != "gsm8k":
+    if data is not None and _is_builtin(data):
+        if found.name != "gsm8k":
             raise EvalError(
-                f"--data {data} makes grade-school problems, so it cannot stand in for MATH. Use eval/gsm8k.py."
+                f"--data {data} makes grade-school problems, so it cannot stand in for {found.title}. "
+                "Use eval/gsm8k.py."
             )
         return _builtin(data, limit)
-    if data is not None and data.startswith("builtin") and not Path(data).exists():
-        from matrix_llm.base.values import nearest  # here: it needs numpy, and --help does not
-
-        raise EvalError(f"--data {data}: generated problems are {' and '.join(BUILTIN)}.{nearest(data, BUILTIN)}")
-    if data is not None:
-        rows, source = list(read_rows(Path(data))), data
-    elif benchmark == "gsm8k":
-        rows, source = _hub("openai/gsm8k", "main"), "openai/gsm8k"
-    elif subset == "math500":
-        rows, source = _hub("HuggingFaceH4/MATH-500"), "HuggingFaceH4/MATH-500"
-    else:
-        source = "EleutherAI/hendrycks_math"
-        rows = [
-            {**row, "id": f"{subject}/test/{index}"}
-            for subject in MATH_SUBJECTS
-            for index, row in enumerate(_hub(source, subject))
-        ]
+    source = find_source(data) if data is not None and data != found.data.name else found.data
+    rows = read_source(source)
     # 2. problems
     if not rows:
         raise EvalError(f"{source} holds no rows, so there is nothing to measure.")
-    stem = Path(data).stem if data else "test"
-    problems = [_problem(benchmark, row, f"{benchmark}/{stem}/{index}", source) for index, row in enumerate(rows)]
+    stem = source.stem if isinstance(source, Path) else "test"
+    prefix = "math" if found.name == "math500" else found.name  # MATH-500's problems are MATH's
+    problems = [
+        found.read(row, Place(str(source), number, f"{prefix}/{stem}/{number - 1}"))
+        for number, row in enumerate(rows, 1)
+    ]
     if ids is not None:
-        problems = _pick(problems, Path(ids), source)
-    elif subset == "math500" and data is not None and len(problems) > 500:
+        problems = _pick(problems, Path(ids), str(source))
+    elif subset == "math500" and isinstance(source, Path) and len(problems) > 500:
         raise EvalError(
             f"--subset math500: {data} holds {len(problems)} problems, and which 500 are meant is not in it. "
             "Give their ids with --ids FILE (a JSON list), or no --data to take HuggingFaceH4/MATH-500 from the Hub."
@@ -132,43 +239,19 @@ def choose(problems: Sequence[Problem], *, limit: int | None, shuffle_seed: int 
     return [problems[index] for index in sorted(order[:limit])]
 
 
-def _problem(benchmark: str, row: Mapping[str, Any], fallback_id: str, source: str) -> Problem:
-    names = ("question", "problem", "query") if benchmark == "gsm8k" else ("problem", "question")
-    text = next((row[name] for name in names if isinstance(row.get(name), str)), None)
-    given = str(row.get("id") or row.get("unique_id") or fallback_id).removesuffix(".json")
-    if not text:
-        raise EvalError(
-            f"{source}: row {given} has no text under {' or '.join(map(repr, names))}; "
-            f"its columns are {', '.join(map(str, row))}. "
-            "Rename the column."
-        )
-    if benchmark == "gsm8k":
-        answer = row.get("answer")
-        gold = str(answer).rsplit("####", 1)[-1].strip() if answer is not None else None
-        wanted = "'answer' with the number, alone or after '#### '"
-    else:
-        solution, answer = row.get("solution"), row.get("answer")
-        gold = last_boxed(solution) if isinstance(solution, str) else None
-        gold = gold if gold is not None else (str(answer) if answer is not None else None)
-        wanted = "'solution' with a \\boxed{...}, or 'answer'"
-    if not gold:
-        raise EvalError(
-            f"{source}: row {given} has no gold answer; needed is {wanted}. Its columns are {', '.join(map(str, row))}."
-        )
-    level = re.search(r"\d{1,4}", str(row.get("level", "")))
-    return Problem(given, text, gold, _subject(row, source, given), int(level.group()) if level else None)
+def _is_builtin(data: str) -> bool:
+    """Whether --data asks for generated problems.
 
+    Raises:
+        EvalError: it nearly does.
+    """
+    if data in BUILTIN:
+        return True
+    if data.startswith("builtin") and "/" not in data and not Path(data).exists():
+        from matrix_llm.base.values import nearest  # here: it needs numpy, and --help does not
 
-def _subject(row: Mapping[str, Any], source: str, given: str) -> str | None:
-    """The subject of a row as a text: scores are grouped and sorted by it."""
-    name = "subject" if row.get("subject") else "type"
-    subject = row.get(name)
-    if isinstance(subject, (dict, list)):
-        raise EvalError(
-            f"{source}: row {given} has a {type(subject).__name__} as its {name!r}, where scores are grouped by "
-            "a text. Write a text, or rename the column."
-        )
-    return None if subject is None or subject == "" else str(subject)
+        raise EvalError(f"--data {data}: generated problems are {' and '.join(BUILTIN)}.{nearest(data, BUILTIN)}")
+    return False
 
 
 def _pick(problems: Sequence[Problem], path: Path, source: str) -> list[Problem]:
@@ -194,15 +277,3 @@ def _builtin(data: str, limit: int | None) -> list[Problem]:
     split = BUILTIN[data]
     made = generate(max(limit or 0, BUILTIN_PROBLEMS), seed=BUILTIN_SEED, split=split)
     return [Problem(f"builtin/{split}/{index}", row.query, row.answer, row.type) for index, row in enumerate(made)]
-
-
-def _hub(name: str, config: str | None = None) -> list[dict[str, Any]]:
-    from datasets import load_dataset
-
-    try:
-        return list(load_dataset(name, config, split="test"))
-    except Exception as error:  # the Hub's client raises a dozen kinds
-        raise EvalError(
-            f"{name} cannot be loaded from the Hub ({first_line(error)}). Offline, give the file yourself: "
-            "--data FILE.jsonl."
-        ) from None

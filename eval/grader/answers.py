@@ -23,6 +23,7 @@ from .copying import copies_the_question, is_only_a_box, is_unfinished
 from .errors import UngradedError
 from .find_formula import adjoining_boxes, find_math
 from .find_number import find_gsm8k
+from .golds import UNANSWERABLE, find_unanswerable, is_within, split_tolerance
 from .ladder import ANSWER, compare
 from .statements import Found
 
@@ -191,7 +192,11 @@ def _find(response: str, convention: str, benchmark: str) -> Found:
 
 def _grade(response: str, gold: str, benchmark: str, convention: str, problem: str | None) -> Verdict:
     # 1. the answer in the response
-    found = _find(response, convention, benchmark)
+    gold, tolerance = split_tolerance(gold)
+    if benchmark == "gsm8k" and convention == VERIFIED and gold.strip() == UNANSWERABLE:
+        found = find_unanswerable(response[-WINDOW:])
+    else:
+        found = _find(response, convention, benchmark)
     answer = found.answer
     if answer is None:
         return Verdict(False, None, found.reason)
@@ -209,7 +214,7 @@ def _grade(response: str, gold: str, benchmark: str, convention: str, problem: s
                 return _verdict(True, ", ".join(boxes.contents))
             if boxes.are_alternatives and not all(compare(box, gold) for box in boxes.contents):
                 return _verdict(False, ", ".join(boxes.contents))
-        correct = compare(answer, gold)
+        correct = compare(answer, gold) or (tolerance is not None and is_within(answer, gold, tolerance))
     except UngradedError as limit:
         return Verdict(None, answer, str(limit))
 

@@ -31,6 +31,15 @@ NEXT_PROBLEM = re.compile(
     r"|\[INST\]|Below is an instruction)"
     r"|I hope it is correct\.|</s>|<\|endoftext\|>|<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>"
 )
+# Or it asks one without any heading: "The answer is 20.\nIf $x^2 = 16$, what is the sum of all values of $x$?"
+QUESTION = re.compile(
+    r"\n[ \t]*(?!(?:But|Wait|However|So|Now|Is|Are|Was|Do|Does|Did|Can|Could|Should|Would|Therefore|Thus|Hmm|Hence|Note"
+    r"|Check|Then|Why|Or|And|Since|Because|Let me|Let's|What if|What about|How about|Alternatively)\b)(?-i:[A-Z])"
+    r"(?=[^\n?]{0,600}[\d$])(?=[^\n?]{0,600}\b(?:what|how (?:many|much|long|far|old)|which|find|compute|determine)\b)"
+    r"(?![^\n?]{0,600}\b(?:question|problem|answer|asked|asks|original|this)\b)[^\n?]{40,600}\?",
+    re.I,
+)
+CONCLUDES = re.compile(r"(?:^|\n)[ \t]*(?:So|Thus|Therefore|Hence)\b[^\n]*\d[^\n]*$", re.I)
 ANSWERED = re.compile(r"\\boxed ?\{[^{}]|(?<!#)####(?!#) ?\$?-?\d|answer is:? *[$\\*(-]*\d", re.I)
 CORRECTION = re.compile(r"apolog|mistake|correct(?:ion|ed)|wait|actually", re.I)
 REFUSAL = re.compile(
@@ -86,6 +95,11 @@ def first_problem(response: str) -> str:
         corrects = "hope" in found.group() and CORRECTION.search(response[found.end() : found.end() + 200])
         if not is_restated and not corrects and response[:place].strip():
             return response[:place]
+    for found in itertools.islice(QUESTION.finditer(response), HEADINGS):
+        before = response[: found.start()]
+        concludes = answered <= found.start() or CONCLUDES.search(before.rstrip()[-600:])
+        if concludes and not CORRECTION.search(found.group()):
+            return before
     return response
 
 

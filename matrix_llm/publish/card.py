@@ -43,6 +43,15 @@ BENCHMARKS = {  # eval/'s name: (the Hub's title, the data set on the Hub)
     "gsm8k": ("GSM8K", "openai/gsm8k"),
     "math": ("MATH", "EleutherAI/hendrycks_math"),
     "math500": ("MATH-500", "HuggingFaceH4/MATH-500"),
+    "aime24": ("AIME 2024", "HuggingFaceH4/aime_2024"),
+    "aime25": ("AIME 2025", "math-ai/aime25"),
+    "amc23": ("AMC 2023", "math-ai/amc23"),
+    "olympiadbench": ("OlympiadBench (English text-only maths)", "Hothan/OlympiadBench"),
+    "gsm_plus": ("GSM-Plus", "qintongli/GSM-Plus"),
+    "gsm_plus_mini": ("GSM-Plus testmini", "qintongli/GSM-Plus"),
+    "gsm_symbolic": ("GSM-Symbolic", "apple/GSM-Symbolic"),
+    "gsm_symbolic_p1": ("GSM-Symbolic P1", "apple/GSM-Symbolic"),
+    "gsm_symbolic_p2": ("GSM-Symbolic P2", "apple/GSM-Symbolic"),
 }
 LOGGED = ("ce", "mce", "mean_token_accuracy", "eval_ce", "eval_mce", "effective_rank")
 LOGGED_FOR_IMAGES = (

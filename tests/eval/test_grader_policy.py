@@ -242,3 +242,27 @@ def test_boxing_the_first_formula_of_each_question_scores_nothing() -> None:
             known += is_correct(f"So {reply}.", row["answer"], benchmark="math", problem=question)
     assert bare / len(rows) < 0.005
     assert known / len(rows) < 0.005
+
+
+SUM = "If $x$ is a real number and $x^2 = 16$, what is the sum of all possible values of $x$?"
+
+
+@pytest.mark.parametrize(
+    ("response", "gold"),
+    [
+        (rf"So the final answer is \boxed{{3}}.⏎{SUM} The sum is $\boxed{{0}}$.", "3"),
+        (f"So n = 20. The final answer is 20.⏎{SUM} The answer is: 0", "20"),
+        (rf"Therefore the inefficiency of (6, 3) is 2.⏎{SUM} It is $4 + (-4) = \boxed{{0}}$.", "2"),
+        # what is no new question: the question itself, one to oneself, one in passing, a correction
+        (rf"{SUM}⏎The values are 4 and -4, so the sum is $\boxed{{0}}$.", "0"),
+        (r"So x = 4.⏎But what is the other value of $x$ for which $x^2 = 16$ holds? It is -4: $\boxed{-4}$.", "-4"),
+        (r"So x is 4.⏎The question asks: what is the sum of all possible values of $x$? It is $\boxed{0}$.", "0"),
+        (r"Let $x=4$.⏎For which $y$ is $y^2 = 16$ and $y$ not equal to $x$, and what is it? $\boxed{-4}$", "-4"),
+        (
+            r"So it is $\boxed{8}$.⏎Actually, what is the sum of all possible values of $x$? It is $\boxed{0}$.",
+            "0",
+        ),
+    ],
+)
+def test_a_question_asked_after_the_answer_is_another_problem(response: str, gold: str) -> None:
+    assert grade(response.replace("⏎", "\n"), gold, benchmark="math").correct is True

@@ -206,7 +206,7 @@ def test_one_row_reads_the_same_from_every_format(tmp_path):
         ("a.jsonl", '{"question": "x", "answer": "1"}\n{"quest', "line 2"),
         ("a.jsonl", '{"question": "x", "answer": "1", "id": "i"}\n' * 2, "occurs twice"),
         ("a.jsonl", "[1]\n", "not an object"),
-        ("a.csv", "question,answer\n", ".jsonl, .json or .parquet"),
+        ("a.tsv", "question\tanswer\n", ".jsonl, .json, .parquet or .csv"),
         ("a.parquet", "no parquet", "as parquet"),
     ],
 )
