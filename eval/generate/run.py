@@ -30,7 +30,7 @@ from matrix_llm.base.threads import wait_passively
 from ..text import first_line, say
 from .engines import Engine, choose_engine
 from .generation import Decoding, Generation, Key, Request, tokenize
-from .models import Source, check_values, context_limit, load_tokenizer, locate
+from .models import Source, check_files, context_limit, load_tokenizer, locate
 from .options import Options, parse_options
 from .prompts import Prompt, choose_prompt
 from .recipes import read_recipe
@@ -331,9 +331,15 @@ def _load_engine(plan: Plan, requests: Sequence[Request]) -> Engine:
     if plan.settings["engine"] == "transformers":
         return TransformersEngine.load(source, dtype=dtype, batch_size=options.batch_size)
     longest = max(len(request.prompt_ids) + request.max_tokens for request in requests)
-    check_values(source)
+    check_files(source)
     settings = VLLMOptions(
-        source, dtype, longest, options.tensor_parallel, options.gpu_memory_utilization, gpu=_has_gpu()
+        source,
+        dtype,
+        longest,
+        options.tensor_parallel,
+        options.gpu_memory_utilization,
+        gpu=_has_gpu(),
+        log=plan.files.engine_log,
     )
     if options.data_parallel > 1:
         return DataParallelVLLM(settings, options.data_parallel)
