@@ -18,7 +18,6 @@ from matrix_llm.train import main as train
 from tests.support.tiny import TINY, tiny_model
 from tests.support.tiny import train as train_tiny
 
-
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 
