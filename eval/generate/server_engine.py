@@ -130,7 +130,7 @@ class ServerEngine:
             if getattr(ours, name, None) != getattr(theirs, name, None):
                 raise EvalError(
                     f"the server {self.server.address} serves {served} with {name}={getattr(theirs, name, None)!r}, "
-                    f"and --model {self.source.model} has {getattr(ours, name, None)!r}. Serve a model of the same shapes."
+                    f"and --model {self.source.model} has {getattr(ours, name, None)!r}. Serve one of the same shapes."
                 )
 
     def _check_tokenizer(self) -> None:
