@@ -96,8 +96,7 @@ class EngineAccuracy(TrainerCallback):
             self._take_up(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self._process is not None and self._process.is_over():
-            self._finish()
+        self._finish()
         if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
             with self.trainer.pause_clock():
                 is_free = self._wait(f"=> accuracy of step {self._step} is still being measured: training waits for it")
