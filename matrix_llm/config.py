@@ -21,6 +21,7 @@ from matrix_llm.base.errors import RecipeError, one_line
 from matrix_llm.base.gpus import GPUS
 from matrix_llm.base.reader import Settings, find_from_repository, find_recipe
 from matrix_llm.base.values import check_choice, check_fields, read_numbers, setting
+from matrix_llm.base.vllm_server import is_server, what_is_wrong
 from matrix_llm.checks.combinations import check_combinations, check_training, find_missing
 from matrix_llm.checks.evaluation import is_higher_better
 from matrix_llm.checks.keys import check_keys
@@ -434,6 +435,10 @@ class DataArguments:
     """Optimizer steps between accuracy measurements during training, logged as `accuracy`; 0: none during training."""
     accuracy_max_new_tokens: int = setting(256, at_least=1)
     """Maximum length of an answer to such a problem, in tokens."""
+    accuracy_engine: str = "transformers"
+    """What answers them: "transformers" (training waits), "vllm" (a process of its own) or a server's http://HOST:PORT."""
+    accuracy_gpu_memory: float = setting(0.3, above=0, at_most=1)
+    """Share of a GPU's memory that `accuracy_engine: vllm` may take, beside training."""
 
     def __post_init__(self):
         check_fields(self)
@@ -455,6 +460,10 @@ class DataArguments:
                 f"accuracy_steps={self.accuracy_steps} says when to measure accuracy, but accuracy_rows is 0. Set "
                 "accuracy_rows to a number of held-out problems."
             )
+        if not is_server(self.accuracy_engine):
+            check_choice("accuracy_engine", self.accuracy_engine, ["transformers", "vllm"], also="http://HOST:PORT")
+        elif wrong := what_is_wrong(self.accuracy_engine):
+            raise RecipeError(f"accuracy_engine={self.accuracy_engine!r} {wrong}.")
         training, held_out = self.training_entries(), self.held_out_entries()
         if self.columns:
             check_columns("columns", self.columns)

@@ -6,7 +6,7 @@
 1. the recipe, its overrides and the output directory are checked; nothing has been loaded yet (run/command.py)
 2. the model's configuration; rows, tokenizer, label masks; what was dropped is printed
 3. --dry_run prints the plan and stops
-4. the model, the trainer, greedy accuracy before
+4. the model, the trainer, greedy accuracy before (by another engine than training's: at the first step)
 5. training; metrics.jsonl grows as it goes
 6. weights, tokenizer, recipe.yaml, results.json, loss.png and README.md (the card) are moved into place
 """
@@ -25,6 +25,7 @@ import json
 import os
 import shutil
 import time
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from matrix_llm.base.console import say
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.files import parse_json, read_jsonl, write_text
 from matrix_llm.base.text import quoted_lines
+from matrix_llm.base.vllm_server import is_server
 from matrix_llm.config import Recipe, load_recipe
 from matrix_llm.publish.destination import find_destination, remove_push_settings
 from matrix_llm.publish.push import push
@@ -53,8 +55,11 @@ from matrix_llm.run.run_folder import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PretrainedConfig
 
+    from matrix_llm.run.engine_accuracy import EngineAccuracy
     from matrix_llm.run.preemption import StopOnSignal
     from matrix_llm.run.prepare import Prepared
     from matrix_llm.trainer import MatrixTrainer
@@ -112,18 +117,21 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     from matrix_llm.model.adapter_checks import check_adapters
     from matrix_llm.model.early_checks import check_model
     from matrix_llm.model.pretrained import read_config
+    from matrix_llm.run.engine_accuracy import check_server
     from matrix_llm.run.inputs import INPUTS, check_inputs, inputs_of
     from matrix_llm.run.preemption import resume_command
     from matrix_llm.run.prepare import limit_max_length, prepare_data
     from matrix_llm.run.rehearsal import describe_space
 
-    training, output = recipe.training, Path(str(recipe.training.output_dir))
+    training, output, engine = recipe.training, Path(str(recipe.training.output_dir)), recipe.data.accuracy_engine
     started = time.perf_counter()
 
     # 1. What the model's configuration tells. A resumed run must read the rows it was started with.
     read = read_config(recipe)
     check_model(recipe, read)
     check_adapters(recipe.model, trust_remote_code=training.trust_remote_code, read=read)
+    if is_server(engine):
+        check_server(engine)
     resume = find_resume_checkpoint(training)
     with training.main_process_first(desc="comparing the rows with those of the run"):
         inputs = inputs_of(recipe)
@@ -146,7 +154,7 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     earlier = output / PARTIAL
     if resume and earlier.is_file():
         results |= read_results(earlier)
-    else:
+    elif engine == "transformers":
         results |= measure_accuracy_of(trainer, recipe, prepared, "before")
     if trainer.is_world_process_zero():
         start_run_folder(output, recipe.resolved, results)
@@ -155,19 +163,53 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
 
     # 4. Training
     clock = time.perf_counter()
-    trainer.add_callback(stop)
-    trainer.train(resume_from_checkpoint=resume)
-    if stop.stopped:
-        say_stopped(trainer.state, output, resume_command(arguments, stop.launcher))
-        trainer.accelerator.wait_for_everyone()
-        return
-    results |= {"train_seconds": round(time.perf_counter() - clock, 1), "steps": trainer.state.global_step}
+    with measuring_by_engine(trainer, recipe, prepared, stop) as measured:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=resume)
+        if stop.stopped:
+            say_stopped(trainer.state, output, resume_command(arguments, stop.launcher))
+            trainer.accelerator.wait_for_everyone()
+            return
+        results |= {"train_seconds": round(time.perf_counter() - clock, 1), "steps": trainer.state.global_step}
 
-    # 5. Accuracy after training, and the files of the run
-    if prepared.held_out is not None:
-        results["evaluation"] = trainer.evaluate()
-    results |= measure_accuracy_of(trainer, recipe, prepared, "after")
+        # 5. Accuracy after training, and the files of the run
+        if prepared.held_out is not None:
+            results["evaluation"] = trainer.evaluate()
+        results |= measured.before_and_after() if measured else measure_accuracy_of(trainer, recipe, prepared, "after")
     save_run(trainer, recipe, results, started)
+
+
+@contextmanager
+def measuring_by_engine(
+    trainer: "MatrixTrainer", recipe: Recipe, prepared: "Prepared", stop: "StopOnSignal"
+) -> "Iterator[EngineAccuracy | None]":
+    """Have accuracy measured during the block by the recipe's accuracy_engine; None if that is training's own.
+
+    Whatever ends the block, the engine ends with it.
+    """
+    from matrix_llm.run.engine_accuracy import FOLDER, EngineAccuracy
+    from matrix_llm.run.scoring import Scoring
+
+    data, training = recipe.data, recipe.training
+    if data.accuracy_engine == "transformers" or not prepared.problems:
+        yield None
+        return
+    settings = decoding_settings(recipe)
+    scoring = Scoring(
+        folder=Path(str(training.output_dir)) / FOLDER,
+        engine=data.accuracy_engine,
+        template=settings["template"],
+        max_new_tokens=settings["max_new_tokens"],
+        gpu_memory=data.accuracy_gpu_memory,
+        trust_remote_code=training.trust_remote_code,
+        device=training.device,
+    )
+    measured = EngineAccuracy(trainer, prepared.problems, scoring, every=data.accuracy_steps, stop=stop)
+    trainer.add_callback(measured)
+    try:
+        yield measured
+    finally:
+        measured.close()
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -195,10 +237,11 @@ def check_launch(recipe: Recipe, prepared: "Prepared") -> None:
 
     training = recipe.training
     is_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or bool(training.fsdp)
-    if prepared.problems and (is_fsdp or is_deepspeed_zero3_enabled()):
+    is_here = prepared.problems and recipe.data.accuracy_engine == "transformers"
+    if is_here and (is_fsdp or is_deepspeed_zero3_enabled()):
         raise RecipeError(
             f"accuracy_rows={recipe.data.accuracy_rows} decodes with the full weights, which ZeRO-3 and FSDP shard. "
-            "Set accuracy_rows: 0 and evaluate the finished checkpoint."
+            "Set accuracy_engine: vllm, or accuracy_rows: 0 and evaluate the finished checkpoint."
         )
     plugin = training.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3 and not plugin.deepspeed_config["zero_optimization"].get(GATHER):
@@ -247,7 +290,7 @@ def make_trainer(recipe: Recipe, prepared: "Prepared", read: "PretrainedConfig |
         callbacks=[MetricsFileCallback()],
     )
     trainer.stops_at_overflow = True  # whoever runs a recipe is promised that
-    if recipe.data.accuracy_steps:
+    if recipe.data.accuracy_steps and recipe.data.accuracy_engine == "transformers":
         every = recipe.data.accuracy_steps
         trainer.add_callback(AccuracyCallback(trainer, prepared.problems, every=every, **decoding_settings(recipe)))
     return trainer

@@ -140,7 +140,8 @@ def test_a_name_that_does_not_exist_comes_with_what_to_write(recipe, key, way_ou
 # ------------------------------------------------------------------------------------------------------------ ranges
 
 RANGES = {  # a value that is refused, and the settings that refuse it
-    "0": """learning_rate num_train_epochs logging_steps eval_steps save_steps adam_epsilon per_device_train_batch_size
+    "0": """accuracy_gpu_memory
+        learning_rate num_train_epochs logging_steps eval_steps save_steps adam_epsilon per_device_train_batch_size
         per_device_eval_batch_size gradient_accumulation_steps max_length mce_steps mce_order mce_sketch_dim mce_top_k
         lora_r lora_alpha save_total_limit dataset_num_proc max_train_rows max_eval_rows builtin_rows builtin_eval_rows
         accuracy_max_new_tokens streaming_buffer leakage_ngram leakage_share max_steps early_stopping_patience
@@ -149,7 +150,7 @@ RANGES = {  # a value that is refused, and the settings that refuse it
         max_grad_norm seed data_seed dataloader_num_workers early_stopping_threshold
         eval_delay neftune_noise_alpha router_aux_loss_coef""",
     "1.0": "lora_dropout label_smoothing_factor adam_beta1 adam_beta2",
-    "1.1": "leakage_share",
+    "1.1": "leakage_share accuracy_gpu_memory",
     "-5": "max_steps",
     "259": "tokenizer_vocab_size",
     "4294967296": "seed data_seed",

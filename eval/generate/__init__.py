@@ -3,5 +3,6 @@ run it.
 
 Read `options` and `run` first, for the steps of a run. Then what they use: `tasks` (problems and golds), `prompts`,
 `models` (where a model is), `generation` (what an engine is asked for and returns), `engines` (which one:
-`transformers_engine` or `vllm_engine`) and `run_files` (what is on disk, and how a killed run resumes).
+`transformers_engine`, `vllm_engine` with `vllm_start`, or `server_engine`) and `run_files` (what is on disk, and how a
+killed run resumes).
 """

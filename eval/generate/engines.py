@@ -13,13 +13,16 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
 from matrix_llm.base.errors import EvalError
+from matrix_llm.base.vllm_server import is_server
 
 from ..text import first_line
 from .generation import Decoding, Generation, Key, Request
 
+SERVER = "vllm server"  # the name under which a run remembers an engine given by its address
+
 
 class Engine(Protocol):
-    """What `eval.generate.run` needs from TransformersEngine, VLLMEngine and DataParallelVLLM."""
+    """What `eval.generate.run` needs from TransformersEngine, VLLMEngine, DataParallelVLLM and ServerEngine."""
 
     name: str
 
@@ -33,9 +36,11 @@ class Engine(Protocol):
 
 
 def choose_engine(name: str) -> tuple[str, str]:
-    """ "vllm" or "transformers", and why. "auto" takes vLLM if it can be imported."""
+    """ "vllm", "transformers" or SERVER, and why. "auto" takes vLLM if it can be imported."""
     if name == "transformers":
         return name, "as asked"
+    if is_server(name):
+        return SERVER, f"at {name}"
     try:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         importlib.import_module("vllm")

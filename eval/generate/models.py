@@ -5,17 +5,18 @@ base.
 import contextlib
 import hashlib
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from matrix_llm.base.decoding import end_tokens
-from matrix_llm.base.errors import EvalError
+from matrix_llm.base.errors import EvalError, ModelError
 from matrix_llm.base.files import parse_json
-from matrix_llm.base.weights import check_files_finite
+from matrix_llm.base.weights import WAY_OUT, check_adapter, check_files_finite, check_weights
 
-from ..text import first_line
+from ..text import first_line, say
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the sizes that vLLM can make room for
 BEYOND_VLLM = ("modules_to_save", "use_dora", "bias", "lora_bias", "trainable_token_indices")  # refused or left out
@@ -200,8 +201,18 @@ def load_tokenizer(source: Source) -> Any:
         raise EvalError(f"the tokenizer of {path} cannot be loaded: {first_line(error)}.") from None
 
 
+def check_files(source: Source) -> None:
+    """Refuse weights that are not whole or not finite, before an engine that loads them by itself.
+
+    Raises:
+        EvalError: it names the tensor.
+    """
+    check_names(source)
+    check_values(source)
+
+
 def check_values(source: Source) -> None:
-    """Refuse weights with NaN or infinity, before an engine that loads them by itself."""
+    """Refuse weights with NaN or infinity."""
     from huggingface_hub import snapshot_download
 
     for place in filter(None, (source.base, source.adapter)):
@@ -212,6 +223,58 @@ def check_values(source: Source) -> None:
             check_files_finite(folder)
         except Exception as error:
             raise EvalError(f"--model {source.model}: {first_line(error)}.") from None
+
+
+def check_names(source: Source) -> None:
+    """Refuse weights that lack a tensor, or hold one that the model has no place for.
+
+    transformers compares the names with those of a model without memory. A model that it cannot build may still be
+    known to the engine, so that is only said.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model: Any
+    info: Any
+    try:
+        with _without_table():
+            model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+                source.base,
+                revision=source.base_commit,
+                device_map="meta",
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                trust_remote_code=source.trust_remote_code,
+                output_loading_info=True,
+            )
+        for name, *_ in info["mismatched_keys"]:
+            raise ModelError(f"--model {source.base} holds {name} in another shape than config.json says. {WAY_OUT}")
+        for sentence in check_weights(model, info, f"--model {source.base}"):
+            say(sentence)
+        if source.adapter:
+            from peft import PeftConfig, get_peft_model
+
+            adapted = get_peft_model(model, PeftConfig.from_pretrained(source.adapter))
+            check_adapter(adapted, Path(source.adapter), f"the adapter {source.adapter}")
+    except ModelError as error:
+        raise EvalError(str(error)) from None
+    except Exception as error:
+        refuse_code(source.base, error)
+        say(f"whether {source.model} holds every tensor was not checked: {first_line(error)}")
+
+
+@contextlib.contextmanager
+def _without_table() -> Iterator[None]:
+    """Without transformers' progress bar and its table of missing tensors, which are an error here."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def stop_tokens(source: Source, tokenizer: Any) -> list[int]:

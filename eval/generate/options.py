@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matrix_llm.base.errors import EvalError
+from matrix_llm.base.vllm_server import is_server, what_is_wrong
 
 from ..files import FORMATS
 from .prompts import PROMPTS
@@ -53,9 +54,9 @@ class Options:
     trust_remote_code: bool = False
     """Whether to run the Python code that came with the model."""
     engine: str = "auto"
-    """One of ENGINES; "auto" is vLLM if it is installed."""
+    """One of ENGINES, or the address of a vLLM server (http://...); "auto" is vLLM if it is installed."""
     dtype: str = "auto"
-    """One of DTYPES; "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    """One of DTYPES; "auto" is bfloat16 on a GPU and float32 on a CPU, or what the server has."""
     tensor_parallel: int = 1
     """GPUs that one copy of the model is sharded over, 1 or more (vLLM)."""
     data_parallel: int = 1
@@ -80,6 +81,7 @@ class Options:
 
     def check(self) -> None:
         """Raises EvalError for a value that cannot work. After `for_task`."""
+        self._check_engine()
         for name in ("limit", "max_tokens", "n", "tensor_parallel", "data_parallel", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -97,6 +99,21 @@ class Options:
             )
         if self.ids and (self.data is None or self.data in BUILTIN):
             raise EvalError("--ids picks problems from a file, so it needs --data FILE.")
+
+    def _check_engine(self) -> None:
+        if not is_server(self.engine):
+            if self.engine not in ENGINES:
+                raise EvalError(f"--engine {self.engine} must be one of {', '.join(ENGINES)}, or http://HOST:PORT.")
+            return
+        if wrong := what_is_wrong(self.engine):
+            raise EvalError(f"--engine {self.engine} {wrong}.")
+        own = {"dtype": "auto", "tensor_parallel": 1, "data_parallel": 1, "gpu_memory_utilization": 0.9}
+        for name, default in own.items():
+            if getattr(self, name) != default:
+                raise EvalError(
+                    f"--{name} {getattr(self, name)} cannot be asked of the server {self.engine}. Start the server "
+                    "with it, and leave it out here."
+                )
 
 
 class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -142,7 +159,7 @@ def parse_options(task: str | None, description: str, arguments: Sequence[str] |
     )
     add("--seed", type=int, help="of sampling")
     # the engine
-    add("--engine", choices=ENGINES, help="auto: vLLM if it is installed")
+    add("--engine", help="auto (vLLM if it is installed), vllm, transformers, or the address of a vLLM server")
     add("--dtype", choices=DTYPES, help="auto: bfloat16 on a GPU, float32 on a CPU")
     add("--tensor_parallel", type=int, help="GPUs a model is spread over (vLLM)")
     add("--data_parallel", type=int, help="copies of the model that share the problems (vLLM)")

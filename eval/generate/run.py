@@ -26,15 +26,17 @@ from matrix_llm.base.errors import EvalError
 from matrix_llm.base.files import write_text
 from matrix_llm.base.limits import SECONDS, limited
 from matrix_llm.base.threads import wait_passively
+from matrix_llm.base.vllm_server import VLLMServer
 
 from ..text import first_line, say
-from .engines import Engine, choose_engine
+from .engines import SERVER, Engine, choose_engine
 from .generation import Decoding, Generation, Key, Request, tokenize
-from .models import Source, check_values, context_limit, load_tokenizer, locate
+from .models import Source, check_files, context_limit, load_tokenizer, locate
 from .options import Options, parse_options
 from .prompts import Prompt, choose_prompt
 from .recipes import read_recipe
 from .run_files import MORE_FIELDS, ROW_FIELDS, RunFiles
+from .server_engine import ServerEngine
 from .tasks import BUILTIN, GREEDY, Problem, Task, choose, find_task, load_problems, problem_set_name
 from .transformers_engine import TransformersEngine
 from .vllm_engine import DataParallelVLLM, VLLMEngine, VLLMOptions
@@ -226,6 +228,8 @@ def _choose_engine_and_dtype(
     if engine is not None:
         return engine.name, str(engine.model.dtype).removeprefix("torch.")
     stored = stored or {}
+    if options.engine == "auto" and stored.get("engine") == SERVER:
+        raise EvalError("this run was started with a vLLM server. Give its address again: --engine http://HOST:PORT")
     if options.engine == "auto" and "engine" in stored:
         name, why = stored["engine"], "as the run was started"
     else:
@@ -235,7 +239,7 @@ def _choose_engine_and_dtype(
             f"--data_parallel {options.data_parallel} and --tensor_parallel {options.tensor_parallel} need vLLM, "
             f"but the engine is transformers ({why}). Leave them out, or install vLLM."
         )
-    dtype = options.dtype
+    dtype = VLLMServer(options.engine).describe()["dtype"] if name == SERVER else options.dtype
     if dtype == "auto":
         dtype = stored.get("dtype") or ("bfloat16" if _has_gpu() else "float32")
     say(f"engine {name} in {dtype}: {why}")
@@ -341,9 +345,17 @@ def _load_engine(plan: Plan, requests: Sequence[Request]) -> Engine:
     if plan.settings["engine"] == "transformers":
         return TransformersEngine.load(source, dtype=dtype, batch_size=options.batch_size)
     longest = max(len(request.prompt_ids) + request.max_tokens for request in requests)
-    check_values(source)
+    check_files(source)
+    if plan.settings["engine"] == SERVER:
+        return ServerEngine(source, options.engine, plan.tokenizer, longest=longest)
     settings = VLLMOptions(
-        source, dtype, longest, options.tensor_parallel, options.gpu_memory_utilization, gpu=_has_gpu()
+        source,
+        dtype,
+        longest,
+        options.tensor_parallel,
+        options.gpu_memory_utilization,
+        gpu=_has_gpu(),
+        log=plan.files.engine_log,
     )
     if options.data_parallel > 1:
         return DataParallelVLLM(settings, options.data_parallel)

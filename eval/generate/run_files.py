@@ -30,6 +30,7 @@ class RunFiles:
     NAME.jsonl            rows, sorted, once all of them exist
     NAME.settings.json    what the texts depend on
     NAME.json, NAME.html  the scores, and the same as a page
+    NAME.vllm.log         what vLLM wrote while it started and ran
     """
 
     def __init__(self, folder: Path, name: str):
@@ -39,6 +40,7 @@ class RunFiles:
         self.settings = folder / f"{name}.settings.json"
         self.summary = folder / f"{name}.json"
         self.report = folder / f"{name}.html"
+        self.engine_log = folder / f"{name}.vllm.log"
 
     # --- settings
 

@@ -1,20 +1,24 @@
 """Generation by vLLM, in this process or in several. The only file that imports vLLM."""
 
+import logging
 import multiprocessing
 import os
 import queue
-import subprocess
-import sys
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from matrix_llm.base.errors import EvalError
+from matrix_llm.base.processes import kill_with_this_process
 
 from ..text import first_line
 from .generation import Decoding, Generation, Key, Request, finish
 from .models import Source, load_tokenizer, lora_rank, stop_tokens
+from .vllm_start import start_logged, why_not_started
+
+QUIET = "ERROR"  # vLLM's level in this process, unless the user has set another: its warnings would stand among ours
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class VLLMOptions:
     """Share of a GPU's memory to take; above 0, at most 1."""
     gpu: bool = True
     """Whether it runs on GPUs; False for vLLM's CPU build."""
+    log: Path | None = None
+    """File for all that vLLM and its processes write; None: it is thrown away."""
 
 
 class VLLMEngine:
@@ -40,26 +46,49 @@ class VLLMEngine:
 
     name = "vllm"
 
-    def __init__(self, options: VLLMOptions, tokenizer: Any = None):
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    def __init__(self, options: VLLMOptions, tokenizer: Any = None, *, shows_start: bool = True):
+        """
+        Args:
+            shows_start: whether the stage of the start is shown; False where another process shows it.
+        """
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", QUIET)
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         if not options.gpu:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; the default is a large part of all memory
         source = options.source
         self.tokenizer = tokenizer or load_tokenizer(source)
         self.stop_tokens = stop_tokens(source, self.tokenizer)
-        lora: dict[str, Any] = {}
-        self.lora_request = None
+        self.lora_request: Any = None
         before = set(multiprocessing.active_children())
         try:
-            from vllm import LLM
+            with start_logged(options.log, shown=shows_start):
+                self.llm = self._start(options)
+        except EvalError:
+            raise
+        except Exception as error:
+            reason = why_not_started(options.log) or f"{type(error).__name__}: {first_line(error)}"
+            where = f" Its log is {options.log}." if options.log else ""
+            raise EvalError(
+                f"vLLM cannot start with --model {source.model}: {reason.removesuffix('.')}. Use --engine transformers."
+                f"{where}"
+            ) from None
+        children = [child.pid for child in multiprocessing.active_children() if child not in before]
+        self.watcher = kill_with_this_process(children)  # an engine whose parent was killed would keep the GPU forever
 
-            if source.adapter:
-                from vllm.lora.request import LoRARequest
+    def _start(self, options: VLLMOptions) -> Any:
+        from vllm import LLM
 
-                self.lora_request = LoRARequest("adapter", 1, source.adapter)
-                lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": lora_rank(source)}
-            self.llm = LLM(
+        source, lora = options.source, {}
+        if source.adapter:
+            from vllm.lora.request import LoRARequest
+
+            self.lora_request = LoRARequest("adapter", 1, source.adapter)
+            lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": lora_rank(source)}
+        level = os.environ["VLLM_LOGGING_LEVEL"]
+        if level == QUIET:
+            os.environ["VLLM_LOGGING_LEVEL"] = "INFO"  # of the engine's own process, whose output is in the log
+        try:
+            return LLM(
                 model=source.base,
                 revision=source.base_commit,
                 tokenizer=source.tokenizer[0],
@@ -73,17 +102,11 @@ class VLLMEngine:
                 enable_prefix_caching=True,
                 enforce_eager=not options.gpu,
                 seed=0,  # sampling uses each request's own seed
-                **lora,
+                **lora,  # type: ignore[arg-type]
             )
-        except EvalError:
-            raise
-        except Exception as error:
-            raise EvalError(
-                f"vLLM cannot start with --model {source.model}: {type(error).__name__}: {first_line(error)}. "
-                "Use --engine transformers."
-            ) from None
-
-        self.watcher = _start_watcher([child.pid for child in multiprocessing.active_children() if child not in before])
+        finally:
+            os.environ["VLLM_LOGGING_LEVEL"] = level
+            logging.getLogger("vllm").setLevel(level)  # vLLM has set it again, for this process as well
 
     def generate(
         self, requests: Sequence[Request], decoding: Decoding, *, skip: Collection[Key] = ()
@@ -127,25 +150,6 @@ class VLLMEngine:
         self.watcher.communicate()
 
 
-WATCH = """
-import contextlib, os, signal, sys
-sys.stdin.read()
-for pid in sys.argv[1:]:
-    with contextlib.suppress(OSError):
-        os.kill(int(pid), signal.SIGKILL)
-"""
-
-
-def _start_watcher(pids: Sequence[int | None]) -> subprocess.Popen:
-    """A process that kills vLLM's engine when this one is gone: after a SIGKILL the engine would keep the GPU forever.
-
-    It waits for the end of its standard input, which the system closes however this process ends. The engine's own
-    workers end with the engine.
-    """
-    command = [sys.executable, "-I", "-c", WATCH, *map(str, pids)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-
-
 class DataParallelVLLM:
     """Several vLLM processes, each with its own GPUs and every n-th problem. No Ray: a spawned process and one
     queue.
@@ -174,9 +178,9 @@ class DataParallelVLLM:
         results = context.Queue()
         workers = [
             context.Process(
-                target=_run_worker, args=(self.options, environment, share, decoding, results), daemon=False
+                target=_run_worker, args=(self._options_of(rank), environment, share, decoding, results, rank == 0)
             )
-            for environment, share in zip(self.devices, shares, strict=True)
+            for rank, (environment, share) in enumerate(zip(self.devices, shares, strict=True))
             if share
         ]
         for worker in workers:
@@ -207,18 +211,28 @@ class DataParallelVLLM:
                     worker.terminate()
                 worker.join(timeout=60)
 
+    def _options_of(self, rank: int) -> VLLMOptions:
+        """The first process has the log's own name, the others a number in it."""
+        log = self.options.log
+        return self.options if log is None or rank == 0 else replace(self.options, log=log.with_suffix(f".{rank}.log"))
+
     def close(self) -> None:
         """Do nothing: the processes end with `generate`."""
 
 
 def _run_worker(
-    options: VLLMOptions, environment: dict[str, str], requests: list[Request], decoding: Decoding, results: Any
+    options: VLLMOptions,
+    environment: dict[str, str],
+    requests: list[Request],
+    decoding: Decoding,
+    results: Any,
+    shows_start: bool,
 ) -> None:
     """One process of DataParallelVLLM: puts Generations, then None; or an error message if it fails."""
     os.environ.update(environment)  # before torch or vLLM look for GPUs
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        engine = VLLMEngine(options)
+        engine = VLLMEngine(options, shows_start=shows_start)
         try:
             for generation in engine.generate(requests, decoding):
                 results.put(generation)

@@ -14,6 +14,7 @@ from transformers.trainer_utils import FSDPOption
 
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.values import check_choice
+from matrix_llm.checks.accuracy import check_accuracy_engine
 from matrix_llm.checks.engines import check_engines
 from matrix_llm.checks.evaluation import check_best_is_saved, check_metric
 from matrix_llm.checks.machine import (
@@ -23,6 +24,7 @@ from matrix_llm.checks.machine import (
     check_loader,
     check_machine,
     check_reports,
+    require,
 )
 from matrix_llm.checks.optimizer import check_optimizer, check_schedule
 from matrix_llm.checks.sharding import environment_says
@@ -50,6 +52,7 @@ def check_combinations(
     _check_chat(model, data, given)
     _check_adapters(model, given)
     _check_evaluation(data, given)
+    check_accuracy_engine(model, data, given)
     check_best_is_saved(given)
     check_engines(given)
     _check_sources(data, replaced)
@@ -94,6 +97,8 @@ def find_missing(model: ModelArguments, training: MatrixConfig, given: Mapping[s
     try:
         check_reports(list(training.report_to or []))
         check_machine(model, training)
+        if given.get("accuracy_engine") == "vllm":
+            require("vllm", "accuracy_engine='vllm'")
         check_optimizer(training, given)
     except MissingOnThisMachineError as error:
         return str(error)

@@ -127,7 +127,8 @@ NEEDS = {
     "early_stopping_threshold": ("early_stopping_patience", "3"),
     "mce_order": ("mce_solver", "taylor"),
     **dict.fromkeys(["max_eval_rows", "eval_split", "builtin_eval_rows"], ("eval_dataset", "...")),
-    "accuracy_max_new_tokens": ("accuracy_rows", "100"),
+    **dict.fromkeys(["accuracy_max_new_tokens", "accuracy_engine"], ("accuracy_rows", "100")),
+    "accuracy_gpu_memory": ("accuracy_engine", "vllm"),
 }  # fmt: skip
 
 

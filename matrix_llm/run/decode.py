@@ -7,7 +7,7 @@ Shapes: B prompts in a batch, T tokens in the longest of them, L tokens in the l
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -230,6 +230,24 @@ def _takes_problem(is_correct: Callable[..., bool]) -> bool:
     return "problem" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
+def log_accuracy(trainer: Trainer, found: Mapping[str, float], **others: float) -> None:
+    """Log an accuracy and its interval, apart from the logging window of training.
+
+    In training mode, trainer.log would end the window, whose figures belong to the next loss. Whatever is logged also
+    answers a request to log the loss of this step, which is therefore made again.
+
+    Args:
+        found: `accuracy`, `low` and `high`.
+        others: logged with them.
+    """
+    is_loss_due = trainer.control.should_log
+    with evaluation_mode(trainer.model):  # type: ignore[arg-type]
+        trainer.log(
+            {"accuracy": found["accuracy"], "accuracy_low": found["low"], "accuracy_high": found["high"], **others}
+        )
+    trainer.control.should_log = is_loss_due
+
+
 class AccuracyCallback(TrainerCallback):
     """Logs greedy accuracy on a sample of problems while training.
 
@@ -254,4 +272,4 @@ class AccuracyCallback(TrainerCallback):
         if state.global_step % self.every == 0:
             model, tokenizer = self.trainer.model, self.trainer.processing_class
             found = measure_accuracy(model, tokenizer, self.problems, **self.settings)  # type: ignore[arg-type]
-            self.trainer.log({"accuracy": found.accuracy, "accuracy_low": found.low, "accuracy_high": found.high})
+            log_accuracy(self.trainer, {"accuracy": found.accuracy, "low": found.low, "high": found.high})

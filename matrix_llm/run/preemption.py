@@ -61,6 +61,11 @@ class StopOnSignal(TrainerCallback):
         self._training_is_over = False
         self._request: StopRequest | None = None
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether this process has received a signal."""
+        return self._request is not None
+
     def receive(self, number: int, frame: object = None) -> None:
         """The signal handler.
 
@@ -88,7 +93,7 @@ class StopOnSignal(TrainerCallback):
         self._training_is_over = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        asked = self._request is not None
+        asked = self.is_asked
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             flag = torch.tensor([float(asked)], device=args.device)
             distributed.all_reduce(flag, distributed.ReduceOp.MAX)

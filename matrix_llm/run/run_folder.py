@@ -44,6 +44,7 @@ STAGING = ".saving"  # the final weights, until they are moved into place
 MAY_CHANGE = {
     "resume_from_checkpoint", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "eval_steps",
     "eval_strategy", "report_to", "run_name", "disable_tqdm", "effective_rank_steps", "accuracy_rows", "accuracy_steps",
+    "accuracy_engine", "accuracy_gpu_memory",
     "dataloader_num_workers", "dataset_num_proc", "gpu",
     "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision", "hub_token",
 }  # fmt: skip

@@ -14,6 +14,7 @@ from eval.generate.generation import Decoding, Generation, Request, finish, firs
 from eval.generate.models import fingerprint, load_tokenizer, locate, lora_rank
 from eval.generate.transformers_engine import TransformersEngine
 from eval.generate.vllm_engine import DataParallelVLLM, VLLMEngine, VLLMOptions
+from eval.generate.vllm_start import STAGES, stage_of
 from matrix_llm.base.errors import EvalError
 
 QUESTIONS = [
@@ -349,10 +350,16 @@ def test_gpus_are_shared_without_overlap(monkeypatch, folder):
 
 
 @pytest.fixture(scope="module")
-def vllm_engine(adapter):
+def vllm_log(tmp_path_factory):
+    return tmp_path_factory.mktemp("vllm") / "vllm.log"
+
+
+@pytest.fixture(scope="module")
+def vllm_engine(adapter, vllm_log):
     """Started once: with the adapter, which a test takes off again for the model alone."""
     source = locate(str(adapter))
-    engine = VLLMEngine(VLLMOptions(source, "float32", 512, gpu=torch.cuda.is_available()), load_tokenizer(source))
+    options = VLLMOptions(source, "float32", 512, gpu=torch.cuda.is_available(), log=vllm_log)
+    engine = VLLMEngine(options, load_tokenizer(source))
     yield engine
     engine.close()
 
@@ -367,6 +374,14 @@ def vllm_base(vllm_engine, monkeypatch):
 @pytest.mark.slow
 def test_vllm_greedy_equals_transformers(vllm_base, engine, requests):
     assert collect(vllm_base, requests) == collect(engine, requests)
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_the_log_of_a_start_holds_its_stages(vllm_engine, vllm_log):
+    log = vllm_log.read_text()
+    assert all(pattern.search(log) for pattern, stage in STAGES if stage != "compiling")  # not on a CPU
+    assert stage_of(log) == STAGES[-1][1]
 
 
 @needs_vllm

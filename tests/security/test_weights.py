@@ -1,5 +1,6 @@
 """Weights that are not whole, not finite or not the model's own stop training and evaluation in one line."""
 
+import importlib.util
 import json
 
 import pytest
@@ -9,13 +10,15 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from eval.generate.models import check_values, locate
+from eval.generate.models import check_files, check_values, locate
 from eval.gsm8k import main as evaluate
 from matrix_llm.base.errors import CheckpointError, EvalError
 from matrix_llm.merge import main as merge
 from matrix_llm.train import main as train
 from tests.support.tiny import TINY, tiny_model
 from tests.support.tiny import train as train_tiny
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 
 def change(file, change):
@@ -88,6 +91,11 @@ def by_eval(model, tmp_path):
     return evaluate(["--model", str(model), "--output_dir", str(tmp_path / "scores"), *few])
 
 
+def by_vllm(model, tmp_path):
+    few = ("--prompt", "plain", "--data", "builtin", "--limit", "1", "--max_tokens", "2", "--engine", "vllm")
+    return evaluate(["--model", str(model), "--output_dir", str(tmp_path / "scores"), *few])
+
+
 def error_of(capsys):
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -102,6 +110,22 @@ def test_damaged_weights_are_one_line(command, damaged, tmp_path, capsys):
     error = error_of(capsys)
     assert name in error
     assert str(model) in error
+
+
+def test_damaged_weights_are_found_for_an_engine_that_loads_the_files_itself(damaged):
+    model, name = damaged
+    with pytest.raises(EvalError, match=rf"--model {model}.*{name}"):
+        check_files(locate(str(model)))
+
+
+@pytest.mark.slow
+@needs_vllm
+@pytest.mark.parametrize("damage", [without(UP), with_value(UP, float("nan"))], ids=["missing", "NaN"])
+def test_vllm_is_not_started_on_damaged_weights(damage, model, tmp_path, capsys, monkeypatch):
+    damage(model)
+    monkeypatch.setattr("vllm.LLM", None)  # calling it would be another error
+    assert by_vllm(model, tmp_path) == 1
+    assert UP in error_of(capsys)
 
 
 @pytest.mark.parametrize("command", [by_train, by_eval])
@@ -119,6 +143,7 @@ def test_tied_weights_and_old_buffers_are_no_gaps(command, model, tmp_path):
     configure(model, tie_word_embeddings=True)
     with_another("model.layers.0.self_attn.rotary_emb.inv_freq", 16)(model)
     assert command(model, tmp_path) == 0
+    check_files(locate(str(model)))
 
 
 @pytest.fixture
@@ -130,6 +155,7 @@ def adapter(model, tmp_path):
 
 
 def test_an_adapter_that_is_whole_is_evaluated(adapter, tmp_path):
+    check_files(locate(str(adapter)))
     assert by_eval(adapter, tmp_path) == 0
 
 
@@ -147,6 +173,8 @@ def test_a_damaged_adapter_or_base_is_one_line(damage, adapter, model, tmp_path,
         with_value(UP, float("nan"))(model)
     else:
         without(UP)(model)
+    with pytest.raises(EvalError):
+        check_files(locate(str(adapter)))
     capsys.readouterr()
     assert by_eval(adapter, tmp_path) == 1
     error_of(capsys)
