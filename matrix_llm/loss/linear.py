@@ -271,7 +271,7 @@ def _with_soft_matrix(loss: TokenLoss, embeddings: Embeddings, solver: Solver, v
     """soft_mce with MCE's token vectors and solver."""
     assert loss.teacher is not None
     check_soft_target(loss.settings, loss.teacher, vocabulary_size)
-    soft_matrix = functools.partial(soft_terms, embeddings=embeddings, solver=solver, want_gradient=True)
+    soft_matrix = functools.partial(None, embeddings=embeddings, solver=solver, want_gradient=True)
     return dataclasses.replace(loss, soft_matrix=soft_matrix)
 
 

@@ -138,7 +138,7 @@ def _kd(chunk: Chunk, loss: TokenLoss) -> LossTerms:
 
     # 1. both distributions at the temperature
     log_s = torch.log_softmax(chunk.z / temperature, -1)
-    t_logits = _logits(loss, chunk).masked_fill_(chunk.z == -torch.inf, -torch.inf).div_(temperature)
+    t_logits = _logits(loss, chunk).div_(temperature)
     log_norm = t_logits.logsumexp(-1, keepdim=True)
     t_logits = _keep_likeliest(t_logits, top_k)
     if renormalise:
@@ -162,7 +162,7 @@ def _kd(chunk: Chunk, loss: TokenLoss) -> LossTerms:
 
 def _soft_ce(chunk: Chunk, loss: TokenLoss) -> LossTerms:
     """-sum_j t_j log q_j."""
-    t_logits = _logits(loss, chunk).masked_fill_(chunk.z == -torch.inf, -torch.inf)
+    t_logits = _logits(loss, chunk)
     t = torch.softmax(t_logits, -1)
     value = _expectation(t, chunk.log_z[:, None] - chunk.z)
     return LossTerms(value, None, torch.zeros_like(value), t, -1.0)
@@ -172,7 +172,7 @@ def _asft(chunk: Chunk, loss: TokenLoss) -> LossTerms:
     """p CE, p a constant, plus weight times the KL divergence to the reference."""
     weight, p, ce = loss.settings["weight"], chunk.p, chunk.ce
     assert chunk.q is not None
-    log_t = _logits(loss, chunk).masked_fill_(chunk.z == -torch.inf, -torch.inf)
+    log_t = _logits(loss, chunk)
     log_t -= log_t.logsumexp(-1, keepdim=True)
     log_q = chunk.z - chunk.log_z[:, None]
     if loss.settings["direction"] == "ref_model":
@@ -189,7 +189,7 @@ def _soft_mce(chunk: Chunk, loss: TokenLoss) -> LossTerms:
     """-tr(P log Q) with P = sum_i t_i e_i e_i^T over the teacher's likeliest tokens."""
     assert chunk.q is not None
     assert loss.soft_matrix is not None
-    t_logits = _logits(loss, chunk).masked_fill_(chunk.z == -torch.inf, -torch.inf)
+    t_logits = _logits(loss, chunk)
     top_k = loss.settings["top_k"] or t_logits.shape[1]
     if isinstance(loss.teacher, TopTokens):
         top_k = min(top_k, loss.teacher.ids.shape[1])

@@ -208,7 +208,7 @@ def _label_smoothing(chunk: Chunk, loss: TokenLoss) -> LossTerms:
     if allowed is None:
         mean, extra = z.mean(-1), z.new_full((1, 1), 1 / z.shape[1])
     else:
-        extra = (allowed / allowed.sum()).to(z.dtype)  # (V,)
+        extra = allowed.to(z.dtype) / allowed.sum()  # (V,)
         mean = torch.where(allowed, z, 0.0) @ extra
     value = (1 - epsilon) * chunk.ce + epsilon * (chunk.log_z - mean)
     return LossTerms(value, None, torch.full_like(value, 1 - epsilon), extra, -epsilon)
