@@ -205,6 +205,11 @@ def check_settings(name: str, given: Mapping[str, Any] | None = None) -> dict[st
                 "Remove clamp, or use mode 1."
             )
         settings["clamp"] = None
+    if name == "kd" and settings["beta"] == 1 and settings["top_k"] is not None:
+        raise RecipeError(
+            f"kd's top_k={settings['top_k']} leaves the teacher's other tokens without probability, so that beta=1, "
+            "KL(model || teacher), is infinite. Remove top_k, or use a beta below 1."
+        )
     if name == "ntl" and settings["kind"] == "mse" and settings["squash"] is not None:
         raise RecipeError(
             f"ntl's squash={settings['squash']} changes the distances of kind 'was', which kind='mse' does not have. "
