@@ -35,8 +35,8 @@ def number_tokens(tokenizer: Any) -> tuple[Tensor, Tensor]:
 
 
 def _distances(values: Tensor, squash: float | None) -> Tensor:
-    """The distance between each two numbers, (M, M): |difference|, with `squash` scaled linearly so that the smallest is
-    1 and the largest is `squash`."""
+    """The distances between the numbers, (M, M): |difference|, with `squash` scaled linearly so that the smallest is 1
+    and the largest is `squash`."""
     distance = (values.unsqueeze(0) - values.unsqueeze(1)).abs()
     if squash is None:
         return distance

@@ -63,8 +63,8 @@ def mce(positions: Positions) -> Tensor:
 
 
 def soft_mce(positions: Positions, *, top_k: int | None) -> Tensor:
-    """MCE = -tr(P log Q) with P = sum_i t_i e_i e_i^T, t the teacher's probabilities (eq. 16): all, or those of its top_k
-    tokens alone.
+    """MCE = -tr(P log Q) with P = sum_i t_i e_i e_i^T, t the teacher's probabilities (eq. 16): all of them,
+    or those of its top_k tokens alone.
 
     It is the mean, under t, of the MCE of each token as the label. Its smallest value, where Q = P, is -tr(P log P).
     """
