@@ -45,7 +45,9 @@ def emo(positions: Positions, *, mode: int, clamp: float | None, with_target: bo
         d = d + torch.exp(-ce).detach()
     if mode == 2:
         return (d / (ce + _TINY)).detach() * ce + d
-    ratio = (ce / (d + _TINY)).detach().clamp(max=clamp)
+    ratio = (ce / (d + _TINY)).detach()
+    if clamp is not None:
+        ratio = ratio.clamp(max=clamp)
     return (ce + ratio * d) / 2
 
 
