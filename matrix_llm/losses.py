@@ -57,7 +57,7 @@ def token_loss(
         loss: one of the names above.
         embeddings: (V, D) of any norm, for "emo", "mce" and "soft_mce": constants.
         teacher_logits: (N, V), for "kd", "soft_ce", "soft_mce" and "asft" (its reference model): constants. -inf
-            removes a token.
+            removes a token, and so does -inf in the model's own logits.
         number_ids, number_values: (M,) integers and numbers, for "ntl"; `number_tokens(tokenizer)` gives both.
         settings: those of the loss; the others have their defaults.
 

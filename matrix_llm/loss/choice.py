@@ -125,6 +125,9 @@ LOSSES: dict[str, dict[str, Setting]] = {
             setting(None, above=1),
             'Ratio of the largest to the smallest distance, for "was"; null: the distances as they are.',
         ),
+        "weight": Setting(
+            float | None, setting(None, at_least=0), "Trains CE + weight NTL, 0.3 in the paper; null: NTL alone."
+        ),
     },
     "emo": {
         "mode": Setting(

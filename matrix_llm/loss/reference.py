@@ -74,9 +74,10 @@ def token_loss(
     labels = labels.long()
     counted = torch.nonzero(labels != IGNORED).squeeze(1)
     z, y = logits[counted].to(dtype), labels[counted]
-    t = teacher_logits[counted].detach().to(dtype) if loss in NEEDS_TEACHER and teacher_logits is not None else None
     _check_values("logits", z, counted)
-    if t is not None:
+    t = None
+    if loss in NEEDS_TEACHER and teacher_logits is not None:
+        t = teacher_logits[counted].detach().to(dtype).masked_fill(z == -torch.inf, -torch.inf)
         _check_values("teacher_logits", t, counted)
     _check_label_logits(loss, z, y, counted)
 

@@ -45,19 +45,19 @@ def _distances(values: Tensor, squash: float | None) -> Tensor:
     return torch.where(different, 1 + (distance - least) * (squash - 1) / (most - least), 0.0)
 
 
-def ntl(positions: Positions, *, kind: str, reweigh: bool, squash: float | None) -> Tensor:
+def ntl(positions: Positions, *, kind: str, reweigh: bool, squash: float | None, weight: float | None) -> Tensor:
     """NTL (arXiv 2411.02083) where the label is a number, 0 elsewhere; with s the softmax over the number tokens alone,
 
         "was"   sum_j s_j |v_j - v_y|         gradient s_j (|v_j - v_y| - value)
         "mse"   (sum_j s_j v_j - v_y)^2       gradient 2 (sum_i s_i v_i - v_y) s_j (v_j - sum_i s_i v_i)
 
-    This is the term alone. Its authors train on CE + 0.3 NTL, with the mean of NTL over the positions whose label is a
-    number.
+    and with a weight, CE + weight NTL. In a batch NTL's mean is that over the positions whose label is a number.
 
     Args:
         reweigh: m value + 1.01 M (1 - m) instead, m the probability of all numbers and M the largest distance. The
             package ntloss has it by default; the paper does not have it.
         squash: for "was", the ratio of the largest distance to the smallest.
+        weight: 0.3 in the paper; None: NTL alone.
     """
     assert positions.number_ids is not None
     assert positions.number_values is not None
@@ -79,7 +79,8 @@ def ntl(positions: Positions, *, kind: str, reweigh: bool, squash: float | None)
         q = positions.log_probabilities().exp()
         others = torch.ones(q.shape[1], dtype=q.dtype, device=q.device).index_fill(0, positions.number_ids, 0.0)
         value = q[:, positions.number_ids].sum(-1) * value + 1.01 * largest * (q * others).sum(-1)
-    return torch.where(is_number, value, 0.0)
+    value = torch.where(is_number, value, 0.0)
+    return value if weight is None else positions.cross_entropy() + weight * value
 
 
 def check_numbers(ids: Tensor, values: Tensor, vocabulary_size: int, squash: float | None) -> None:

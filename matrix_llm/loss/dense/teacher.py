@@ -1,6 +1,7 @@
 """Losses towards the distribution of a second model: distillation, ASFT, and cross-entropy with soft targets.
 
-t = softmax(teacher's z / T), s = softmax(z / T); 0 log 0 = 0, so that a logit of -inf in both models removes a token.
+t = softmax(teacher's z / T), s = softmax(z / T), 0 log 0 = 0. A token with a logit of -inf in the model is impossible
+for the teacher too: `reference` sees to that.
 
 Legend: N positions that count, V vocabulary. Each function returns (N,) in nats.
 """
@@ -35,20 +36,15 @@ def probabilities(positions: Positions, *, top_k: int | None = None) -> Tensor:
     return _log_probabilities(positions, top_k=top_k).exp()
 
 
-def _check_finite(log_a: Tensor, log_b: Tensor) -> None:
-    """Raise DataError where a_j > 0 = b_j, and -a_j log b_j is infinite."""
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b) = sum_j a_j (log a_j - log b_j), where a sums to 1."""
     wrong = (log_a > -torch.inf) & (log_b == -torch.inf)
     if wrong.any():
         position, token = (int(i) for i in torch.nonzero(wrong)[0])
         raise DataError(
-            f"The divergence is infinite: at counted position {position}, token {token} has probability in one model "
-            "and a logit of -inf in the other. Give it -inf in both, or a finite logit in both."
+            f"KL(model || teacher) is infinite: at counted position {position} the teacher's logit of token {token} is "
+            "-inf, the model's is not. Give the model -inf there too, or measure KL(teacher || model)."
         )
-
-
-def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b) = sum_j a_j (log a_j - log b_j), where a sums to 1."""
-    _check_finite(log_a, log_b)
     impossible = log_a == -torch.inf
     return (log_a.exp() * (log_a.masked_fill(impossible, 0.0) - log_b.masked_fill(impossible, 0.0))).sum(-1)
 
@@ -92,5 +88,4 @@ def asft(positions: Positions, *, weight: float, direction: str) -> Tensor:
 def soft_ce(positions: Positions) -> Tensor:
     """-sum_j t_j log q_j: CE with the teacher's distribution as the target. Gradient q - t."""
     log_t, log_q = _log_probabilities(positions), positions.log_probabilities()
-    _check_finite(log_t, log_q)
     return -(log_t.exp() * log_q.masked_fill(log_t == -torch.inf, 0.0)).sum(-1)
