@@ -1,6 +1,7 @@
 """The token loss, CE + mce_weight * MCE, fused with the LM head. Torch alone (kernels.py needs Triton, on a GPU).
 
-Besides CE there are other token losses: choice has their table, with the settings of each.
+Besides CE there are other token losses: choice has their table, with the settings of each; reference computes any of
+them on whole logits, by the functions of dense/.
 
 `matrix_llm.mce` is the public interface. Read settings (what is asked for), krylov (MCE by Lanczos), vocabulary and
 head_tail (the cheaper form that keeps a few tokens exactly), solvers (one chunk of positions), fused (LM head, loss and

@@ -125,6 +125,9 @@ LOSSES: dict[str, dict[str, Setting]] = {
             setting(None, above=1),
             'Ratio of the largest to the smallest distance, for "was"; null: the distances as they are.',
         ),
+        "weight": Setting(
+            float | None, setting(None, at_least=0), "Trains CE + weight NTL, 0.3 in the paper; null: NTL alone."
+        ),
     },
     "emo": {
         "mode": Setting(
@@ -205,6 +208,11 @@ def check_settings(name: str, given: Mapping[str, Any] | None = None) -> dict[st
                 "Remove clamp, or use mode 1."
             )
         settings["clamp"] = None
+    if name == "kd" and settings["beta"] == 1 and settings["top_k"] is not None:
+        raise RecipeError(
+            f"kd's top_k={settings['top_k']} leaves the teacher's other tokens without probability, so that beta=1, "
+            "KL(model || teacher), is infinite. Remove top_k, or use a beta below 1."
+        )
     if name == "ntl" and settings["kind"] == "mse" and settings["squash"] is not None:
         raise RecipeError(
             f"ntl's squash={settings['squash']} changes the distances of kind 'was', which kind='mse' does not have. "

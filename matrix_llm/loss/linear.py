@@ -181,7 +181,7 @@ def make_token_loss(
         loss["number_ids"] = torch.as_tensor(ids, device=labels.device)
         loss["number_values"] = torch.as_tensor(values, device=labels.device)
         loss["own_scale"] = number_share(labels, loss["number_ids"]) if own_scale is None else own_scale
-    if name == "label_smoothing" and bias is not None and not is_finite_everywhere(bias):
+    if name in ("label_smoothing", *NEEDS_TEACHER) and bias is not None and not is_finite_everywhere(bias):
         loss["allowed"] = torch.isfinite(bias.detach())
     if name == "emo":
         statistics = torch.float64 if dtype == torch.float64 else torch.float32

@@ -87,15 +87,23 @@ def select_positions(teacher: Teacher | TopTokens | Tensor, index: Tensor) -> Te
 
 
 def _logits(loss: TokenLoss, chunk: Chunk) -> Tensor:
-    """(C, V) the teacher's logits at this chunk's positions, in the dtype of the statistics."""
+    """(C, V) the teacher's logits at this chunk's positions, in the dtype of the statistics.
+
+    A token that the student cannot have (a bias of -inf) is none for the teacher either.
+    """
     teacher, z = loss.teacher, chunk.z
     if isinstance(teacher, Tensor):
-        return teacher[chunk.at].to(z.dtype, copy=True)
-    if isinstance(teacher, TopTokens):
+        out = teacher[chunk.at].to(z.dtype, copy=True)
+    elif isinstance(teacher, TopTokens):
         ids, logs = teacher.ids[chunk.at], teacher.log_probabilities[chunk.at].to(z.dtype)
-        return torch.full_like(z, -torch.inf).scatter_(1, ids, logs)
-    hidden = teacher.hidden[chunk.at]
-    out = torch.empty_like(z)
+        out = torch.full_like(z, -torch.inf).scatter_(1, ids, logs)
+    else:
+        out = _make_logits(teacher, chunk.at, torch.empty_like(z))
+    return out if loss.allowed is None else out.masked_fill_(~loss.allowed, -torch.inf)
+
+
+def _make_logits(teacher: Teacher, at: slice, out: Tensor) -> Tensor:
+    hidden = teacher.hidden[at]
     multiply(hidden, teacher.weight.to(hidden.dtype).T, out=out)
     if teacher.bias is not None:
         out += teacher.bias.detach()
