@@ -419,13 +419,14 @@ def test_autocast_changes_nothing(case):
 
 
 def test_the_distance_of_emo_keeps_its_digits_as_the_label_becomes_certain():
-    """1 - sum q cos has none left in float32 where d is 1e-7. CE is 0 there in float32, so that mode 2 is d, not 2 d."""
+    """1 - sum q cos has none left in float32 where d is 3e-8; CE, which is 0 there, adds nothing to mode 2."""
     embeddings = torch.randn(33, 8, generator=torch.Generator().manual_seed(0))
     logits = torch.zeros(1, 33).index_fill(1, torch.tensor([2]), 20.0)
-    kwargs = {"embeddings": embeddings, "mode": 2}
-    narrow, wide = (token_loss(z, torch.tensor([2]), "emo", **kwargs) for z in (logits, logits.double()))
-    assert 0 < wide < 1e-6
-    torch.testing.assert_close(2 * narrow.double(), wide, rtol=1e-4, atol=0)
+    value = token_loss(logits, torch.tensor([2]), "emo", embeddings=embeddings, mode=2)
+    e = F.normalize(embeddings.double(), dim=-1)
+    d = (logits.double().softmax(-1) * (1 - e @ e[2])).sum(-1)
+    assert 0 < d < 1e-6
+    torch.testing.assert_close(value.double(), d, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("loss", "settings"), [("minus_p", {}), ("power", {"alpha": 0.01})])
