@@ -440,6 +440,18 @@ def test_one_minus_p_keeps_its_digits(loss, settings):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize(("loss", "alpha"), [("minus_p", 1), ("power", 8), ("power", 0.5), ("threshold", 1)])
+def test_the_gradient_keeps_its_digits_where_the_label_is_unlikely(loss, alpha, dtype):
+    """p^alpha (q - onehot(y)): 1e-9 of it would be rounded to the last digit of 1."""
+    logits, labels = torch.tensor([[-20.0 / alpha, 0.0, 0.0]], dtype=dtype), torch.tensor([0])
+    settings = {"power": {"alpha": alpha}, "threshold": {"at": 0}}.get(loss, {})
+    gradient = value_and_gradient(logits, labels, loss, **settings)[1]
+    q = logits.double().softmax(-1)
+    expected = q[0, 0] ** alpha * (q - F.one_hot(labels, 3))
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=0)
+
+
 def test_a_label_with_a_zero_vector_has_no_cosine_to_any_token():
     logits, labels, others = problem(1, 7)
     labels[0] = 6
