@@ -267,6 +267,13 @@ def test_linear_gem_has_the_gradient_of_ce_at_a_temperature(beta):
     torch.testing.assert_close(value_and_gradient(logits, labels, "gem", beta=beta)[1], expected)
 
 
+@pytest.mark.parametrize("side", ["top", "bottom"])
+def test_a_threshold_keeps_what_is_equal_to_it_and_nothing_beyond(side):
+    logits, labels = torch.tensor([[0.0, 0.0], [0.2, 0.0], [-0.2, 0.0]], dtype=F64), torch.tensor([0, 0, 0])
+    kept = token_loss(logits, labels, "threshold", at=0.5, side=side, base="logp") != 0
+    assert kept.tolist() == [True, side == "top", side == "bottom"]
+
+
 def test_gem_is_negative_where_the_label_is_likely():
     logits, labels = torch.tensor([[2.0, 0.0, 0.0]], dtype=F64), torch.tensor([0])
     assert token_loss(logits, labels, "gem") < 0
