@@ -426,13 +426,14 @@ def test_autocast_changes_nothing(case):
 
 
 def test_the_distance_of_emo_keeps_its_digits_as_the_label_becomes_certain():
-    """1 - sum q cos has none left in float32 where d is 3e-8; CE, which is 0 there, adds nothing to mode 2."""
-    embeddings = torch.randn(33, 8, generator=torch.Generator().manual_seed(0))
-    logits = torch.zeros(1, 33).index_fill(1, torch.tensor([2]), 20.0)
-    value = token_loss(logits, torch.tensor([2]), "emo", embeddings=embeddings, mode=2)
+    """1 - sum q cos has none left in float32 where d is 3e-8, nor has sum q (1 - cos) where the label's own cosine is not
+    exactly 1. CE, which is 0 there, adds nothing to mode 2."""
+    embeddings, labels = torch.randn(33, 8, generator=torch.Generator().manual_seed(0)), torch.arange(33)
+    logits = 20.0 * torch.eye(33)
+    value = token_loss(logits, labels, "emo", embeddings=embeddings, mode=2)
     e = F.normalize(embeddings.double(), dim=-1)
-    d = (logits.double().softmax(-1) * (1 - e @ e[2])).sum(-1)
-    assert 0 < d < 1e-6
+    d = (logits.double().softmax(-1) * (1 - e @ e.T)).sum(-1)
+    assert (d < 1e-6).all()
     torch.testing.assert_close(value.double(), d, rtol=1e-5, atol=0)
 
 

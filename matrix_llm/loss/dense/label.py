@@ -63,7 +63,7 @@ def focal(positions: Positions, *, gamma: float) -> Tensor:
 def eaft(positions: Positions, *, alpha: float, k: int, scale: float) -> Tensor:
     """[(H_k / scale)^alpha] CE (EAFT, arXiv 2601.02151), H_k the entropy of the softmax over the k largest logits."""
     largest = positions.logits.detach().topk(min(k, positions.logits.shape[1]), dim=-1).values
-    entropy = torch.special.entr(torch.softmax(largest, dim=-1)).sum(-1).clamp(min=0)
+    entropy = torch.special.entr(torch.softmax(largest, dim=-1)).sum(-1)
     return (entropy / scale) ** alpha * positions.cross_entropy()
 
 
