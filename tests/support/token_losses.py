@@ -2,6 +2,8 @@
 
 import torch
 
+from matrix_llm.losses import token_loss
+
 F64 = torch.float64
 
 # Every branch of every loss: (name, settings)
@@ -82,3 +84,10 @@ def problem(n, v, *, d=5, removed=0, seed=0, scale=2.0):
         "number_values": torch.tensor([0.0, 1.5, 7.0, -2.0]),
     }
     return logits, labels, others
+
+
+def value_and_gradient(logits, labels, loss, **kwargs):
+    """The values (N,), and the gradient of their sum in the logits."""
+    z = logits.clone().requires_grad_()
+    value = token_loss(z, labels, loss, **kwargs)
+    return value.detach(), torch.autograd.grad(value.sum(), z)[0]
