@@ -306,6 +306,14 @@ def test_a_teacher_that_is_certain_is_a_label():
             torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("loss", ["kd", "soft_mce"])
+def test_more_top_k_than_tokens_are_all_tokens(loss):
+    logits, labels, others = problem(5, 33)
+    torch.testing.assert_close(
+        token_loss(logits, labels, loss, **others, top_k=50), token_loss(logits, labels, loss, **others)
+    )
+
+
 def test_a_small_beta_is_no_forward_divergence():
     logits, labels, others = problem(5, 33)
     forward, nearly = (token_loss(logits, labels, "kd", **others, beta=beta).sum() for beta in (0, 1e-3))
