@@ -32,8 +32,6 @@ from matrix_llm.loss.soft_head_tail import first_places, solve_soft_head_tail
 from matrix_llm.loss.solvers import ChunkTerms, Embeddings, KeptTokens, logit_gradient_
 from matrix_llm.loss.vocabulary import BLOCK_ELEMENTS, find_likeliest
 
-BLOCK_STEPS = 4
-
 
 @torch.no_grad()
 def soft_terms(
@@ -45,13 +43,12 @@ def soft_terms(
     *,
     want_gradient: bool,
     likeliest: Tensor | None = None,  # (C, top_k) ids by falling probability, where the caller knows them
-    steps: int = BLOCK_STEPS,
 ) -> tuple[Tensor, Tensor | None]:
     """-tr(P log Q) of each position (C,), and its gradient in the logits (C, V) where asked for.
 
     Args:
-        solver: `Solver.steps` is for one token and is not read: with `top_k` there are no steps, and over the whole
-            vocabulary `steps` blocks of k columns are made.
+        solver: `steps` counts blocks of k columns here, and is for the whole vocabulary alone: with `top_k` the small
+            problem is solved at once.
 
     Raises:
         RecipeError: the Taylor series, which is there to repeat the paper's ablation of one token.
@@ -65,7 +62,7 @@ def soft_terms(
         return _exact_terms(q, target_ids, target, embeddings, want_gradient)
     if solver.top_k is not None:
         return _head_tail_terms(q, target_ids, target, embeddings, solver.top_k, likeliest, want_gradient)
-    value, g = block_quadrature(q, embeddings.vectors, target_ids, target, steps, want_gradient=want_gradient)
+    value, g = block_quadrature(q, embeddings.vectors, target_ids, target, solver.steps, want_gradient=want_gradient)
     return value, None if g is None else _through_softmax_(q, g)
 
 
