@@ -2,7 +2,8 @@
 
 Read combinations.py (settings that do not go together, and the list of all checks), keys.py (what becomes of each of
 SFTConfig's keys), evaluation.py (metrics, the best checkpoint, early stopping), optimizer.py (optimizer and schedule,
-built for one small layer), accuracy.py (what an engine beside training can load), machine.py (packages and devices),
+built for one small layer), token_loss.py (the loss, its settings and its teacher), accuracy.py (what an engine beside
+training can load), machine.py (packages and devices),
 engines.py (the settings inside fsdp_config and the DeepSpeed config) and sharding.py (how a run is spread over
 processes).
 """
