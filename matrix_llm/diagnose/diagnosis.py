@@ -5,6 +5,7 @@
     loss                     CE and MCE in all, by kind of token and by CE
     forgiven                 CE - MCE, and to which tokens
     gradients                MCE and CE + w MCE against CE, for the same groups
+    token_losses             every token loss against CE, for the same groups
     solver                   the solver's error against an accurate reference
     reading                  the figures in words
     cost, versions           seconds of each part, the peak of memory, and what ran
@@ -44,8 +45,9 @@ from matrix_llm.diagnose.gradients import (
 from matrix_llm.diagnose.groups import by_cross_entropy, by_kind, show_token
 from matrix_llm.diagnose.head import describe_rows, nearest_pairs
 from matrix_llm.diagnose.positions import Positions, draw_positions
-from matrix_llm.diagnose.reading import read_figures
+from matrix_llm.diagnose.reading import read_figures, read_token_losses
 from matrix_llm.diagnose.subject import Subject, not_applied, read_model, read_rows
+from matrix_llm.diagnose.token_losses import Measured, choose_losses, compare_losses
 from matrix_llm.loss.settings import LossSettings
 from matrix_llm.loss.vocabulary import mean_vector, subtract_mean
 from matrix_llm.model.lm_head import check_head, load_embeddings
@@ -106,6 +108,7 @@ def diagnose(subject: Subject, asked: int, say: Callable[[str], None]) -> dict[s
     result["rows"] = _describe_rows(recipe, prepared.report, positions, asked)
     result["settings"] = _describe_settings(recipe, len(LMHead.of(model).weight))
     result |= _measure(recipe, model, prepared.tokenizer, positions, clock)
+    result["token_losses"]["reading"] = read_token_losses(result["token_losses"])
     result["reading"] = read_figures(result)
     result["cost"] = {
         "seconds": clock.seconds,
@@ -224,7 +227,7 @@ def _measure(recipe: Recipe, model: Any, tokenizer: Any, positions: Positions, c
     hidden, labels, head = positions.hidden, positions.labels, LMHead.of(model)
     settings, weight = LossSettings.from_config(recipe.training), _weight(recipe)
     choices = token_vectors(recipe, model)
-    result: dict[str, Any] = {"head": {}, "forgiven": {}, "gradients": {}, "solver": {}}
+    result: dict[str, Any] = {"head": {}, "forgiven": {}, "gradients": {}, "token_losses": {}, "solver": {}}
 
     # 1. CE, which all else is compared with
     ce = evaluate(cross_entropy, hidden, labels, head)
@@ -250,7 +253,14 @@ def _measure(recipe: Recipe, model: Any, tokenizer: Any, positions: Positions, c
         products = ce_ce, overlap(ce, mce, hidden), overlap(mce, mce, hidden)
         result["gradients"][name] = _agreements(groups, products, weight)
         clock.finish(f"MCE and its gradient, {said}")
-        # 3. the solver's error, on as many positions as the reference can treat
+        # 3. the other token losses, which read the token vectors in use
+        if name == IN_USE:
+            measured = Measured(hidden, labels, head, vectors, ce, mce, products)
+            chosen = choose_losses(recipe.training, labels, tokenizer)
+            result["token_losses"] = compare_losses(chosen, measured, weight, groups)
+            clock.finish(f"{len(chosen.candidates)} other token losses and their gradients")
+            del measured
+        # 4. the solver's error, on as many positions as the reference can treat
         result["solver"][name] = _solver(mce, ce, positions, head, vectors, weight)
         clock.finish(f"the solver's error, {said}")
         del mce

@@ -138,6 +138,10 @@ class Overlap:
         group = group.to(self.hidden.device)
         return self.hidden[group].sum().item(), self.head[group][:, group].sum().item()
 
+    def plus(self, other: Overlap, weight: float) -> Overlap:
+        """This one + weight * the other: the inner products of sums of losses follow from those of the losses."""
+        return Overlap(self.hidden + weight * other.hidden, self.head + weight * other.head)
+
 
 @torch.no_grad()
 def overlap(a: Terms, b: Terms, hidden: Tensor) -> Overlap:

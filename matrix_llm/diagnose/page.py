@@ -11,7 +11,16 @@ from typing import Any
 
 import jinja2
 
-from matrix_llm.diagnose.text import choice_name, facts, group_name, number, percent, sections
+from matrix_llm.diagnose.text import (
+    choice_name,
+    facts,
+    group_name,
+    number,
+    percent,
+    sections,
+    shown_name,
+    token_loss_notes,
+)
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c")
 LEFT, RIGHT, LENGTH, TOP, THICK = 150, 90, 430, 24, 13  # pixels: labels, counts, longest bar, first bar, one bar
@@ -101,6 +110,15 @@ def plots(figures: Mapping[str, Any]) -> list[Plot]:
             for kind, group in [("all", "all"), *where]
         }
         found.append(draw_bars(f"Cosine of MCE's gradient with CE's, {title}", cosines, names))
+    losses = figures["token_losses"]["losses"][1:]  # CE is what they are compared with
+    for what, title in (("cosine", "cosine with CE's gradient"), ("norm_ratio", "norm against CE's gradient")):
+        measured = {
+            shown_name(each["name"], figures["token_losses"]): [
+                each["gradients"]["all"]["all"][place][what] for place in ("hidden", "head")
+            ]
+            for each in losses
+        }
+        found.append(draw_bars(f"Token losses: {title}", measured, ["hidden states", "LM head's weight"]))
     cosine_ranges = figures["forgiven"]["in use"]["by_cosine"]
     forgiven = {
         where: [figures["forgiven"][choice]["by_cosine"][where] for choice in choices] for where in cosine_ranges
@@ -129,6 +147,7 @@ def render_page(figures: Mapping[str, Any]) -> str:
         facts=facts(figures),
         plots=plots(figures),
         sections=[(_heading(title), head, rows) for title, head, rows in sections(figures) if rows],
+        notes=token_loss_notes(figures),
         seconds=figures["cost"]["seconds"],
         versions=figures["versions"],
     )

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from matrix_llm.diagnose.text import percent
+from matrix_llm.diagnose.text import percent, ratio
 
 SAME, SIMILAR = 0.95, 0.8  # cosine of MCE's gradient with CE's
 SMALL = 0.1  # w |MCE| / |CE|, of gradients: less cannot matter much
@@ -21,6 +21,10 @@ CENTRING = 0.01  # fall of the cosine that makes centring worth a mention
 NEAR = ("0.6 to 0.8", "0.8 and more")  # cosines of tokens that stand for much the same
 ACCURATE, ROUGH = 0.02, 0.1  # relative error of the hidden gradient of CE + w MCE
 TRUSTED = 1e-2  # of the reference itself
+EQUAL, EQUAL_NORM = 0.999, 0.02  # cosine and |norm ratio - 1| of a token loss that does what CE does
+MOVED = 0.05  # share of the gradient: a smaller move from or to a group is not worth a mention
+APART = 2.0  # largest / smallest norm of the token losses' gradients
+SURPRISING = ("2 to 5", "CE >= 5")
 
 
 def read_figures(figures: Mapping[str, Any]) -> list[str]:
@@ -32,6 +36,7 @@ def read_figures(figures: Mapping[str, Any]) -> list[str]:
         *_direction(figures),
         *_head(figures),
         *_centring(figures),
+        *_token_losses(figures),
         *_solver(figures),
     ]
     if figures["rows"]["positions"] < figures["rows"]["positions_asked"]:
@@ -58,7 +63,7 @@ def _level(figures: Mapping[str, Any]) -> list[str]:
     lines = []
     if ce < SOLVED:
         lines.append(f"These rows are nearly solved (CE {ce:.3f}): little is left for any loss to teach with them.")
-    hard = [each for name, each in figures["loss"]["by_ce"].items() if name in ("2 to 5", "CE >= 5")]
+    hard = [each for name, each in figures["loss"]["by_ce"].items() if name in SURPRISING]
     if hard:
         positions, share = sum(each["share_of_positions"] for each in hard), sum(each["share_of_ce"] for each in hard)
         lines.append(f"{percent(positions)} of the positions have CE >= 2; they carry {percent(share)} of CE.")
@@ -182,6 +187,70 @@ def _centring(figures: Mapping[str, Any]) -> list[str]:
             "CE does not."
         ]
     return [f"Centring the token vectors changes little: cosine {centred:.3f} instead of {plain:.3f}."]
+
+
+def _token_losses(figures: Mapping[str, Any]) -> list[str]:
+    """How far apart the token losses' gradients are in norm."""
+    norms = {
+        each["name"]: each["gradients"]["all"]["all"]["hidden"]["norm_ratio"]
+        for each in figures["token_losses"]["losses"]
+    }
+    norms = {name: norm for name, norm in norms.items() if norm}
+    if not norms:
+        return []
+    least, most = min(norms, key=lambda name: norms[name]), max(norms, key=lambda name: norms[name])
+    if norms[most] < APART * norms[least]:
+        return []
+    return [
+        f"The token losses' gradients have from {ratio(norms[least])} ({least}) to {ratio(norms[most])} ({most}) times "
+        "the norm of CE's: at one learning rate, or with max_grad_norm active for some of them alone, a comparison "
+        "says little about the losses. Tune the learning rate for each."
+    ]
+
+
+def read_token_losses(found: Mapping[str, Any]) -> dict[str, str]:
+    """What each token loss does to these positions, one sentence each, from the figures alone.
+
+    Args:
+        found: of `token_losses.compare_losses`.
+    """
+    ce, *others = found["losses"]
+    return {each["name"]: _read_token_loss(each["gradients"], ce["gradients"]) for each in others}
+
+
+def _read_token_loss(mine: Mapping[str, Any], ces: Mapping[str, Any]) -> str:
+    whole = mine["all"]["all"]["hidden"]
+    cosine, norm = whole["cosine"], whole["norm_ratio"]
+    if cosine is None or not norm:
+        return "Its gradient is zero, or CE's is: there is nothing to compare."
+    if cosine >= EQUAL and abs(norm - 1) <= EQUAL_NORM:
+        return "The same gradient as CE's."
+    direction = f"{_angle(cosine)} from CE's gradient"
+    if cosine >= SAME:
+        direction = "In CE's direction"
+    elif cosine < SIMILAR:
+        direction = f"Another direction, {direction},"
+    size = "as large" if abs(norm - 1) <= EQUAL_NORM else f"{ratio(norm)} times as large"
+    moves = " and ".join(_read_moves(mine, ces)) or "spread over the labels as CE's"
+    return f"{direction} and {size}; {moves}."
+
+
+def _read_moves(mine: Mapping[str, Any], ces: Mapping[str, Any]) -> list[str]:
+    """Where a loss's gradient moves against CE's: to or from surprising labels; the kind of label that gains most."""
+    to, fro = (
+        sum(each["share_of_gradient"] or 0.0 for name, each in of["by_ce"].items() if name in SURPRISING)
+        for of in (mine, ces)
+    )
+    here, there = (
+        {kind: each["share_of_gradient"] or 0.0 for kind, each in of["by_kind"].items()} for of in (mine, ces)
+    )
+    gains = max(here, key=lambda kind: here[kind] - there[kind])
+    moves = (("labels with CE >= 2", to, fro), (gains, here[gains], there[gains]))
+    return [
+        f"{'more' if to > fro else 'less'} of it at {where} ({percent(to)}, CE's {percent(fro)})"
+        for where, to, fro in moves
+        if abs(to - fro) >= MOVED
+    ]
 
 
 def _solver(figures: Mapping[str, Any]) -> list[str]:

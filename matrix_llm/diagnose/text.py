@@ -7,6 +7,8 @@ from textwrap import fill
 from typing import Any
 
 WIDTH = 96
+LONGEST = 17  # characters of a token loss's name in its table
+CE_HEADS = {"CE < 0.5": "CE<0.5", "0.5 to 2": "0.5-2", "2 to 5": "2-5", "CE >= 5": ">=5"}
 Table = tuple[str, list[str], list[list[str]]]  # title, head, rows
 
 
@@ -35,6 +37,15 @@ def percent(value: float | None, digits: int = 0) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f} %"
 
 
+def ratio(value: float | None) -> str:
+    """A ratio of norms: two decimals, or two digits where it is too small for them.
+
+    >>> ratio(1.234), ratio(0.00123), ratio(None)
+    ('1.23', '0.0012', '-')
+    """
+    return number(value) if value is None or value == 0 or value >= 0.1 else f"{value:.2g}"
+
+
 def choice_name(name: str, figures: Mapping[str, Any]) -> str:
     """A choice of token vectors as the recipe spells it."""
     return str(figures["settings"]["mce_embeddings"]) if name == "in use" else name
@@ -57,6 +68,7 @@ def sections(figures: Mapping[str, Any]) -> list[Table]:
         _losses(figures),
         *(_forgiven(figures, name) for name in figures["forgiven"]),
         *(_gradients(figures, name) for name in figures["gradients"]),
+        _token_losses(figures),
         _solver_by_ce(figures),
         _solver(figures),
     ]
@@ -68,6 +80,11 @@ def render(figures: Mapping[str, Any]) -> str:
     parts += [f"{_heading(title)}\n{table(head, rows)}" for title, head, rows in sections(figures) if rows]
     reading = [fill(line, WIDTH, initial_indent="- ", subsequent_indent="  ") for line in figures["reading"]]
     parts.append("# in words\n" + "\n".join(reading))
+    each_loss = [
+        fill(f"{name}: {line}", WIDTH, initial_indent="- ", subsequent_indent="  ")
+        for name, line in token_loss_notes(figures)
+    ]
+    parts.append("# the token losses in words\n" + "\n".join(each_loss))
     return "\n\n".join(parts)
 
 
@@ -168,6 +185,40 @@ def _gradients(figures: Mapping[str, Any], name: str) -> Table:
         for place in ("hidden", "head"):
             head += [f"{loss} {place}", "norm"]
     return f"cosine with CE's gradient and norm against it, with {choice_name(name, figures)}", head, rows
+
+
+def _token_losses(figures: Mapping[str, Any]) -> Table:
+    found, rows = figures["token_losses"], []
+    kinds = [name for name in ("digits", "words") if name in figures["loss"]["by_kind"]]
+    ranges = list(figures["loss"]["by_ce"])
+    for each in found["losses"]:
+        whole = each["gradients"]["all"]["all"]
+        cells = [shown_name(each["name"], found), number(each["value"], 3)]
+        for place in ("hidden", "head"):
+            cells += [number(whole[place]["cosine"], 3), ratio(whole[place]["norm_ratio"])]
+        groups = [each["gradients"]["by_kind"][kind] for kind in kinds] + [
+            each["gradients"]["by_ce"][name] for name in ranges
+        ]
+        rows.append(cells + [percent(group["share_of_gradient"]) for group in groups])
+    title = (
+        "token losses: mean in nats, cosine with CE's gradient and norm against it, share of its gradient by label\n"
+        f"a run with these settings trains {found['own']}"
+    )
+    head = ["", "value", "hidden", "norm", "head", "norm", *kinds, *(CE_HEADS[name] for name in ranges)]
+    return title, head, rows
+
+
+def shown_name(name: str, found: Mapping[str, Any]) -> str:
+    """A token loss in the table: the recipe's own may have a name too long for the screen, and the title says it."""
+    if len(name) <= LONGEST:
+        return name
+    return "the run's" if name == found["own"] else "the run's, no MCE"
+
+
+def token_loss_notes(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, sentence) of each token loss, then of each that is left out."""
+    found = figures["token_losses"]
+    return [*found["reading"].items(), *((name, f"not shown: {why}.") for name, why in found["left_out"].items())]
 
 
 def _solver_by_ce(figures: Mapping[str, Any]) -> Table:

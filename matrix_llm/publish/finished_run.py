@@ -153,6 +153,10 @@ class Diagnosis:
     measured: list[tuple[str, str]]
     """(quantity, value) for each row of the card's table."""
 
+    token_losses: list[tuple[str, str, str, str]]
+    """(loss, mean in nats, cosine of its gradient with CE's in the hidden states, norm against CE's); empty where the
+    file has none."""
+
     reading: list[str]
     """The figures in words."""
 
@@ -298,7 +302,16 @@ def _parse_diagnosis(content: dict[str, Any]) -> Diagnosis:
     if mce["cosine"] is not None:
         ratio = f"cosine {mce['cosine']:.3f}, norm {mce['norm_ratio']:.2f}"
         measured.append(("MCE's gradient against CE's in the hidden states", ratio))
-    return Diagnosis(Path(content["model"]["name"]).name, measured, [str(each) for each in content["reading"]])
+    losses = [_describe_token_loss(each) for each in content.get("token_losses", {"losses": []})["losses"]]
+    reading = [str(each) for each in content["reading"]]
+    return Diagnosis(Path(content["model"]["name"]).name, measured, losses, reading)
+
+
+def _describe_token_loss(found: dict[str, Any]) -> tuple[str, str, str, str]:
+    against = found["gradients"]["all"]["all"]["hidden"]
+    cosine = "-" if against["cosine"] is None else f"{against['cosine']:.3f}"
+    norm = "-" if against["norm_ratio"] is None else f"{against['norm_ratio']:.3g}"
+    return str(found["name"]), f"{found['value']:.3f}", cosine, norm
 
 
 def _parse_evaluation(content: dict[str, Any]) -> Evaluation:

@@ -3,6 +3,7 @@
 import html.parser
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -18,7 +19,7 @@ from matrix_llm.diagnose.command import main
 from matrix_llm.diagnose.diagnosis import check_memory
 from matrix_llm.diagnose.page import draw_bars, render_page
 from matrix_llm.diagnose.subject import find_subject, not_applied, read_model, read_rows
-from matrix_llm.diagnose.text import render
+from matrix_llm.diagnose.text import ratio, render
 from matrix_llm.loss.settings import LossSettings
 from matrix_llm.model.lm_head import add_matrix_head
 from matrix_llm.publish.command import main as hub
@@ -26,7 +27,8 @@ from tests.diagnose.conftest import OPTIONS, ROWS
 from tests.support.finished_run import write_run
 from tests.support.tiny import TINY, tiny_model
 
-KEYS = ["format", "version", "model", "rows", "settings", "head", "forgiven", "gradients", "solver", "loss", "reading"]
+KEYS = ["format", "version", "model", "rows", "settings", "head", "forgiven", "gradients", "token_losses", "solver"]
+KEYS += ["loss", "reading"]
 
 
 def test_losses_are_the_means_that_training_has_on_the_same_rows(folder, diagnosed):
@@ -104,7 +106,7 @@ def test_the_page_is_complete_needs_no_network_and_runs_nothing(diagnosed):
     assert tags.open == []
     assert "script" not in tags.seen
     assert tags.links == []
-    assert tags.seen.count("svg") == 5
+    assert tags.seen.count("svg") == 7
     assert tags.seen.count("table") > 8
 
 
@@ -121,6 +123,33 @@ def test_a_range_of_ce_is_named_as_one_beside_kinds_of_tokens(diagnosed):
     shown = {row[0] for row in render(diagnosed[1]).splitlines() for row in [row.split("  ")]}
     assert "CE 0.5 to 2" in shown or "CE 2 to 5" in shown
     assert not {"0.5 to 2", "2 to 5"} & shown
+
+
+def test_the_token_losses_stand_in_one_table_on_the_screen_and_on_the_page(diagnosed):
+    figures = diagnosed[1]
+    found, screen = figures["token_losses"], render(figures)
+    page = html.unescape((diagnosed[0] / "diagnosis.html").read_text())
+    rows = {cells[0]: cells for cells in (re.split(" {2,}", line) for line in screen.splitlines())}
+    names = [each["name"] for each in found["losses"]]
+    assert (names[0], names[-2:]) == ("ce", ["mce", "CE+MCE"])
+    for each in found["losses"]:
+        whole = each["gradients"]["all"]["all"]
+        cells = [f"{each['value']:.3f}", f"{whole['hidden']['cosine']:.3f}", ratio(whole["hidden"]["norm_ratio"])]
+        cells += [f"{whole['head']['cosine']:.3f}", ratio(whole["head"]["norm_ratio"])]
+        assert rows[each["name"]][1:6] == cells
+        assert f"<td>{'</td><td>'.join([each['name'], *cells])}</td>" in page
+    for kind in ("by_kind", "by_ce"):
+        shares = [group["share_of_gradient"] for group in found["losses"][1]["gradients"][kind].values()]
+        assert sum(shares) == pytest.approx(1)
+    words = " ".join(screen.split())
+    assert list(found["reading"]) == names[1:]
+    for name, sentence in [*found["reading"].items(), ("kd", found["left_out"]["kd"])]:
+        assert f"- {name}: " in words
+        assert sentence in words
+        assert sentence in page
+    mce = next(each for each in found["losses"] if each["name"] == "mce")["gradients"]["all"]["all"]
+    assert mce["hidden"] == figures["gradients"]["in use"]["all"]["all"]["mce"]["hidden"]
+    assert "12 other token losses and their gradients" in figures["cost"]["seconds"]
 
 
 def test_tokens_and_names_cannot_become_html(diagnosed):
@@ -226,6 +255,20 @@ def test_a_runs_diagnosis_stands_on_its_card_once_it_is_in_its_folder(tmp_path, 
     assert f"| CE, MCE | {whole['ce']:.3f}, {whole['mce']['in use']:.3f} nats |" in card
     assert f"| {whole['positions']}, in {diagnosed[1]['rows']['rows_used']} rows |" in card
     assert all(line[:30] in card for line in diagnosed[1]["reading"])
+    for each in diagnosed[1]["token_losses"]["losses"]:
+        against = each["gradients"]["all"]["all"]["hidden"]
+        row = f"{each['value']:.3f} | {against['cosine']:.3f} | {against['norm_ratio']:.3g} |"
+        assert row in card.replace("\\", "")
+
+
+def test_a_diagnosis_of_before_the_token_losses_still_stands_on_the_card(tmp_path, diagnosed):
+    run = write_run(tmp_path)
+    older = {key: value for key, value in diagnosed[1].items() if key != "token_losses"}
+    (run / "diagnosis.json").write_text(json.dumps(older))
+    assert hub(["card", str(run)]) == 0
+    card = (run / "README.md").read_text()
+    assert "Diagnosis" in card
+    assert "| token loss |" not in card
 
 
 def test_a_file_that_is_no_diagnosis_is_refused_for_the_card(tmp_path, capsys):

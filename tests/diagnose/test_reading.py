@@ -4,7 +4,20 @@ import copy
 
 import pytest
 
-from matrix_llm.diagnose.reading import read_figures
+from matrix_llm.diagnose.reading import read_figures, read_token_losses
+
+
+def token_loss(name, cosine, norm, by_ce, by_kind):
+    """One loss as `compare_losses` gives it, as far as it is read; the last two are shares of its gradient."""
+    shares = {"by_ce": by_ce, "by_kind": by_kind}
+    groups = {
+        kind: {group: {"share_of_gradient": share} for group, share in each.items()} for kind, each in shares.items()
+    }
+    whole = {"hidden": {"cosine": cosine, "norm_ratio": norm}}
+    return {"name": name, "gradients": {"all": {"all": whole}, **groups}}
+
+
+CES = token_loss("ce", 1.0, 1.0, {"CE < 0.5": 0.3, "2 to 5": 0.5, "CE >= 5": 0.2}, {"digits": 0.3, "words": 0.7})
 
 
 @pytest.fixture
@@ -33,6 +46,10 @@ def figures():
         },
         "forgiven": {"in use": {"by_cosine": cosines}},
         "gradients": {"in use": gradients, "centred": copy.deepcopy(gradients)},
+        "token_losses": {"losses": [
+            CES, token_loss("dft", 0.7, 0.4, {}, {}), token_loss("power", None, 0.0, {}, {}),
+            token_loss("gem", 0.9, 1.2, {}, {}),
+        ]},
         "solver": {"in use": solver},
     }  # fmt: skip
 
@@ -78,6 +95,7 @@ CASES = [
     ({"solver/in use/hidden": 0.3, "settings/solver/name": "taylor"}, "Set mce_solver: krylov."),
     ({"solver/in use/reference_logits": 0.05}, "could not be judged"),
     ({"rows/positions": 31}, "Only 31 positions"),
+    ({}, "from 0.40 (dft) to 1.20 (gem) times the norm of CE's"),
 ]
 
 
@@ -91,8 +109,32 @@ def test_a_sentence_follows_from_its_threshold(figures, changes, said):
 @pytest.mark.parametrize(("path", "value", "unsaid"), [
     (COSINE, 0.94, "Adam"), (COSINE, 0.79, "Mostly"), ("loss/all/all/ce", 0.11, "solved"),
     ("loss/all/all/ce", 9.7, "nothing yet"), ("head/in use/mean_cosine", 0.19, "share a direction"),
-    ("rows/positions", 480, "Only"), ("loss/by_kind/digits/mce/in use", 0.7, "of the kind"),
+    ("rows/positions", 480, "Only"),
+    ("token_losses/losses", [CES, token_loss("dft", 0.7, 0.51, {}, {})], "norm of CE's"),
+    ("loss/by_kind/digits/mce/in use", 0.7, "of the kind"),
 ])  # fmt: skip
 def test_and_is_not_said_beyond_it(figures, path, value, unsaid):
     change(figures, path, value)
     assert unsaid not in " ".join(read_figures(figures))
+
+
+SAME_CE, SAME_KIND = {"CE < 0.5": 0.3, "2 to 5": 0.5, "CE >= 5": 0.2}, {"digits": 0.3, "words": 0.7}
+
+
+@pytest.mark.parametrize(("cosine", "norm", "by_ce", "by_kind", "said"), [
+    (0.9995, 0.99, SAME_CE, SAME_KIND, "The same gradient as CE's."),
+    (0.9995, 0.9, SAME_CE, SAME_KIND, "In CE's direction and 0.90 times as large; spread over the labels as CE's."),
+    (0.96, 1.01, SAME_CE, SAME_KIND, "In CE's direction and as large; spread"),
+    (0.94, 0.5, SAME_CE, SAME_KIND, "20 degrees from CE's gradient and 0.50 times"),
+    (0.5, 0.05, SAME_CE, SAME_KIND, "Another direction, 60 degrees from CE's gradient, and 0.05 times"),
+    (0.5, 1.0, {"CE < 0.5": 0.7, "2 to 5": 0.3}, SAME_KIND, "less of it at labels with CE >= 2 (30 %, CE's 70 %)."),
+    (0.5, 1.0, {"2 to 5": 0.5, "CE >= 5": 0.24}, SAME_KIND, "spread over the labels as CE's"),
+    (0.5, 1.0, {"2 to 5": 0.5, "CE >= 5": 0.5}, {"digits": 0.2, "words": 0.8},
+     "more of it at labels with CE >= 2 (100 %, CE's 70 %) and more of it at words (80 %, CE's 70 %)."),
+    (0.5, 1.0, SAME_CE, {"digits": 0.4, "words": 0.6}, "; more of it at digits (40 %, CE's 30 %)."),
+    (None, 0.0, {}, {}, "nothing to compare"),
+])  # fmt: skip
+def test_a_token_losss_sentence_follows_from_its_figures(cosine, norm, by_ce, by_kind, said):
+    found = read_token_losses({"losses": [CES, token_loss("dft", cosine, norm, by_ce, by_kind)]})
+    assert list(found) == ["dft"]
+    assert said in found["dft"]
