@@ -52,7 +52,8 @@ def check_teacher(
     """
     if not isinstance(teacher, (Tensor, Teacher, TopTokens)):
         first = teacher[0]
-        teacher = Teacher(*teacher) if first.is_floating_point() else TopTokens(*teacher)
+        bias = teacher[2] if len(teacher) > 2 else None
+        teacher = Teacher(first, teacher[1], bias) if first.is_floating_point() else TopTokens(first, teacher[1])
     if isinstance(teacher, TopTokens):
         if teacher.ids.shape != teacher.log_probabilities.shape or teacher.ids.shape[:1] != (positions,):
             raise ValueError(
