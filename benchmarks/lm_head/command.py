@@ -3,6 +3,7 @@
     python benchmarks/lm_head.py --shape llemma-cpu qwen-cpu --json lm_head.json        # the targets' table
     python benchmarks/lm_head.py --shape llemma-cpu --sweep N V --json lm_head.json     # cost against N, and against V
     python benchmarks/lm_head.py --shape llemma-cpu --n 512 --sweep steps sketch --json lm_head.json  # error, cost
+    python benchmarks/lm_head.py --shape llemma-cpu --hidden 4096 --losses --json losses.json  # every token loss
     python benchmarks/lm_head.py --step --json lm_head.json                             # a complete training step
     python benchmarks/lm_head.py --json lm_head.json [gpu.json] --markdown --plot docs  # from the JSON alone
 
@@ -31,6 +32,8 @@ import torch
 from benchmarks.lm_head.accuracy import measure_accuracy, measure_solvers
 from benchmarks.lm_head.implementations import Loss, implementations, run_once, why_too_large
 from benchmarks.lm_head.inputs import SHAPES, Shape, make_inputs
+from benchmarks.lm_head.loss_cost import measure_losses
+from benchmarks.lm_head.losses import GROUPS
 from benchmarks.lm_head.memory import measure_loss_memory
 from benchmarks.lm_head.names import EAGER, OURS, OURS_AGAIN, OURS_CE, PRODUCTS
 from benchmarks.lm_head.plots import draw
@@ -139,6 +142,15 @@ def make_parser() -> argparse.ArgumentParser:
         default=[],
         help="at each shape, in place of the table",
     )
+    parser.add_argument(
+        "--losses",
+        nargs="*",
+        choices=GROUPS,
+        metavar="LOSS",
+        help="at each shape, in place of the table: the token losses and their peers, each beside our own CE; "
+        "without a name all of them",
+    )
+    parser.add_argument("--against", type=Path, help="--losses: another checkout, whose CE + MCE is timed in turns too")
     parser.add_argument("--max-n", type=int, default=4096, help="--sweep N: 256, doubling up to this")
     parser.add_argument("--max-v", type=int, default=131072, help="--sweep V: 8192, doubling up to this")
     parser.add_argument("--step", action="store_true", help="a complete training step of a Llama-shaped model")
@@ -175,7 +187,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name}: not measured, because torch {torch.__version__} sees no CUDA device.", flush=True)
             continue
         label = name if shape == base else f"{name} at {shape.n} x {shape.h} x {shape.v}"
-        if not args.sweep:
+        if args.losses is not None:
+            wanted = args.losses or list(GROUPS)
+            measure_losses(label, shape, store, args.repeats, args.seed, wanted, args.against)
+        elif not args.sweep:
             measure_table(label, shape, effort)
         for sweep in args.sweep:
             if sweep in ("steps", "sketch"):

@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,13 @@ from matrix_llm.loss.vocabulary import summarise
 from matrix_llm.mce import linear_matrix_cross_entropy
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+L = TypeVar("L")
 
 
 @dataclass
-class Implementations:
-    found: dict[str, Loss] = field(default_factory=dict)
-    """Name -> loss of (hidden, weight, labels)."""
+class Implementations(Generic[L]):
+    found: dict[str, L] = field(default_factory=dict)
+    """Name -> loss, here of (hidden, weight, labels)."""
     absent: dict[str, str] = field(default_factory=dict)
     """Name -> the reason."""
 
@@ -52,9 +53,9 @@ def weight_first(loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor) -> 
     return loss(weight, hidden, labels)
 
 
-def implementations(device: str) -> Implementations:
+def implementations(device: str) -> Implementations[Loss]:
     """Everything that can run on this device. Optional packages are imported here."""
-    result = Implementations({
+    result: Implementations[Loss] = Implementations({
         OURS: ours,
         OURS_AGAIN: LaterMicroBatch(),
         OURS_CE: functools.partial(ours, mce_weight=0.0),
@@ -66,7 +67,7 @@ def implementations(device: str) -> Implementations:
     return result
 
 
-def add_torch(result: Implementations) -> None:
+def add_torch(result: Implementations[Loss]) -> None:
     if not hasattr(F, "linear_cross_entropy"):
         result.absent["torch linear_cross_entropy"] = f"needs torch >= 2.13, and this is {torch.__version__}"
         return
@@ -77,7 +78,7 @@ def add_torch(result: Implementations) -> None:
         result.found[f"torch linear_cross_entropy, {name}"] = functools.partial(F.linear_cross_entropy, options=chosen)
 
 
-def add_trl(result: Implementations) -> None:
+def add_trl(result: Implementations[Loss]) -> None:
     try:
         from trl.kernels import ChunkedLogProbFunction
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
@@ -93,7 +94,7 @@ def add_trl(result: Implementations) -> None:
     result.found["TRL, chunked head"] = trl_head
 
 
-def add_gpu_packages(result: Implementations, device: str) -> None:
+def add_gpu_packages(result: Implementations[Loss], device: str) -> None:
     for name, module in {"Liger, fused": "liger_kernel", "Apple, cut-cross-entropy": "cut_cross_entropy"}.items():
         if importlib.util.find_spec(module) is None:
             gpu = "" if device == "cuda" else ", and it runs on a GPU only"

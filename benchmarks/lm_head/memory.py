@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.lm_head import losses
 from benchmarks.lm_head.implementations import implementations, run_once
 from benchmarks.lm_head.inputs import SHAPES, Shape, make_inputs
+from benchmarks.lm_head.loss_inputs import make_loss_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -76,6 +78,24 @@ def loss_memory(name: str, shape: Shape, seed: int) -> dict[str, int]:
     inputs = make_inputs(shape, seed)
     peak = peak_of(functools.partial(run_once, loss, inputs, shape), shape.device)
     return {"extra": peak.extra, "inputs": sum(t.numel() * t.element_size() for t in (inputs.hidden, inputs.weight))}
+
+
+def token_loss_memory(label: str, name: str, shape: Shape, seed: int) -> dict[str, int]:
+    """Bytes that one implementation of a group of `losses.GROUPS` adds to its inputs. Measured in this process."""
+    loss = losses.implementations(label, shape.device).found[name]
+    small = SHAPES["tiny"]._replace(n=64, dtype=shape.dtype, device=shape.device)
+    losses.run_once(loss, make_loss_inputs(small, 0), small.chunk)
+    inputs = make_loss_inputs(shape, seed)
+    return {"extra": peak_of(functools.partial(losses.run_once, loss, inputs, shape.chunk), shape.device).extra}
+
+
+def measure_token_loss_memory(label: str, name: str, shape: Shape, seed: int) -> dict[str, Any]:
+    if shape.device != "cuda":
+        return in_child({"loss": label, "name": name, "shape": list(shape), "seed": seed})
+    try:
+        return token_loss_memory(label, name, shape, seed)
+    except torch.OutOfMemoryError as error:
+        return {"failed": str(error).splitlines()[0]}
 
 
 def measure_loss_memory(name: str, shape: Shape, seed: int) -> dict[str, Any]:

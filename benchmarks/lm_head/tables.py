@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.lm_head.loss_tables import group_text, losses_table, memory_line
 from benchmarks.lm_head.names import EAGER, OURS, OURS_AGAIN, OURS_CE, PRODUCTS
 from benchmarks.output import markdown_table
 
@@ -160,6 +161,8 @@ def step_text(row: Row) -> str:
 
 def row_text(row: Row) -> str:
     """One row as it is measured, for the console."""
+    if row["kind"].startswith("token loss"):
+        return group_text(row) if row["kind"].endswith("time") else memory_line(row)
     if row["kind"].endswith("memory"):
         total = total_bytes(row)
         what = row["failed"] if total is None else f"{mib_text(row['extra'])} extra, {mib_text(total)} with inputs"
@@ -249,12 +252,16 @@ def markdown(files: Sequence[Row]) -> str:
     accurate = {row["name"]: row for row in rows if row["kind"] == "accuracy"}
     commands = "\n".join(f"    {command}" for command in dict.fromkeys(row["command"] for row in rows))
     machines = "\n\n".join(machine_text(data) for data in files if data["rows"])
-    parts = [machines, commands, "## Against the targets", targets_table(rows)]
+    parts = [machines, commands]
+    if any(not row["kind"].startswith("token loss") for row in rows):
+        parts += ["## Against the targets", targets_table(rows)]
     for row in rows:
         if row["kind"] == "time":
             parts += [f"## {row['name']}", shape_table(rows, row)]
             if row["name"] in accurate:
                 parts.append(accuracy_text(accurate[row["name"]]))
+    for name in dict.fromkeys(row["name"] for row in rows if row["kind"] == "token loss time"):
+        parts += [f"## The token losses, {name}", losses_table(rows, name)]
     for letter in "NV":
         if text := sweep_tables(rows, letter):
             parts += [f"## Cost against {letter}", text]
