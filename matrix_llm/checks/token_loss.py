@@ -18,7 +18,10 @@ def check_token_loss(training: MatrixConfig) -> None:
         RecipeError: with the key, its value, and the way out.
     """
     name, teacher = training.token_loss, training.teacher_model_name_or_path
-    recipe_settings(name, training.token_loss_settings)
+    try:
+        recipe_settings(name, training.token_loss_settings)
+    except RecipeError as error:
+        raise RecipeError(f"token_loss_settings={training.token_loss_settings}: {error}") from None
     if name in NEEDS_TEACHER and teacher is None and name != "asft":  # whose reference can be the base under LoRA
         raise RecipeError(
             f"token_loss={name!r} has another model's distribution as its target, but teacher_model_name_or_path is "
@@ -29,18 +32,19 @@ def check_token_loss(training: MatrixConfig) -> None:
             f"teacher_model_name_or_path={teacher!r} with token_loss={name!r}, which reads no teacher. Remove it, or "
             f"set token_loss to one of {', '.join(NEEDS_TEACHER)}."
         )
-    if training.label_smoothing_factor > 0 and (training.mce_weight > 0 or name != "ce"):
-        epsilon = (
-            f"token_loss: label_smoothing with token_loss_settings: {{epsilon: {training.label_smoothing_factor}}}"
-        )
-        way_out = f"Write `{epsilon}`, which smooths CE alone" if name == "ce" else "Remove one of them"
+    loss = f"token_loss={name!r} and mce_weight={training.mce_weight:g}"
+    if (epsilon := training.label_smoothing_factor) > 0 and training.uses_matrix_head:
+        way_out = "Remove one of them."
+        if name == "ce":
+            way_out = (
+                f"Write `token_loss: label_smoothing` with `token_loss_settings: {{epsilon: {epsilon}}}`, which smooths "
+                "CE alone, instead of it, or set mce_weight to 0."
+            )
         raise RecipeError(
-            f"label_smoothing_factor={training.label_smoothing_factor} with token_loss={name!r} and mce_weight="
-            f"{training.mce_weight}: transformers' smoothing replaces the loss. {way_out}."
+            f"label_smoothing_factor={epsilon} with {loss}: transformers' smoothing replaces the loss. {way_out}"
         )
-    if training.loss_type == "dft" and (training.mce_weight > 0 or name != "ce"):
-        way_out = "Write `token_loss: dft`, to which MCE is added" if name in ("ce", "dft") else "Remove one of them"
-        raise RecipeError(
-            f"loss_type='dft' with token_loss={name!r} and mce_weight={training.mce_weight}: TRL's DFT replaces the "
-            f"loss. {way_out}, and remove loss_type."
-        )
+    if training.loss_type == "dft" and training.uses_matrix_head:
+        way_out = "Remove one of them."
+        if name in ("ce", "dft"):
+            way_out = "Write `token_loss: dft` instead of it, to which MCE is added, or set mce_weight to 0."
+        raise RecipeError(f"loss_type='dft' with {loss}: TRL's DFT replaces the loss. {way_out}")
