@@ -37,7 +37,7 @@ def check_token_loss(training: MatrixConfig) -> None:
         way_out = "Remove one of them."
         if name == "ce":
             way_out = (
-                f"Write `token_loss: label_smoothing` with `token_loss_settings: {{epsilon: {epsilon}}}`, which smooths "
+                f"Write `token_loss: label_smoothing` and `token_loss_settings: {{epsilon: {epsilon}}}`, to smooth "
                 "CE alone, instead of it, or set mce_weight to 0."
             )
         raise RecipeError(
