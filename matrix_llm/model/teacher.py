@@ -8,6 +8,9 @@ Both give hidden states only; their LM heads are read a chunk of positions at a 
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,6 +30,7 @@ from matrix_llm.model.load import load_model
 from matrix_llm.model.pretrained import load_pretrained
 
 KEY = "teacher_model_name_or_path"
+RAM_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 ONLY_FOR_TRAINING = ("output_router_logits", "labels", "shift_labels", "num_items_in_batch")
 
 
@@ -110,7 +114,8 @@ class TeacherModel:
         dtype = "bfloat16" if args.bf16 else str(student.dtype).removeprefix("torch.")
         attention = student.config._attn_implementation
         settings = ModelArguments(model_name_or_path=name, dtype=dtype, attn_implementation=attention)
-        model = load_model(settings, tokenizer, seed=args.seed, trust_remote_code=remote)
+        with _whole_on_every_process():
+            model = load_model(settings, tokenizer, seed=args.seed, trust_remote_code=remote)
         model.requires_grad_(False)
         theirs, ours = (_size(lm_head_of(each).weight) for each in (model, student))
         if theirs < ours:
@@ -167,6 +172,24 @@ class BaseModel:
 
 def _size(weight: Any) -> int:
     return getattr(weight, "ds_shape", weight.shape)[0]  # empty under ZeRO-3
+
+
+@contextlib.contextmanager
+def _whole_on_every_process() -> Iterator[None]:
+    """Load a model whole on every process.
+
+    With accelerate's cpu_ram_efficient_loading only the first process of FSDP reads the weights, and sends them when
+    the model is prepared; TRL's `prepare_fsdp` sends nothing, so the others would keep a part of a random teacher.
+    """
+    before = os.environ.get(RAM_EFFICIENT)
+    os.environ[RAM_EFFICIENT] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[RAM_EFFICIENT]
+        else:
+            os.environ[RAM_EFFICIENT] = before
 
 
 def _without_training(inputs: dict[str, Any]) -> dict[str, Any]:
