@@ -2,7 +2,7 @@
 
 Reading order: `command` (the command line), `subject` (which model, rows and settings), `positions` (the trained
 positions and their hidden states), `head` (the LM head's rows), `groups` (kinds of tokens and ranges of CE),
-`gradients` (losses compared by their gradients), `forgiven` (what MCE forgives, and to which tokens), `accuracy` (the
-solver's error), `diagnosis` (all of it, as one JSON object), `reading` (the figures in words), then `text` and `page`,
-which show the object.
+`gradients` (losses compared by their gradients), `token_losses` (every token loss so compared), `forgiven` (what MCE
+forgives, and to which tokens), `accuracy` (the solver's error), `diagnosis` (all of it, as one JSON object), `reading`
+(the figures in words), then `text` and `page`, which show the object.
 """

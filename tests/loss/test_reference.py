@@ -226,6 +226,15 @@ class Tokenizer:
     def __init__(self, *tokens):
         self.vocabulary = {token: i for i, token in enumerate(tokens)}
 
+    def encode(self, text, add_special_tokens):
+        """The longest token at each place; unknown characters are left out."""
+        found, longest = [], sorted(self.vocabulary, key=len, reverse=True)
+        while text:
+            token = next((each for each in longest if text.startswith(each)), None)
+            text = text[len(token or text[0]) :]
+            found += [] if token is None else [self.vocabulary[token]]
+        return found
+
     def get_vocab(self):
         return dict(self.vocabulary)
 
@@ -236,6 +245,14 @@ def test_number_tokens_are_the_single_ascii_digits():
     ids, values = number_tokens(tokenizer)
     assert [tokens[i] for i in ids] == [str(int(value)) for value in values] == list("0123456789")
     assert list(tokenizer.vocabulary) == tokens
+
+
+def test_a_tokenizer_that_never_uses_its_digits_is_refused():
+    longer = [f"{space}{number}" for space in ("", " ") for number in (7, 48, 55, 12, 36, 1250, 250)]
+    attached = [f"{mark}{digit}" for mark in "*=/ " for digit in "0123456789"]
+    number_tokens(Tokenizer(*"0123456789", *longer))  # after "*", the 3 is alone
+    with pytest.raises(ModelError, match=r"ntl.*one digit.*longer tokens"):
+        number_tokens(Tokenizer(*"0123456789", *longer, *attached, "=36", "/5", "*3", "=250"))
 
 
 def test_a_tokenizer_without_a_digit_is_refused():

@@ -13,7 +13,7 @@ from torch import Tensor
 from matrix_llm.base.errors import DataError, ModelError
 from matrix_llm.loss.dense.positions import Positions
 
-SAMPLE = "7 + 48 = 55, so 12*3=36 and 1250/5=250."
+SAMPLE = "So 7 + 48 = 55, 12*3=36 and 1250/5=250."
 
 
 def number_tokens(tokenizer: Any) -> tuple[Tensor, Tensor]:
