@@ -79,6 +79,8 @@ def written(path, rows, name="rows.jsonl"):
         ("gsm_plus", PLUS, [("gsm_plus/rows/0", "3.5"), ("gsm_plus/rows/1", "None")]),
         ("gsm_symbolic_p1", SYMBOLIC, [("3/0", "1"), ("3/1", "2")]),
         ("math500", MATH500, [("test/algebra/1", r"\frac{1}{2}")]),
+        ("math", [{"problem": "p", "answer": 27.0, "id": 0}], [("0", "27")]),
+        ("gsm8k", [{"Question": "p", "Answer": 0.5}], [("gsm8k/rows/0", "0.5")]),
     ],
 )
 def test_rows_are_read_as_their_data_set_holds_them(tmp_path, task, rows, read):
