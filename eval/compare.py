@@ -38,7 +38,7 @@ from matrix_llm.base.statistics import (
 )
 from matrix_llm.base.threads import wait_passively
 
-from .grader.answers import CONVENTIONS, VERIFIED, Verdict, grade
+from .grader.answers import CONVENTIONS, VERIFIED, Verdict, extract_answer, grade
 from .report.comparison import describe
 from .report.scores import question, score, share_right
 
@@ -93,11 +93,11 @@ class Run:
                 f"{missing[0]}. Put the run's {file} next to it"
                 + (", or leave --convention out." if is_stored else ", or start the evaluation again: it grades them.")
             )
-        return {problem: [self.grade(row, convention) for row in self.rows[problem]] for problem in stored}
-
-    def grade(self, row: Mapping[str, Any], convention: str) -> Verdict:
         how = {"benchmark": self.benchmark, "convention": convention}
-        return grade(row["response"], row["gold"], problem=question(row), **how)
+        return {
+            problem: [grade(row["response"], row["gold"], problem=question(row), **how) for row in self.rows[problem]]
+            for problem in stored
+        }
 
 
 def load_summary(path: Path) -> dict[str, Any]:
@@ -123,6 +123,12 @@ def load_summary(path: Path) -> dict[str, Any]:
             f"{path} is not the summary of a run: it lacks benchmark or verdicts. Give OUT/NAME.json, "
             "such as runs/a/gsm8k.json."
         )
+    samples = summary.get("samples_per_problem", 1)
+    if type(samples) is not int or samples < 1:
+        raise EvalError(
+            f"{path} is not the summary of a run: samples_per_problem={samples!r} must be 1 or more. Start the "
+            "evaluation again: it writes the summary anew."
+        )
     return summary
 
 
@@ -139,8 +145,10 @@ def load_generations(file: Path) -> dict[str, list[dict[str, Any]]]:
         for number, line in enumerate(lines, 1):
             try:
                 row = parse_json(line)
-                rows.setdefault(row["id"], {})[int(row["sample"])] = row
-            except (ValueError, KeyError, TypeError):
+                if not {"id", "sample", "response", "gold"} <= row.keys() or type(row["sample"]) is not int:
+                    raise ValueError("no generation")
+                rows.setdefault(row["id"], {})[row["sample"]] = row
+            except (ValueError, AttributeError, TypeError):
                 raise EvalError(
                     f"{file}, line {number}, is not a generation of ours. Remove the line, or generate again."
                 ) from None
@@ -259,7 +267,8 @@ def _flip(problem: str, share_a: float, share_b: float, a: Run, b: Run, conventi
 
 def _most_given(run: Run, rows: Sequence[Mapping[str, Any]], convention: str) -> str | None:
     """The answer that most samples give in the same words; None if it is none."""
-    return Counter(run.grade(row, convention).extracted for row in rows).most_common(1)[0][0]
+    how = {"convention": convention, "benchmark": run.benchmark}
+    return Counter(extract_answer(row["response"], **how) for row in rows).most_common(1)[0][0]
 
 
 def _different(

@@ -75,7 +75,7 @@ def clustered_interval(
     center = math.fsum(padded) / len(padded)
     variance = math.fsum((share - center) ** 2 for share in padded) / len(padded)
     least = math.fsum(1 / count for count in draws) / total
-    effect = min(1.0, max(least, variance / (center * (1 - center))))
+    effect = max(least, variance / (center * (1 - center)))  # both are 1 at most
     return _wilson(math.fsum(shares) / total, total / effect, confidence)
 
 

@@ -112,9 +112,11 @@ def test_one_right_sample_among_hundreds_moves_the_interval_little():
     assert one[1] > 2 * wilson_interval(1, 400)[1]
 
 
-def test_a_share_next_to_one_keeps_the_interval_within_its_bounds():
-    low, high = clustered_interval([1 - 2**-53] + [1.0] * 9, [4] * 10)
-    assert 0 <= low < high <= 1
+@pytest.mark.parametrize("share", [2.0**-53, 2.0**-40, 1 - 2.0**-40, 1 - 2.0**-53])
+def test_rounding_does_not_take_the_interval_over_its_bounds(share):
+    for total in range(1, 60):
+        low, high = clustered_interval([share] + [float(share > 0.5)] * (total - 1), [4] * total)
+        assert 0 <= low < high <= 1
 
 
 @pytest.mark.parametrize(("a", "b"), [(0.3, 0.3), (0.1, 1.9), (50, 50)])

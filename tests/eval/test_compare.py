@@ -267,6 +267,18 @@ def test_a_summary_that_holds_one_verdict_of_several_samples_is_graded_from_the_
         compare(a, b)
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["[]", '"text"', '{"id": "test/0", "sample": 0}', '{"id": 1, "sample": "0", "response": "", "gold": ""}', "{"],
+)
+def test_a_line_beside_the_summary_that_is_no_generation_is_named(tmp_path, line):
+    a, b = pair(tmp_path)
+    with a.with_suffix(".jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(EvalError, match=r"gsm8k\.jsonl, line 102, is not a generation of ours"):
+        compare(a, b)
+
+
 def test_ungraded_counts_as_wrong_and_is_shown(tmp_path):
     a, b = pair(tmp_path)
     summary = json.loads(a.read_text())
@@ -284,6 +296,11 @@ def test_ungraded_counts_as_wrong_and_is_shown(tmp_path):
         ("x.jsonl", '{"id": 1}\n{"id": 2}\n', r"graded by eval/regrade.py; their summary is x\.json"),
         ("x.json", "[1]", "lacks benchmark or verdicts"),
         ("x.settings.json", '{"model": "m"}', "lacks benchmark or verdicts"),
+        (
+            "x.json",
+            '{"benchmark": "gsm8k", "verdicts": {"test/0": []}, "samples_per_problem": 0}',
+            r"samples_per_problem=0.*Start the evaluation",
+        ),
         ("", None, r"is a folder\. Name a summary in it: gsm8k\.json\."),
     ],
 )

@@ -94,6 +94,13 @@ def test_pass_at_k_and_the_majority_have_intervals_over_problems(tmp_path):
     assert majority["correct"] == 5 + 10 + 3  # 1 vote against two others, ahead of them only as sample 0
 
 
+def test_a_pass_at_k_of_problems_that_are_all_alike_is_no_surer_than_n_over_k_samples_of_each(tmp_path):
+    summary = json.loads(write_run(tmp_path, [(1, 1, 0, 0)] * 30).read_text())
+    assert summary["pass_at_k"]["2"] == pytest.approx(5 / 6)
+    low, high = summary["pass_at_k_intervals"]["2"]
+    assert (low, high) == pytest.approx(wilson_interval(50, 60))  # 30 problems, 4 / 2 samples of each
+
+
 @pytest.mark.parametrize(
     ("right", "accuracy"),
     [([(1, 0, 0, 1)], 0.5), ([(0, 0, 0, 0)], 0), ([(1, 1)] * 3, 1), ([(0, 0)] * 30, 0), ([(1, 0)] * 30, 0.5)],
