@@ -133,6 +133,11 @@ def test_a_row_that_cannot_be_read_is_one_line_with_its_number(tmp_path, task, r
     assert "rows.jsonl" in str(caught.value)
 
 
+def test_rows_of_templates_under_another_task_name_the_right_one(tmp_path):
+    with pytest.raises(EvalError, match=r"'3' occurs twice.*--task gsm_symbolic"):
+        load_problems("gsm8k", data=written(tmp_path, SYMBOLIC))
+
+
 def test_csv_is_read_and_a_broken_one_refused(tmp_path):
     (tmp_path / "aime.csv").write_text('\ufeffid,problem,answer\n1,"Find $x$,\nplease.",033\n\n', encoding="utf-8")
     (problem,) = load_problems("aime24", data=str(tmp_path / "aime.csv"))
