@@ -266,6 +266,7 @@ def test_one_sample_is_compared_with_several(tmp_path):
     result = compare(a, b)
     assert (result["a"]["accuracy"], result["b"]["accuracy"]) == (0.5, pytest.approx(2 / 3))
     assert (result["test"], result["b_better"]) == ("sign flips", 1)
+    assert "no difference beyond chance (sign-flip p >= 0.05)" in describe(result, show=0)
     assert result["flipped"][0]["answer_b"] == "-1"  # what most samples say
     assert compare(a, b, convention="metamath")["b"]["accuracy"] == pytest.approx(2 / 3)
 
