@@ -198,7 +198,7 @@ def compare(path_a: Path, path_b: Path, *, convention: str = VERIFIED) -> dict[s
         **_tests(shares_a, shares_b, several=max(a.samples, b.samples) > 1),
         "settings_that_differ": _different(a.summary, b.summary, "settings", leave_out=OWN_TO_A_RUN),
         "versions_that_differ": _different(a.summary, b.summary, "versions"),
-        "notes": _notes(a, b, ids),
+        "notes": [*_notes(a, b, ids), *_template_notes(a, pairs)],
         "flipped": [_flip(*each, a, b, convention) for each in flipped],
     }
 
@@ -246,6 +246,23 @@ def _notes(a: Run, b: Run, ids: Sequence[str]) -> list[str]:
     if max(a.samples, b.samples) > 1:
         notes.append(f"A has {a.samples} samples a problem, B {b.samples}; a problem counts by the share that is right")
     return notes
+
+
+def _template_notes(run: Run, pairs: Sequence[tuple[str, float, float]]) -> list[str]:
+    """The test over templates, where problems are made from them: those of one template are no independent draws."""
+    differences: dict[str, list[float]] = {}
+    for problem, x, y in pairs:
+        template = run.rows[problem][0].get("template") if problem in run.rows else None
+        if template is not None:
+            differences.setdefault(str(template), []).append(y - x)
+    if not differences:
+        return []
+    means = [math.fsum(each) / len(each) for each in differences.values()]
+    p = sign_flip_test([0.0] * len(means), means, repeats=SIGN_FLIPS)
+    return [
+        f"the problems are made from {len(means)} templates, and those of one resemble each other: trust the "
+        f"sign-flip test over templates, p = {p:.3f}, rather than the interval and the p value over problems"
+    ]
 
 
 def _flip(problem: str, share_a: float, share_b: float, a: Run, b: Run, convention: str) -> dict[str, Any]:

@@ -223,9 +223,10 @@ def load_problems(
     seen: set[str] = set()
     for problem in problems:
         if problem.id in seen:
+            hint = " Rows with an 'instance' are GSM-Symbolic's: --task gsm_symbolic." if "instance" in rows[0] else ""
             raise EvalError(
                 f"{source}: the id {problem.id!r} occurs twice, so its generations could not be told apart. "
-                "Make ids unique."
+                f"Make ids unique.{hint}"
             )
         seen.add(problem.id)
     return problems

@@ -22,18 +22,20 @@ from .values import exact_value, real_value
 
 PROBLEM = 20_000  # characters of a problem
 SLACK = 2  # operations more than twice the gold's that an answer may leave undone
+LETTER = re.compile(r"[a-zA-Z]")
 LARGEST = 10**12  # a value that is asked whether it is rational
 COMMAND = re.compile(r"\\(?!text|mbox|math|operatorname)[a-z]")  # mathematics, and not words in LaTeX
 
 
 def copies_the_question(answer: str, gold: str, problem: str) -> bool:
-    r"""Whether the answer is a formula of the problem, and neither the gold as written nor a finished number.
+    r"""Whether the answer is a formula of the problem, and not the gold as written, a finished number or a letter: n is
+    the answer to "find all functions f" where f(n) = n is.
 
     >>> copies_the_question("2^{10}", "1024", "What is $2^{10}$?"), copies_the_question("97", "97", "Is $97$ prime?")
     (True, False)
     """
     written = _close_up(answer)
-    if written == _close_up(gold) or _is_finished_number(answer):
+    if written == _close_up(gold) or _is_finished_number(answer) or LETTER.fullmatch(written):
         return False
     return any(written == _close_up(formula) for formula in formulas_in(problem[:PROBLEM]))
 

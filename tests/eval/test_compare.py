@@ -245,6 +245,21 @@ def test_with_several_samples_a_problem_counts_by_the_share_that_is_right(tmp_pa
     assert abs(result["flipped"][0]["share_b"] - result["flipped"][0]["share_a"]) == 0.5  # the largest first
 
 
+def test_problems_of_one_template_are_tested_as_one(tmp_path):
+    """Two templates of 20 problems, of which B solves one as a whole: 20 problems apart, but one template."""
+    paths = [make_run(tmp_path / name, {i: i if i < 20 or name == "b" else -1 for i in range(40)}) for name in "ab"]
+    assert compare(*paths)["p"] < 1e-4
+    for path in paths:
+        file = path.with_suffix(".jsonl")
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        file.write_text(
+            "".join(json.dumps({**row, "template": number // 20}) + "\n" for number, row in enumerate(rows))
+        )
+    (note,) = [note for note in compare(*paths)["notes"] if "template" in note]
+    assert "2 templates" in note
+    assert "p = 1.000" in note
+
+
 def test_one_sample_is_compared_with_several(tmp_path):
     a = make_run(tmp_path / "a", {0: 0, 1: -1})
     b = sampled_run(tmp_path / "b", [3, 1], n=3)

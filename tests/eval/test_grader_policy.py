@@ -266,3 +266,11 @@ SUM = "If $x$ is a real number and $x^2 = 16$, what is the sum of all possible v
 )
 def test_a_question_asked_after_the_answer_is_another_problem(response: str, gold: str) -> None:
     assert grade(response.replace("⏎", "\n"), gold, benchmark="math").correct is True
+
+
+def test_a_letter_of_the_question_may_be_its_answer() -> None:
+    question = (
+        "Find all functions $f$ from the integers to the integers with $f(f(n))=f(n)$ and $f$ injective for all $n$."
+    )
+    assert is_correct(r"So $\boxed{n}$.", "f(n)=n", benchmark="math", problem=question)
+    assert not is_correct(r"So $\boxed{f(f(n))=f(n)}$.", "f(n)=n", benchmark="math", problem=question)

@@ -79,6 +79,8 @@ def written(path, rows, name="rows.jsonl"):
         ("gsm_plus", PLUS, [("gsm_plus/rows/0", "3.5"), ("gsm_plus/rows/1", "None")]),
         ("gsm_symbolic_p1", SYMBOLIC, [("3/0", "1"), ("3/1", "2")]),
         ("math500", MATH500, [("test/algebra/1", r"\frac{1}{2}")]),
+        ("math", [{"problem": "p", "answer": 27.0, "id": 0}], [("0", "27")]),
+        ("gsm8k", [{"Question": "p", "Answer": 0.5}], [("gsm8k/rows/0", "0.5")]),
     ],
 )
 def test_rows_are_read_as_their_data_set_holds_them(tmp_path, task, rows, read):
@@ -129,6 +131,11 @@ def test_a_row_that_cannot_be_read_is_one_line_with_its_number(tmp_path, task, r
         load_problems(task, data=written(tmp_path, [whole, row]))
     assert "\n" not in str(caught.value)
     assert "rows.jsonl" in str(caught.value)
+
+
+def test_rows_of_templates_under_another_task_name_the_right_one(tmp_path):
+    with pytest.raises(EvalError, match=r"'3' occurs twice.*--task gsm_symbolic"):
+        load_problems("gsm8k", data=written(tmp_path, SYMBOLIC))
 
 
 def test_csv_is_read_and_a_broken_one_refused(tmp_path):
