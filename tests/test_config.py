@@ -184,6 +184,7 @@ def test_image_recipes_have_ranges_too(override):
 # ------------------------------------------------------------------------------------------------------ combinations
 
 PRETRAINED = "--model_config null --tokenizer_vocab_size null --model_name_or_path x/y"
+ADAPTED = f"{PRETRAINED} --use_peft --accuracy_rows 8"
 STREAM = "--streaming --max_steps 5"
 
 REFUSED = [  # overrides of GOOD; what is said; the overrides as the message would mend them
@@ -237,6 +238,24 @@ REFUSED = [  # overrides of GOOD; what is said; the overrides as the message wou
      "--prompt_template metamath"),
     ("--response_separator '###'", "response_separator='###'.*prompt_template", "--response_separator="),
     ("--accuracy_steps 5", "accuracy_steps=5.*Set accuracy_rows", "--accuracy_steps 5 --accuracy_rows 8"),
+    ("--accuracy_rows 8 --accuracy_engine vlm", "accuracy_engine='vlm'.*HOST:PORT.*vllm",
+     "--accuracy_rows 8 --accuracy_engine transformers"),
+    ("--accuracy_rows 8 --accuracy_engine http://me:secret@host:1", r"accuracy_engine=.*VLLM_API_KEY",
+     "--accuracy_rows 8 --accuracy_engine http://host:1"),
+    ("--accuracy_rows 8 --accuracy_gpu_memory 0.5", "accuracy_gpu_memory=0.5.*accuracy_engine: vllm",
+     "--accuracy_rows 8"),
+    ("--accuracy_rows 8 --accuracy_engine http://host:1 --accuracy_gpu_memory 0.5",
+     "accuracy_gpu_memory=0.5.*accuracy_engine: vllm", "--accuracy_rows 8 --accuracy_engine http://host:1"),
+    (f"{ADAPTED} --accuracy_engine http://host:1", "accuracy_engine='http.*use_peft.*Set accuracy_engine to vllm",
+     f"{ADAPTED} --accuracy_engine vllm"),
+    (f"{ADAPTED} --accuracy_engine vllm --use_dora", "accuracy_engine='vllm'.*use_dora=True.*to transformers",
+     f"{ADAPTED} --accuracy_engine transformers --use_dora"),
+    (f"{ADAPTED} --accuracy_engine vllm --lora_modules_to_save lm_head", "accuracy_engine=.*lm_head.*transformers",
+     f"{ADAPTED} --accuracy_engine transformers --lora_modules_to_save lm_head"),
+    (f"{ADAPTED} --accuracy_engine vllm --lora_r 300 --init_lora_weights pissa", "accuracy_engine.*lora_r=300.*600",
+     f"{ADAPTED} --accuracy_engine vllm --lora_r 200 --init_lora_weights pissa"),
+    ("--use_peft --accuracy_rows 8 --accuracy_engine vllm", "accuracy_engine='vllm'.*model_config.*to transformers",
+     "--use_peft --accuracy_rows 8 --accuracy_engine transformers"),
     ("--dataset x/y --accuracy_rows 8", "accuracy_rows=8.*eval_dataset",
      "--dataset x/y --accuracy_rows 8 --eval_dataset x/y"),
     ("--eval_strategy steps", "eval_strategy='steps'.*Give eval_dataset",

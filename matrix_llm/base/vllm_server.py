@@ -125,7 +125,7 @@ class VLLMServer:
         request = urllib.request.Request(self.address + path, data=data, headers=headers)
         try:
             with urllib.request.build_opener(_NoRedirect).open(request, timeout=seconds) as answer:
-                content = answer.read(ANSWER_LIMIT + 1)
+                content = answer.read(ANSWER_LIMIT)
         except urllib.error.HTTPError as error:
             raise self._refused(path, error) from None
         except TimeoutError:
@@ -141,8 +141,6 @@ class VLLMServer:
         except Exception as error:  # http.client has a dozen kinds for answers that are not HTTP
             raise EvalError(f"the vLLM server {self.address} broke off: {type(error).__name__}.") from None
         try:
-            if len(content) > ANSWER_LIMIT:
-                raise ValueError
             return parse_json(content) if content else None
         except ValueError:
             raise self._not_vllm(path) from None

@@ -128,7 +128,6 @@ NEEDS = {
     "mce_order": ("mce_solver", "taylor"),
     **dict.fromkeys(["max_eval_rows", "eval_split", "builtin_eval_rows"], ("eval_dataset", "...")),
     **dict.fromkeys(["accuracy_max_new_tokens", "accuracy_engine"], ("accuracy_rows", "100")),
-    "accuracy_gpu_memory": ("accuracy_engine", "vllm"),
 }  # fmt: skip
 
 

@@ -155,7 +155,7 @@ ALONE = {
     "dataloader_multiprocessing_context": "spawn", "dataloader_prefetch_factor": 2, "project": "x",
     "liger_kernel_config": {"rope": True}, "fsdp_config": {"version": 2}, "eval_on_start": True,
     "early_stopping_threshold": 0.1, "mce_order": 6, "max_eval_rows": 5, "eval_split": "train",
-    "builtin_eval_rows": 5, "accuracy_max_new_tokens": 5, "accuracy_engine": "vllm", "accuracy_gpu_memory": 0.5,
+    "builtin_eval_rows": 5, "accuracy_max_new_tokens": 5, "accuracy_engine": "vllm",
 }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ def without(monkeypatch):
     ("settings", "package", "words"),
     [
         ({"use_peft": True}, "peft", "use_peft=True needs the package peft"),
+        ({"accuracy_rows": 4, "accuracy_engine": "vllm"}, "vllm", "accuracy_engine='vllm'.*pip install vllm"),
         ({**PRETRAINED, "use_peft": True, "load_in_4bit": True}, "bitsandbytes", "load_in_4bit=True.*bitsandbytes"),
         (
             {"use_liger_kernel": True, "mce_weight": 0},

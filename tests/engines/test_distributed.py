@@ -84,6 +84,19 @@ def test_the_engine_is_the_one_asked_for_and_shards_the_head(engine, runner):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_beside_training_is_given_the_whole_weights_of_each_step(engine, runner):
+    skip_without_deepspeed(engine)
+    trained, folder = runner.results(engine)["centred"], runner.folder / engine / "centred"
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-0", "step-2", "step-4", "step-5"]
+    first, last = (load_file(folder / f"step-{step}" / "model.safetensors") for step in (0, 5))
+    for name, expected in load_file(runner.models / "llama_tied" / "model.safetensors").items():
+        assert torch.equal(first[name], expected), name
+    assert last.keys() <= trained.weights.keys()
+    assert all(torch.equal(last[name], trained.weights[name]) for name in last)
+    assert trained.curve("accuracy_step") == [0, 2, 4, 5]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_lora_trains_the_adapter_and_leaves_the_base_bit_for_bit(engine, runner):
     skip_without_deepspeed(engine)
     found = runner.results(engine)["LoRA"]

@@ -11,13 +11,14 @@ The server imports everything once and forks, so that an engine costs only its o
 
 `models` holds a checkpoint for each architecture, loaded by from_pretrained as in matrix_llm/train.py: whole, under
 zero.Init, or on one process only, as the engine wants it. "lora" adds an adapter, and lists the modules that are
-trained whole as well; "teacher" names a folder in `models`; "fresh_summary" makes every micro-batch summarise the
-vocabulary again.
+trained whole as well; "teacher" names a folder in `models`; "measures" has accuracy measured by another engine on the
+way; "fresh_summary" makes every micro-batch summarise the vocabulary again.
 """
 
 import gc
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -35,6 +36,9 @@ from transformers import AutoModelForCausalLM, set_seed
 from matrix_llm.config import MatrixConfig
 from matrix_llm.model import lm_head as head
 from matrix_llm.model.tokenizer import train_tokenizer
+from matrix_llm.run import engine_accuracy
+from matrix_llm.run.preemption import StopOnSignal
+from matrix_llm.run.scoring import Scoring
 from matrix_llm.trainer import MatrixTrainer
 from tests.support.engines import free_port
 from tests.support.tiny import config, rows
@@ -78,12 +82,38 @@ def how_sharded(trainer: MatrixTrainer) -> dict:
     }
 
 
+def watch_measurements(trainer: MatrixTrainer, out: Path) -> engine_accuracy.EngineAccuracy:
+    """Have accuracy measured every second step by a process that only keeps the weights it is given, out/step-N."""
+
+    class Keep:
+        def __init__(self, scoring, weights, output):
+            shutil.copytree(weights, out / output.name)
+            self.asked = 0
+
+        def is_over(self):  # after a while, in which the other process must wait as well
+            self.asked += 1
+            return self.asked > 5
+
+        def result(self):
+            return {"correct": 0, "total": 1, "accuracy": 0.0, "low": 0.0, "high": 1.0, "unanswered": 0}
+
+        def close(self):
+            pass
+
+    engine_accuracy.ScoreProcess = Keep
+    scoring = Scoring(out / "accuracy", "vllm", "x", 8, 0.3, False, trainer.args.device)
+    measured = engine_accuracy.EngineAccuracy(trainer, [], scoring, every=2, stop=StopOnSignal())
+    trainer.add_callback(measured)
+    return measured
+
+
 def run_case(out: Path, models: Path, settings: dict) -> None:
     settings = dict(settings)
-    architecture, lora, fresh = (
+    architecture, lora, fresh, measures = (
         settings.pop("architecture"),
         settings.pop("lora", None),
         settings.pop("fresh_summary", False),
+        settings.pop("measures", False),
     )
     if (teacher := settings.pop("teacher", None)) is not None:
         settings["teacher_model_name_or_path"] = str(models / teacher)
@@ -101,9 +131,12 @@ def run_case(out: Path, models: Path, settings: dict) -> None:
         processing_class=train_tokenizer(["a b"], 260),
         peft_config=None if lora is None else adapter,
     )
+    measured = watch_measurements(trainer, out) if measures else None
     if fresh:  # the head never knows which step it is, and so makes a new summary for every micro-batch
         head.MatrixHead.step = property(lambda self: None, lambda self, value: None)
     trainer.train()
+    if measured is not None:
+        measured.before_and_after()
     if fresh:
         del head.MatrixHead.step
     head.summarise = summarise

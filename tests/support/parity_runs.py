@@ -50,7 +50,10 @@ CASES = {
         2,
     ),  # FSDP2: a unit of its own
     "top_k 16": ({"architecture": "llama", "mce_top_k": 16, "mce_steps": 6}, 1),
-    "centred": ({"architecture": "llama_tied", "mce_embeddings": "centred", "mce_top_k": 16, "mce_steps": 6}, 2),
+    "centred": (
+        {"architecture": "llama_tied", "mce_embeddings": "centred", "mce_top_k": 16, "mce_steps": 6, "measures": True},
+        2,
+    ),
     "centred, embedding_grad, lm_head saved": (
         {"architecture": "llama", "lora": ["lm_head"], "mce_embedding_grad": True, "mce_embeddings": "centred"},
         2,
