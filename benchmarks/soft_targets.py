@@ -13,6 +13,8 @@ logarithm in float64, by code of this file. In per cent, means over positions fo
     hidden    |G - G*| / |G*|, G the gradient of the summed soft MCE in the hidden states
     ms        head and tail's milliseconds a position in float32, gradient included, on top of the head's products
 
+Before them, what label smoothing would mix in: (1 - epsilon) MCE + epsilon (-tr(C log Q)), C = sum_j e_j e_j^T / V.
+
 Legend: N positions, V vocabulary, H = D width, k target tokens.
 """
 
@@ -86,6 +88,18 @@ def prepare(vectors: Tensor) -> dict[torch.dtype, Embeddings]:
     return {dtype: prepare_embeddings(vectors.to(dtype), solver, dtype) for dtype in (torch.float64, torch.float32)}
 
 
+def smoothing_terms(q: Tensor, labels: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """MCE of the labels (N,), and -tr(C log Q) (N,) of C, the vocabulary's mean e e^T: what smoothing would mix in."""
+    of_all = vectors.T @ vectors / (vectors != 0).any(1).sum()
+    of_label, of_vocabulary = [], []
+    for n in range(len(q)):
+        w, u = torch.linalg.eigh((vectors * q[n, :, None]).T @ vectors)
+        log_w = w.clamp(min=1e-18).log()
+        of_label.append(-((vectors[labels[n]] @ u).square() * log_w).sum())
+        of_vocabulary.append(-(((of_all @ u) * u).sum(0) * log_w).sum())
+    return torch.stack(of_label), torch.stack(of_vocabulary)
+
+
 def solve(q: Tensor, target: Target, embeddings: Embeddings, solver: Solver) -> Found:
     """The library's solver in float64."""
     value, gradient = soft_terms(q, target.ids, target.weights, embeddings, solver, want_gradient=True)
@@ -157,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("rows", help="a file of rows, or builtin")
     parser.add_argument("--template", default="plain")
     parser.add_argument("--positions", type=int, default=40)
-    parser.add_argument("--target_tokens", type=int, nargs="+", default=[4, 16, 32])
+    parser.add_argument("--target_tokens", type=int, nargs="*", default=[4, 16, 32])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
     student, teacher = (
@@ -166,6 +180,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not torch.equal(student.labels, teacher.labels):
         raise SystemExit("error: student and teacher see different tokens. Give models with one tokenizer.")
     print(f"{len(student.labels)} positions, V = {student.head.weight.shape[0]}, D = {student.head.weight.shape[1]}")
+    one_hot, smooth = smoothing_terms(
+        student.head.logits(student.hidden).softmax(-1), student.labels, unit(student.head.weight)
+    )
+    print(
+        f"MCE {one_hot.mean():.2f}, -tr(C log Q) {smooth.mean():.2f} ({smooth.min():.1f} to {smooth.max():.1f}); with "
+        f"epsilon 0.1 smoothing is {0.1 * smooth.sum() / (0.9 * one_hot + 0.1 * smooth).sum():.0%} of the loss"
+    )
     results = measure(student, teacher.head.logits(teacher.hidden), args.target_tokens)
     if args.json:
         write_text(args.json, json.dumps(results, indent=1) + "\n")

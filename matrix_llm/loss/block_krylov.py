@@ -64,24 +64,20 @@ def _solve_chunk(
     start = vectors[target_ids] * target.sqrt().unsqueeze(-1)  # (C, k, D), the rows of S^T
     basis = start.new_zeros(positions, steps * k, width)
     coordinates = start.new_empty(positions, steps * k, vocabulary_size)
-    block, scale = start, start.new_zeros(positions)
+    block = start
     for step in range(steps):
         at = slice(step * k, (step + 1) * k)
-        largest = torch.linalg.vector_norm(block, dim=-1).amax(-1)
-        scale = largest if step < 2 else torch.maximum(scale, largest)  # of S, then of Q
-        append_orthonormal_(basis, step * k, block, scale)
+        append_orthonormal_(basis, step * k, block)
         coordinates[:, at] = (basis[:, at].flatten(0, 1) @ vectors.T).unflatten(0, (positions, k))
         if step + 1 < steps:
             block = ((q.unsqueeze(1) * coordinates[:, at]).flatten(0, 1) @ vectors).unflatten(0, (positions, k))
 
-    # 2. T, with 1 on the diagonal where a column is missing: log 1 = 0 adds nothing
+    # 2. T and B; a missing column is 0 in both, and adds nothing
     t = torch.bmm(q.unsqueeze(1) * coordinates, coordinates.mT).double()
-    missing = (basis == 0).all(-1)
-    t = (t + t.mT) / 2 + torch.diag_embed(missing.to(t.dtype))
     inside = torch.bmm(basis, start.mT).double()  # (C, n, k) B
 
     # 3. the logarithm
-    value, derivative = log_at_block(t, inside, EIGENVALUE_FLOOR[q.dtype])
+    value, derivative = log_at_block((t + t.mT) / 2, inside, EIGENVALUE_FLOOR[q.dtype])
     g = probability_gradient(coordinates, derivative.to(q.dtype)) if want_gradient else None
     return BlockQuadrature(value.to(q.dtype), g)
 
@@ -90,20 +86,17 @@ def append_orthonormal_(
     basis: Tensor,  # (C, n, D) orthonormal rows, or zero; those from `filled` on are overwritten
     filled: int,
     block: Tensor,  # (C, k, D) vectors to add
-    scale: Tensor,  # (C,) the norm that counts as large; BREAKDOWN times that is rounding noise
 ) -> None:
-    """Gram-Schmidt, each vector twice against all before it. One that is in their span becomes zero."""
+    """Gram-Schmidt, each vector twice against all before it. One that is in their span up to rounding becomes zero."""
     for i in range(block.shape[1]):
-        v, alive = block[:, i], None
-        for smallest in (BREAKDOWN[block.dtype] * scale, torch.full_like(scale, 0.5)):
-            # The second time v has norm 1. What loses half of it then was noise: nothing of it is orthogonal to the
-            # others. Not `norm > smallest`: NaN must stay alive, and reach the result.
-            overlap = torch.bmm(basis[:, : filled + i], v.unsqueeze(-1))
-            v = torch.baddbmm(v.unsqueeze(-1), basis[:, : filled + i].mT, overlap, alpha=-1).squeeze(-1)
-            norm = torch.linalg.vector_norm(v, dim=-1)
-            alive = ~(norm <= smallest) if alive is None else alive & ~(norm <= smallest)
-            v = torch.where(alive.unsqueeze(-1), v / torch.where(alive, norm, 1.0).unsqueeze(-1), 0.0)
-        basis[:, filled + i] = v
+        before, v = basis[:, : filled + i], block[:, i]
+        noise = BREAKDOWN[block.dtype] * torch.linalg.vector_norm(v, dim=-1)
+        for _ in range(2):
+            overlap = torch.bmm(before, v.unsqueeze(-1))
+            v = torch.baddbmm(v.unsqueeze(-1), before.mT, overlap, alpha=-1).squeeze(-1)
+        norm = torch.linalg.vector_norm(v, dim=-1)
+        alive = norm > noise
+        basis[:, filled + i] = torch.where(alive.unsqueeze(-1), v / torch.where(alive, norm, 1.0).unsqueeze(-1), 0.0)
 
 
 def log_at_block(
@@ -113,13 +106,13 @@ def log_at_block(
 ) -> tuple[Tensor, Tensor]:
     """-tr(B B^T log T) (C,), and M = Dlog_T[B B^T] (C, n, n).
 
-    A position with NaN gets a NaN value and M = 0, so that the trainer's guard can name its step and row.
+    A position with NaN gets a NaN value, so that the trainer's guard can name its step and row.
     """
-    broken = ~(torch.isfinite(t).flatten(1).all(-1) & torch.isfinite(start).flatten(1).all(-1))
+    broken = ~torch.isfinite(t).flatten(1).all(-1)
     t = torch.where(broken[:, None, None], torch.eye(t.shape[1], dtype=t.dtype, device=t.device), t)  # eigh refuses NaN
     w, z = torch.linalg.eigh(t)
     w = w.clamp(min=floor)
-    along = torch.bmm(z.mT, torch.where(broken[:, None, None], 0.0, start))  # B in the eigenbasis
+    along = torch.bmm(z.mT, start)  # B in the eigenbasis
     value = -(along.square().sum(-1) * w.log()).sum(-1)
     kernel = log_divided_differences(w) * torch.bmm(along, along.mT)
     return torch.where(broken, torch.nan, value), z @ kernel @ z.mT

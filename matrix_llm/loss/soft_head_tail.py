@@ -6,15 +6,16 @@ Lanczos steps are needed: R = [E_S; U^T] has the Gram matrix R R^T = L L^T, and 
 
     Q = L^T W L + c I,   W = diag(q_S) + (B - c I),        e_j = row j of L (kept tokens),   U = the last p rows of L
 
-so one logarithm of an (n, n) matrix gives the value for this Q exactly, and M = Dlog_Q[P]. The gradient is that of
-head_tail.py, with A the last p rows of L, transposed:
+so one logarithm of a matrix of size m = min(n, D) gives the value for this Q exactly, and M = Dlog_Q[P]. The gradient
+is that of head_tail.py, with A the last p rows of L, transposed:
 
     kept tokens    g_j = -u_j^T M u_j
     all others     g_j = form . features_j
 
 A token that is kept twice (likely and in the target, or repeated in the target) has its probability once.
 
-Legend: C positions, V vocabulary, D embedding width, k target tokens, S kept tokens, p directions, n = S + p.
+Legend: C positions, V vocabulary, D embedding width, k target tokens, S kept tokens, p directions, n = S + p,
+m = min(n, D).
 """
 
 from __future__ import annotations
@@ -59,23 +60,23 @@ def _solve_block(
     first = first_places(kept)
     once = q.double() * (first == torch.arange(size, device=q.device))
 
-    # 2. L. The Gram matrix is singular with repeats, zero vectors or n > D; the ridge, far below what float64 resolves
-    #    of Q, makes it definite. It has to be made in float64: rounded to float32 it would not be semi-definite.
+    # 2. L. With D rows or more in R, L is R itself, in the usual basis of R^D. Else the Gram matrix is made in float64
+    #    and has a ridge, far below what float64 resolves of Q: repeats and zero vectors make it singular.
     directions = summary.directions.double().T.expand(len(q), -1, -1)
-    spanning = torch.cat([unit_vectors_of(kept, vectors, summary).double(), directions], dim=1)  # (C, n, D) R
-    gram = torch.bmm(spanning, spanning.mT)
-    gram.diagonal(dim1=1, dim2=2).add_(4 * gram.shape[1] * torch.finfo(gram.dtype).eps)
-    root, failed = torch.linalg.cholesky_ex(gram)
-    root = torch.where(failed[:, None, None] > 0, torch.nan, root)  # not even semi-definite: NaN vectors
-    at_tokens, at_directions = root.split([size, p], dim=1)  # (C, S, n) the u_j^T, (C, p, n) A^T
+    root = torch.cat([unit_vectors_of(kept, vectors, summary).double(), directions], dim=1)  # (C, n, D) R
+    if root.shape[1] < width:
+        gram = torch.bmm(root, root.mT)
+        gram.diagonal(dim1=1, dim2=2).add_(4 * gram.shape[1] * torch.finfo(gram.dtype).eps)
+        root = torch.linalg.cholesky_ex(gram).L  # of NaN it is NaN
+    at_tokens, at_directions = root.split([size, p], dim=1)  # (C, S, m) the u_j^T, (C, p, m) A^T
 
     # 3. Q and P in the basis
     moments = moments.double()
     excess, even = split_tail(moments, p, width)
     big_q = torch.bmm(at_tokens.mT * once.unsqueeze(1), at_tokens)
     big_q += torch.bmm(at_directions.mT, torch.bmm(excess, at_directions))
-    big_q = (big_q + big_q.mT) / 2 + torch.diag_embed(even.unsqueeze(-1).expand(-1, size + p))
-    start = at_tokens[:, size - target.shape[1] :].mT * target.double().sqrt().unsqueeze(1)  # (C, n, k)
+    big_q = (big_q + big_q.mT) / 2 + torch.diag_embed(even.unsqueeze(-1).expand(-1, root.shape[2]))
+    start = at_tokens[:, size - target.shape[1] :].mT * target.double().sqrt().unsqueeze(1)  # (C, m, k)
 
     # 4. value, and derivatives at the kept tokens and over the tail
     value, derivative = log_at_block(big_q, start, EIGENVALUE_FLOOR[dtype])

@@ -48,7 +48,7 @@ def soft_terms(
 
     Args:
         solver: `steps` counts blocks of k columns here, and is for the whole vocabulary alone: with `top_k` the small
-            problem is solved at once.
+            problem is solved at once. Where the blocks have D columns or more, "exact" costs less and is taken.
 
     Raises:
         RecipeError: the Taylor series, which is there to repeat the paper's ablation of one token.
@@ -58,7 +58,8 @@ def soft_terms(
             "solver='taylor' has no soft targets: the series is only there to repeat the paper's one-token form. "
             "Use 'krylov' (the default) or 'exact'."
         )
-    if solver.name == "exact":
+    as_many_columns = solver.steps * target.shape[1] >= embeddings.vectors.shape[1]
+    if solver.name == "exact" or (solver.top_k is None and as_many_columns):
         return _exact_terms(q, target_ids, target, embeddings, want_gradient)
     if solver.top_k is not None:
         return _head_tail_terms(q, target_ids, target, embeddings, solver.top_k, likeliest, want_gradient)
@@ -132,7 +133,8 @@ def _exact_terms(
     vectors = embeddings.vectors.double()
     p = torch.zeros_like(q, dtype=torch.float64).scatter_add_(1, target_ids, target.double())
     # eigh refuses NaN: give such a position a NaN value instead, so that the trainer's guard can name its step and row
-    broken = ~(torch.isfinite(q).all(-1) & torch.isfinite(p).all(-1))
+    broken = ~(torch.isfinite(q).all(-1) & torch.isfinite(p).all(-1) & torch.isfinite(vectors).all())
+    vectors = vectors.nan_to_num()
     values, gradients = [], []
     block = max(1, BLOCK_ELEMENTS // vectors.numel())
     for start in range(0, len(q), block):
