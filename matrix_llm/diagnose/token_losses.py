@@ -117,9 +117,9 @@ def choose_losses(training: MatrixConfig, labels: Tensor, tokenizer: Any) -> Cho
         candidates.append(Candidate(own.loss, own.given))
 
     # 2. those that cannot be measured here
-    left_out = dict.fromkeys(NEEDS_TEACHER, "it needs a teacher, which a diagnosis does not load")
+    left_out = dict.fromkeys(NEEDS_TEACHER, "no teacher is loaded here")
     if own.loss != "threshold":
-        left_out["threshold"] = 'its "at" has no default; a recipe that sets it is shown with it'
+        left_out["threshold"] = 'its "at" has no default: it is shown where a recipe sets it'
     numbers = None
     try:
         ids, values = number_tokens(tokenizer)

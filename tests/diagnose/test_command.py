@@ -143,7 +143,7 @@ def test_the_token_losses_stand_in_one_table_on_the_screen_and_on_the_page(diagn
         assert sum(shares) == pytest.approx(1)
     words = " ".join(screen.split())
     assert list(found["reading"]) == names[1:]
-    for name, sentence in [*found["reading"].items(), ("kd", found["left_out"]["kd"])]:
+    for name, sentence in [*found["reading"].items(), ("asft, kd, soft_ce, soft_mce", found["left_out"]["kd"])]:
         assert f"- {name}: " in words
         assert sentence in words
         assert sentence in page
