@@ -132,7 +132,8 @@ def linear_token_loss(
         logit_scale, softcap: as the model does to its logits; softcap above 0, or None.
         reduction: "mean" over the positions that count, "sum", or "none". For "mean", ntl's term is divided by the
             positions whose label is a number, and threshold's by those that it keeps; MCE by all that count.
-        matrix: how MCE is computed; its mce_weight is overridden. None: the measured default.
+        matrix: how MCE is computed; the other arguments override its mce_weight and token_loss. None: the measured
+            default.
 
     Returns:
         `TokenLossOutput`. If every label is ignored, the loss is a zero still connected to the graph.
@@ -146,15 +147,15 @@ def linear_token_loss(
     >>> linear_token_loss(h, w, torch.tensor([0, -100]), "dft").loss  # p CE = log(3) / 3
     tensor(0.3662, dtype=torch.float64)
     """
-    chosen = LossSettings(mce_weight) if matrix is None else dataclasses.replace(matrix, mce_weight=mce_weight)
+    chosen = dataclasses.replace(
+        matrix or LossSettings(), mce_weight=mce_weight, token_loss=loss, token_loss_settings=settings
+    )
     return linear_loss(
         hidden,
         weight,
         labels,
         chosen,
         embeddings=weight.detach() if embeddings is None else embeddings,
-        token_loss=loss,
-        token_loss_settings=settings,
         teacher=teacher,
         bias=bias,
         ignore_index=ignore_index,

@@ -26,6 +26,7 @@ from matrix_llm.loss.head_tail import include_target_
 from matrix_llm.loss.products import add_product, multiply
 from matrix_llm.loss.settings import Solver
 from matrix_llm.loss.solvers import Embeddings, head_tail_terms, logit_gradient_, solve_chunk
+from matrix_llm.loss.table import loss_terms
 from matrix_llm.loss.token_terms import Chunk, LossTerms, TokenLoss
 from matrix_llm.loss.vocabulary import find_likeliest
 
@@ -134,7 +135,7 @@ def _chunk_by_torch(
     # log sum exp z = largest - log(largest probability), which saves a second pass over the logits
     q_largest = q.amax(-1) if likeliest is None else q.gather(1, likeliest[:, :1]).squeeze(1)
     log_z = largest - q_largest.log()
-    loss_terms = token_loss.terms(Chunk(z, q, log_z, of_label, labels, top, at))
+    of_loss = loss_terms(Chunk(z, q, log_z, of_label, labels, top, at), token_loss)
     if biased:
         z.clamp_(min=torch.finfo(z.dtype).min)  # a bias of -inf removes a token: 0 * -inf would be NaN
     entropy = log_z - (z.mul_(q) if cap is None else z * q).sum(-1)  # from here on, only the cap needs z
@@ -155,19 +156,19 @@ def _chunk_by_torch(
     grad = None
     if want_logits:
         grad = logit_gradient_(
-            q, terms, _scaled(weight, loss_terms.of_q), weight * options.mce_weight if options.mce_weight else None
+            q, terms, _scaled(weight, of_loss.of_q), weight * options.mce_weight if options.mce_weight else None
         )
-        grad.scatter_add_(1, labels[:, None], -_scaled(weight, loss_terms.at_label))
-        if loss_terms.extra is not None:
-            grad.addcmul_(loss_terms.extra, weight * loss_terms.factor)
-        if loss_terms.columns is not None:
-            ids, added = loss_terms.columns
+        grad.scatter_add_(1, labels[:, None], -_scaled(weight, of_loss.at_label))
+        if of_loss.extra is not None:
+            grad.addcmul_(of_loss.extra, weight * of_loss.factor)
+        if of_loss.columns is not None:
+            ids, added = of_loss.columns
             grad.scatter_add_(1, ids, weight * added)
         if cap is not None:
             grad *= 1 - (z / cap).square_()
         if options.logit_scale != 1.0:
             grad *= options.logit_scale
-    return _finish(loss_terms, log_z - of_label, terms.value, entropy, of_label >= largest, grad)
+    return _finish(of_loss, log_z - of_label, terms.value, entropy, of_label >= largest, grad)
 
 
 def _chunk_by_kernels(
@@ -192,7 +193,7 @@ def _chunk_by_kernels(
     log_z, of_label = statistics.log_z, statistics.of_label
     count = min(max(solver.top_k, token_loss.top), z.shape[1])
     top, likeliest = find_likeliest(z, count, statistics.group_max)
-    loss_terms = token_loss.terms(Chunk(z, None, log_z, of_label, labels, top[:, : token_loss.top], at))
+    of_loss = loss_terms(Chunk(z, None, log_z, of_label, labels, top[:, : token_loss.top], at), token_loss)
     kept = include_target_(likeliest[:, : solver.top_k].contiguous(), labels)
     z_kept = z.gather(1, kept)
     q_kept = (z_kept - log_z[:, None]).exp_()
@@ -209,18 +210,18 @@ def _chunk_by_kernels(
     if want_logits:
         assert terms.mean is not None
         assert terms.kept is not None
-        mce_weight, of_q = weight * options.mce_weight, _scaled(weight, loss_terms.of_q)
+        mce_weight, of_q = weight * options.mce_weight, _scaled(weight, of_loss.of_q)
         kernels.logit_gradient(
             z, log_z, of_q - mce_weight * terms.mean, mce_weight * terms.kept.form, features, q,
             softcap=cap, logit_scale=options.logit_scale,
         )  # fmt: skip
         at_kept = q_kept * (of_q + mce_weight * (terms.kept.at_kept - terms.mean))
-        at_kept -= _scaled(weight, loss_terms.at_label) * (kept == labels[:, None])
+        at_kept -= _scaled(weight, of_loss.at_label) * (kept == labels[:, None])
         if cap is not None:
             at_kept *= 1 - (z_kept / cap).square_()
         grad = q.scatter_(1, kept, (at_kept * options.logit_scale).to(q.dtype))
     is_top1 = of_label >= statistics.largest
-    return _finish(loss_terms, log_z - of_label, terms.value, statistics.entropy, is_top1, grad)
+    return _finish(of_loss, log_z - of_label, terms.value, statistics.entropy, is_top1, grad)
 
 
 # ------------------------------------------------------------------------------------------------------------ the pass

@@ -28,6 +28,7 @@ from matrix_llm.loss.chunks import positions_per_chunk
 from matrix_llm.loss.fused import HeadGradients, HeadOptions, head_pass
 from matrix_llm.loss.positions import TrainedPositions
 from matrix_llm.loss.settings import LossSettings, Solver
+from matrix_llm.loss.soft_targets import soft_terms
 from matrix_llm.loss.solvers import Embeddings, prepare_embeddings
 from matrix_llm.loss.teachers import Teacher, TopTokens, check_soft_target, check_teacher, select_positions
 from matrix_llm.loss.token_terms import BUFFERS, TokenLoss, is_finite_everywhere, keeps, number_share
@@ -198,8 +199,6 @@ def linear_loss(
     settings: LossSettings,  # whose `embeddings` and `embedding_grad` the caller has applied to `embeddings`
     *,
     embeddings: Tensor,  # (V, D)
-    token_loss: str = "ce",
-    token_loss_settings: Mapping[str, Any] | None = None,
     teacher: TeacherLike | None = None,
     own_scale: float | None = None,
     bias: Tensor | None = None,  # (V,)
@@ -210,7 +209,7 @@ def linear_loss(
     summary: VocabularySummary | None = None,
     trained: TrainedPositions | None = None,
 ) -> TokenLossOutput:
-    """`losses.linear_token_loss` (which documents the arguments) with MCE's settings in one object.
+    """`losses.linear_token_loss` (which documents the arguments) with the settings of both terms in one object.
 
     Args:
         own_scale: factor on ntl's term: with reduction "sum", divided by the trained positions of a larger batch, the
@@ -219,6 +218,7 @@ def linear_loss(
     # 1. checks, and the solver
     _check(hidden, weight, labels, embeddings, softcap, reduction, trained)
     vocabulary_size, positions = weight.shape[0], hidden.shape[0]
+    token_loss = settings.token_loss
     solver = settings.solver_for(vocabulary_size, choose_top_k=not embeddings.requires_grad)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype == torch.float32:
         hidden = hidden.to(
@@ -231,6 +231,8 @@ def linear_loss(
     count = index.shape[0]
     trained_hidden, trained_labels = hidden, labels.long()
     of_teacher = None if teacher is None else check_teacher(teacher, positions, vocabulary_size)
+    if isinstance(of_teacher, Teacher) and of_teacher.hidden.dtype == torch.float32:
+        of_teacher = of_teacher._replace(hidden=of_teacher.hidden.to(hidden.dtype))
     if count < positions:
         trained_hidden, trained_labels = hidden.index_select(0, index), trained_labels[index]
         of_teacher = None if of_teacher is None else select_positions(of_teacher, index)
@@ -242,7 +244,14 @@ def linear_loss(
         if own_scale is None and reduction != "mean":
             own_scale = 1.0
         loss_terms = make_token_loss(
-            token_loss, token_loss_settings, trained_labels, bias, embeddings, of_teacher, own_scale, hidden.dtype
+            token_loss,
+            settings.token_loss_settings,
+            trained_labels,
+            bias,
+            embeddings,
+            of_teacher,
+            own_scale,
+            hidden.dtype,
         )
         if token_loss == "soft_mce":
             loss_terms = _with_soft_matrix(loss_terms, Embeddings(vectors, summary), solver, vocabulary_size)
@@ -270,8 +279,9 @@ def linear_loss(
 def _with_soft_matrix(loss: TokenLoss, embeddings: Embeddings, solver: Solver, vocabulary_size: int) -> TokenLoss:
     """soft_mce with MCE's token vectors and solver."""
     assert loss.teacher is not None
-    check_soft_target(loss.settings, loss.teacher, vocabulary_size)
-    soft_matrix = functools.partial(None, embeddings=embeddings, solver=solver, want_gradient=True)
+    stored = loss.teacher.ids.shape[1] if isinstance(loss.teacher, TopTokens) else vocabulary_size
+    check_soft_target(loss.settings["top_k"], stored)
+    soft_matrix = functools.partial(soft_terms, embeddings=embeddings, solver=solver, want_gradient=True)
     return dataclasses.replace(loss, soft_matrix=soft_matrix)
 
 

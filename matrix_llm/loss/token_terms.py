@@ -115,16 +115,6 @@ class TokenLoss:
         """Whether the gradient is more than A q - B at the label."""
         return self.name not in GATES
 
-    def terms(self, chunk: Chunk) -> LossTerms:
-        """Value and gradient of one chunk."""
-        if self.name in GATES:
-            return GATES[self.name](chunk, self)
-        if self.name in WIDE:
-            return WIDE[self.name](chunk, self)
-        from matrix_llm.loss import teachers
-
-        return teachers.TERMS[self.name](chunk, self)
-
 
 # ------------------------------------------------------------------------------------------ A q - B at the label alone
 

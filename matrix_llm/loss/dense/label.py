@@ -14,6 +14,12 @@ from torch import Tensor
 from matrix_llm.loss.dense.positions import Positions
 
 
+def _one_minus_exp(x: Tensor) -> Tensor:
+    """1 - e^-x. The difference cancels where x is small; where it is large, expm1's gradient, e^-x, would be rounded to
+    that of 1 - (1 - e^-x)."""
+    return torch.where(x < 0.5, -torch.expm1(-x), 1 - torch.exp(-x))
+
+
 def cross_entropy(positions: Positions) -> Tensor:
     """CE. Weight 1."""
     return positions.cross_entropy()
@@ -33,7 +39,7 @@ def minus_p(positions: Positions) -> Tensor:
 def power(positions: Positions, *, alpha: float) -> Tensor:
     """(1 - p^alpha) / alpha (arXiv 2510.00526); CE at alpha = 0. Weight p^alpha."""
     ce = positions.cross_entropy()
-    return ce if alpha == 0 else -torch.expm1(-alpha * ce) / alpha  # expm1: 1 - p^alpha cancels as p -> 1
+    return ce if alpha == 0 else _one_minus_exp(alpha * ce) / alpha
 
 
 def threshold(positions: Positions, *, base: str, side: str, at: float) -> Tensor:
@@ -44,20 +50,20 @@ def threshold(positions: Positions, *, base: str, side: str, at: float) -> Tenso
     ce = positions.cross_entropy()
     p = torch.exp(-ce.detach())
     kept = p >= at if side == "top" else p <= at
-    return torch.where(kept, -torch.expm1(-ce) if base == "p" else ce, 0.0)
+    return torch.where(kept, _one_minus_exp(ce) if base == "p" else ce, 0.0)
 
 
 def focal(positions: Positions, *, gamma: float) -> Tensor:
     """(1 - p)^gamma CE (Lin et al. 2017). Weight (1 - p)^gamma - gamma p (1 - p)^(gamma - 1) log p."""
     ce = positions.cross_entropy()
-    rest = -torch.expm1(-ce)
+    rest = _one_minus_exp(ce)
     return rest.clamp(min=torch.finfo(rest.dtype).tiny) ** gamma * ce  # below gamma = 1, the slope at p = 1 is infinite
 
 
 def eaft(positions: Positions, *, alpha: float, k: int, scale: float) -> Tensor:
     """[(H_k / scale)^alpha] CE (EAFT, arXiv 2601.02151), H_k the entropy of the softmax over the k largest logits."""
     largest = positions.logits.detach().topk(min(k, positions.logits.shape[1]), dim=-1).values
-    entropy = torch.special.entr(torch.softmax(largest, dim=-1)).sum(-1).clamp(min=0)
+    entropy = torch.special.entr(torch.softmax(largest, dim=-1)).sum(-1)
     return (entropy / scale) ** alpha * positions.cross_entropy()
 
 

@@ -67,10 +67,8 @@ def kd(positions: Positions, *, beta: float, temperature: float, top_k: int | No
         return _kl(log_t, log_s)
     if beta == 1:
         return _kl(log_s, log_t)
-    impossible = (log_s == -torch.inf) & (log_t == -torch.inf)  # logaddexp has no gradient where both are -inf
-    log_m = torch.logaddexp(
-        log_s.masked_fill(impossible, 0.0) + math.log1p(-beta), log_t.masked_fill(impossible, 0.0) + math.log(beta)
-    )
+    some_t = log_t.masked_fill(log_s == -torch.inf, 0.0)  # logaddexp has no gradient where both are -inf
+    log_m = torch.logaddexp(log_s + math.log1p(-beta), some_t + math.log(beta))
     return beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m)
 
 
