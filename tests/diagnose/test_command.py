@@ -384,6 +384,11 @@ def test_centred_vectors_in_use_stand_beside_the_heads_own(folder, tmp_path, dia
         found = centred["gradients"][mine]["all"]["all"]["mce"]["hidden"]
         wanted = plain["gradients"][theirs]["all"]["all"]["mce"]["hidden"]
         assert found == pytest.approx(wanted, rel=1e-4)
+    emo, plain_emo = (
+        next(each for each in of["token_losses"]["losses"] if each["name"] == "emo")["gradients"]["all"]["all"]
+        for of in (centred, plain)
+    )
+    assert emo["hidden"] == plain_emo["hidden"]  # EMO does not centre its vectors
 
 
 def test_a_stream_is_diagnosed_on_its_first_rows(folder, tmp_path):
