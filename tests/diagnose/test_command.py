@@ -206,6 +206,22 @@ def test_a_recipe_is_diagnosed_with_its_own_model_rows_and_loss(tmp_path, capsys
     assert "predicts nothing yet" in capsys.readouterr().out
 
 
+def test_a_recipes_token_loss_is_shown_with_its_settings_and_its_mce(tmp_path, capsys):
+    recipe = tmp_path / "r.yaml"
+    own = {"token_loss": "threshold", "token_loss_settings": {"at": 0.003, "base": "logp"}, "mce_weight": 0.5}
+    recipe.write_text(yaml.safe_dump({**TINY, **own}))
+    assert main([str(recipe), "--positions", "50", "--out", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "diagnosis.json").read_text())["token_losses"]
+    names = [each["name"] for each in found["losses"]]
+    assert names[-4:] == [alone := "threshold(at=0.003, base=logp)", "mce", "CE+0.5MCE", f"{alone}+0.5MCE"]
+    assert found["losses"][-1]["settings"] == {"base": "logp", "side": "top", "at": 0.003}
+    assert (found["losses"][-1]["mce_weight"], found["own"]) == (0.5, names[-1])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"A run with these settings trains {alone}+0.5MCE; MCE" in shown
+    assert f"a run with these settings trains {alone}+0.5MCE" in shown
+    assert "the run's, no MCE" in shown
+
+
 def test_a_run_is_diagnosed_by_its_recipe_and_its_adapter_counts(tmp_path, folder, tiny_tokenizer, capsys):
     run = tmp_path / "run"
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=4, task_type="CAUSAL_LM"))
