@@ -183,7 +183,7 @@ def _describe_rows(recipe: Recipe, report: Any, positions: Positions, asked: int
 def _describe_settings(recipe: Recipe, vocabulary: int) -> dict[str, Any]:
     training = recipe.training
     solver = LossSettings.from_config(training).solver_for(vocabulary)
-    given = {name: getattr(training, name) for name in vars(training) if name.startswith("mce_")}
+    given = {name: getattr(training, name) for name in vars(training) if name.startswith(("mce_", "token_loss"))}
     return {
         **given,
         "mce_weight_shown": _weight(recipe),
@@ -253,9 +253,9 @@ def _measure(recipe: Recipe, model: Any, tokenizer: Any, positions: Positions, c
         products = ce_ce, overlap(ce, mce, hidden), overlap(mce, mce, hidden)
         result["gradients"][name] = _agreements(groups, products, weight)
         clock.finish(f"MCE and its gradient, {said}")
-        # 3. the other token losses, which read the token vectors in use
+        # 3. the other token losses; none of them centres the token vectors
         if name == IN_USE:
-            measured = Measured(hidden, labels, head, vectors, ce, mce, products)
+            measured = Measured(hidden, labels, head, choices.get("lm_head", vectors), ce, mce, products)
             chosen = choose_losses(recipe.training, labels, tokenizer)
             result["token_losses"] = compare_losses(chosen, measured, weight, groups)
             clock.finish(f"{len(chosen.candidates)} other token losses and their gradients")

@@ -190,21 +190,27 @@ def _centring(figures: Mapping[str, Any]) -> list[str]:
 
 
 def _token_losses(figures: Mapping[str, Any]) -> list[str]:
-    """How far apart the token losses' gradients are in norm."""
+    """The loss that the recipe trains, if it is not CE with or without MCE; how far apart all gradients are in norm."""
+    found = figures["token_losses"]
+    own, lines = found["own"], []
+    if own != "ce" and not own.startswith("CE+"):
+        said = found["reading"].get(own, "It could not be measured here.")
+        lines.append(f"A run with these settings trains {own}; MCE and CE + MCE are for comparison. {said}")
     norms = {
         each["name"]: each["gradients"]["all"]["all"]["hidden"]["norm_ratio"]
         for each in figures["token_losses"]["losses"]
     }
     norms = {name: norm for name, norm in norms.items() if norm}
     if not norms:
-        return []
+        return lines
     least, most = min(norms, key=lambda name: norms[name]), max(norms, key=lambda name: norms[name])
     if norms[most] < APART * norms[least]:
-        return []
+        return lines
     return [
+        *lines,
         f"The token losses' gradients have from {ratio(norms[least])} ({least}) to {ratio(norms[most])} ({most}) times "
         "the norm of CE's: at one learning rate, or with max_grad_norm active for some of them alone, a comparison "
-        "says little about the losses. Tune the learning rate for each."
+        "says little about the losses. Tune the learning rate for each.",
     ]
 
 

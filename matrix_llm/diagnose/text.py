@@ -8,6 +8,7 @@ from typing import Any
 
 WIDTH = 96
 LONGEST = 17  # characters of a token loss's name in its table
+SHOWN_KINDS = ("digits", "operators", "words")  # there: the others have no room
 CE_HEADS = {"CE < 0.5": "CE<0.5", "0.5 to 2": "0.5-2", "2 to 5": "2-5", "CE >= 5": ">=5"}
 Table = tuple[str, list[str], list[list[str]]]  # title, head, rows
 
@@ -189,7 +190,7 @@ def _gradients(figures: Mapping[str, Any], name: str) -> Table:
 
 def _token_losses(figures: Mapping[str, Any]) -> Table:
     found, rows = figures["token_losses"], []
-    kinds = [name for name in ("digits", "words") if name in figures["loss"]["by_kind"]]
+    kinds = [name for name in SHOWN_KINDS if name in figures["loss"]["by_kind"]]
     ranges = list(figures["loss"]["by_ce"])
     for each in found["losses"]:
         whole = each["gradients"]["all"]["all"]
@@ -216,9 +217,12 @@ def shown_name(name: str, found: Mapping[str, Any]) -> str:
 
 
 def token_loss_notes(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(name, sentence) of each token loss, then of each that is left out."""
+    """(name, sentence) of each token loss, then (names, reason) of those that are not shown."""
     found = figures["token_losses"]
-    return [*found["reading"].items(), *((name, f"not shown: {why}.") for name, why in found["left_out"].items())]
+    reasons: dict[str, list[str]] = {}
+    for name, why in found["left_out"].items():
+        reasons.setdefault(why, []).append(name)
+    return [*found["reading"].items(), *((", ".join(names), f"not shown: {why}.") for why, names in reasons.items())]
 
 
 def _solver_by_ce(figures: Mapping[str, Any]) -> Table:

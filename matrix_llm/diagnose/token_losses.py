@@ -4,8 +4,7 @@
     compare_losses   measures them on the positions of a diagnosis
 
 Each loss takes one more pass over the positions: the dense reference (`losses.token_loss`) in float64, by autograd. The
-means are those of `losses.linear_token_loss`: NTL's is over the positions whose label is a number, the thresholded
-loss's over the positions that it keeps.
+means are those of a run: over all positions, but for NTL, whose mean is over the positions whose label is a number.
 
 Legend: N positions, V vocabulary, H hidden width, D embedding width, M number tokens.
 """
@@ -22,8 +21,15 @@ from torch import Tensor
 from matrix_llm.base.errors import ModelError
 from matrix_llm.config import MatrixConfig
 from matrix_llm.diagnose.gradients import LMHead, Overlap, Terms, TokenLoss, agreement, evaluate, overlap
-from matrix_llm.loss.choice import LOSSES, NEEDS_EMBEDDINGS, NEEDS_NUMBERS, NEEDS_TEACHER, check_settings
-from matrix_llm.loss.token_terms import keeps, number_share
+from matrix_llm.loss.choice import (
+    LOSSES,
+    NEEDS_EMBEDDINGS,
+    NEEDS_NUMBERS,
+    NEEDS_TEACHER,
+    NTL_WEIGHT,
+    check_settings,
+)
+from matrix_llm.loss.token_terms import number_share
 from matrix_llm.losses import number_tokens, token_loss
 
 
@@ -57,8 +63,8 @@ class Candidate:
         'gem(h=logsigmoid)+0.5MCE'
         """
         known = LOSSES.get(self.loss, {})
-        other = [f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
-                 for key, value in self.given.items() if value != known[key].default]  # fmt: skip
+        values = {key: self.settings[key] for key in self.given if self.settings[key] != known[key].default}
+        other = [f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()]
         name = "CE" if self.loss == "ce" and self.mce_weight else self.loss
         name += f"({', '.join(other)})" if other else ""
         weight = "" if self.mce_weight == 1 else f"{self.mce_weight:g}"
@@ -76,7 +82,7 @@ SHOWN = [
     Candidate("z_loss"),
     Candidate("gem"),
     Candidate("gem", {"h": "logsigmoid"}),
-    Candidate("ntl", {"weight": 0.3}),
+    Candidate("ntl", {"weight": NTL_WEIGHT}),
     Candidate("emo"),
     Candidate("emo", {"mode": 2}),
 ]
@@ -107,19 +113,18 @@ def choose_losses(training: MatrixConfig, labels: Tensor, tokenizer: Any) -> Cho
         labels: (N,) token ids.
     """
     # 1. those that are always shown, and the recipe's own
-    own = Candidate(
-        getattr(training, "token_loss", "ce"),
-        dict(getattr(training, "token_loss_settings", None) or {}),
-        float(training.mce_weight),
-    )
+    loss, given = training.token_loss, dict(training.token_loss_settings or {})
+    if loss == "ntl":
+        given = {"weight": NTL_WEIGHT, **given}  # the recipe's default
+    own = Candidate(loss, given, float(training.mce_weight))
     candidates = list(SHOWN)
     if not any(_same_loss(own, each) for each in (CE, *SHOWN)):
         candidates.append(Candidate(own.loss, own.given))
 
     # 2. those that cannot be measured here
-    left_out = dict.fromkeys(NEEDS_TEACHER, "it needs a teacher, which a diagnosis does not load")
+    left_out = dict.fromkeys(NEEDS_TEACHER, "no teacher is loaded here")
     if own.loss != "threshold":
-        left_out["threshold"] = 'its "at" has no default; a recipe that sets it is shown with it'
+        left_out["threshold"] = 'its "at" has no default: it is shown where a recipe sets it'
     numbers = None
     try:
         ids, values = number_tokens(tokenizer)
@@ -148,7 +153,7 @@ class Measured:
     head: LMHead
     """The model's."""
     vectors: Tensor
-    """(V, D) of any norm: the token vectors of MCE and EMO."""
+    """(V, D) of any norm: EMO's token vectors. MCE's may be the same minus their mean."""
     ce: Terms
     """CE."""
     mce: Terms
@@ -170,8 +175,6 @@ def make_loss(candidate: Candidate, choice: Choice, measured: Measured) -> Token
             scale = share
         else:  # CE + weight NTL: only NTL has a mean of its own
             settings["weight"] *= share
-    if candidate.loss == "threshold":
-        scale = len(measured.labels) / max(1, int(keeps(measured.ce.value, settings).sum()))
     return lambda logits, labels: scale * token_loss(logits.double(), labels, candidate.loss, **settings)
 
 

@@ -143,7 +143,7 @@ def test_the_token_losses_stand_in_one_table_on_the_screen_and_on_the_page(diagn
         assert sum(shares) == pytest.approx(1)
     words = " ".join(screen.split())
     assert list(found["reading"]) == names[1:]
-    for name, sentence in [*found["reading"].items(), ("kd", found["left_out"]["kd"])]:
+    for name, sentence in [*found["reading"].items(), ("asft, kd, soft_ce, soft_mce", found["left_out"]["kd"])]:
         assert f"- {name}: " in words
         assert sentence in words
         assert sentence in page
@@ -204,6 +204,22 @@ def test_a_recipe_is_diagnosed_with_its_own_model_rows_and_loss(tmp_path, capsys
     assert (figures["settings"]["mce_weight_shown"], figures["settings"]["solver"]["order"]) == (0.5, 3)
     assert figures["rows"]["positions"] == 50
     assert "predicts nothing yet" in capsys.readouterr().out
+
+
+def test_a_recipes_token_loss_is_shown_with_its_settings_and_its_mce(tmp_path, capsys):
+    recipe = tmp_path / "r.yaml"
+    own = {"token_loss": "threshold", "token_loss_settings": {"at": 0.003, "base": "logp"}, "mce_weight": 0.5}
+    recipe.write_text(yaml.safe_dump({**TINY, **own}))
+    assert main([str(recipe), "--positions", "50", "--out", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "diagnosis.json").read_text())["token_losses"]
+    names = [each["name"] for each in found["losses"]]
+    assert names[-4:] == [alone := "threshold(at=0.003, base=logp)", "mce", "CE+0.5MCE", f"{alone}+0.5MCE"]
+    assert found["losses"][-1]["settings"] == {"base": "logp", "side": "top", "at": 0.003}
+    assert (found["losses"][-1]["mce_weight"], found["own"]) == (0.5, names[-1])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"A run with these settings trains {alone}+0.5MCE; MCE" in shown
+    assert f"a run with these settings trains {alone}+0.5MCE" in shown
+    assert "the run's, no MCE" in shown
 
 
 def test_a_run_is_diagnosed_by_its_recipe_and_its_adapter_counts(tmp_path, folder, tiny_tokenizer, capsys):
@@ -384,6 +400,11 @@ def test_centred_vectors_in_use_stand_beside_the_heads_own(folder, tmp_path, dia
         found = centred["gradients"][mine]["all"]["all"]["mce"]["hidden"]
         wanted = plain["gradients"][theirs]["all"]["all"]["mce"]["hidden"]
         assert found == pytest.approx(wanted, rel=1e-4)
+    emo, plain_emo = (
+        next(each for each in of["token_losses"]["losses"] if each["name"] == "emo")["gradients"]["all"]["all"]
+        for of in (centred, plain)
+    )
+    assert emo["hidden"] == plain_emo["hidden"]  # EMO does not centre its vectors
 
 
 def test_a_stream_is_diagnosed_on_its_first_rows(folder, tmp_path):

@@ -49,7 +49,7 @@ def figures():
         "token_losses": {"losses": [
             CES, token_loss("dft", 0.7, 0.4, {}, {}), token_loss("power", None, 0.0, {}, {}),
             token_loss("gem", 0.9, 1.2, {}, {}),
-        ]},
+        ], "own": "CE+MCE", "reading": {"dft": "It does something.", "gem": "Another."}},
         "solver": {"in use": solver},
     }  # fmt: skip
 
@@ -95,6 +95,8 @@ CASES = [
     ({"solver/in use/hidden": 0.3, "settings/solver/name": "taylor"}, "Set mce_solver: krylov."),
     ({"solver/in use/reference_logits": 0.05}, "could not be judged"),
     ({"rows/positions": 31}, "Only 31 positions"),
+    ({"token_losses/own": "dft"}, "trains dft; MCE and CE + MCE are for comparison. It does something."),
+    ({"token_losses/own": "kd+MCE"}, "trains kd+MCE; MCE and CE + MCE are for comparison. It could not be measured"),
     ({}, "from 0.40 (dft) to 1.20 (gem) times the norm of CE's"),
 ]
 
@@ -109,7 +111,7 @@ def test_a_sentence_follows_from_its_threshold(figures, changes, said):
 @pytest.mark.parametrize(("path", "value", "unsaid"), [
     (COSINE, 0.94, "Adam"), (COSINE, 0.79, "Mostly"), ("loss/all/all/ce", 0.11, "solved"),
     ("loss/all/all/ce", 9.7, "nothing yet"), ("head/in use/mean_cosine", 0.19, "share a direction"),
-    ("rows/positions", 480, "Only"),
+    ("rows/positions", 480, "Only"), ("token_losses/own", "ce", "trains"), ("token_losses/own", "CE+MCE", "trains"),
     ("token_losses/losses", [CES, token_loss("dft", 0.7, 0.51, {}, {})], "norm of CE's"),
     ("loss/by_kind/digits/mce/in use", 0.7, "of the kind"),
 ])  # fmt: skip

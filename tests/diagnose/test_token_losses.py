@@ -78,12 +78,10 @@ def test_cosines_and_norms_of_every_loss_are_those_of_dense_float64_autograd_for
                 assert group not in losses[candidate.name]["gradients"]["by_kind"]
                 continue
             _, ces, ces_head = slow_reference(model, ids, labels, cross_entropy, at)
-            values, ours, ours_head = slow_reference(
+            _, ours, ours_head = slow_reference(
                 model, ids, labels, lambda z, y, c=candidate, r=reads: token_loss(z, y, c.loss, **r), at
             )
-            if candidate.loss == "threshold":
-                share = len(labels) / int((values > 0).sum())
-            scale = share if candidate.loss == "threshold" or candidate.given.get("kind") == "mse" else 1.0
+            scale = share if candidate.given.get("kind") == "mse" else 1.0
             figures = losses[candidate.name]["gradients"]["by_kind"][group]
             agrees(figures["hidden"], scale * ours[at], ces[at])
             agrees(figures["head"], scale * ours_head, ces_head)
@@ -102,10 +100,12 @@ def test_value_and_gradients_are_those_of_the_loss_that_a_run_computes(candidate
 
     def gradients(loss, weight, settings):
         h, w = (each.double().requires_grad_(True) for each in (hidden, head.weight))
-        out = linear_token_loss(
-            h, w, labels, loss, mce_weight=weight, bias=head.bias.double(), settings=settings, matrix=EXACT
-        )
-        return out.loss.item(), *torch.autograd.grad(out.loss, (h, w))
+        given = {"mce_weight": weight, "bias": head.bias.double(), "settings": settings, "matrix": EXACT}
+        if loss == "threshold":  # a run divides it by all positions
+            total = linear_token_loss(h, w, labels, loss, reduction="sum", **given).loss / len(labels)
+        else:
+            total = linear_token_loss(h, w, labels, loss, **given).loss
+        return total.item(), *torch.autograd.grad(total, (h, w))
 
     value, in_hidden, in_head = gradients(candidate.loss, weight, {**candidate.given, **numbers})
     _, ces_hidden, ces_head = gradients("ce", 0.0, {})
@@ -153,6 +153,9 @@ def test_without_numbers_ntl_is_left_out(text, wrapped, said, tiny_tokenizer, tm
     ("focal", {"gamma": 2}, 0.5, "focal+0.5MCE", 0),  # the default: shown anyway
     ("focal", {"gamma": 3}, 1.0, "focal(gamma=3)+MCE", 1),
     ("threshold", {"at": 0.1, "side": "bottom"}, 0.0, "threshold(at=0.1, side=bottom)", 1),
+    ("ntl", None, 0.0, "ntl(weight=0.3)", 0),  # a recipe's ntl is CE + 0.3 NTL
+    ("ntl", {"weight": None}, 0.0, "ntl", 1),
+    ("emo", {"mode": 2}, 0.0, "emo(mode=2)", 0),
     ("kd", {"beta": 1}, 0.0, "kd(beta=1)", 0),
 ])  # fmt: skip
 def test_the_recipes_own_loss_is_shown_with_its_settings(loss, settings, weight, name, more, tiny_tokenizer, tmp_path):
