@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from matrix_llm.loss import solvers
+from matrix_llm.loss.chunks import blocks
 from matrix_llm.loss.head_tail import include_target_
 from matrix_llm.loss.products import add_product, multiply
 from matrix_llm.loss.settings import Solver
 from matrix_llm.loss.solvers import Embeddings, head_tail_terms, logit_gradient_, solve_chunk
-from matrix_llm.loss.table import loss_terms
+from matrix_llm.loss.table import Buffers, loss_terms, make_buffers
 from matrix_llm.loss.token_terms import Chunk, LossTerms, TokenLoss
 from matrix_llm.loss.vocabulary import find_likeliest
 
@@ -108,6 +109,15 @@ def _scaled(weight: Tensor, coefficient: Tensor | None) -> Tensor:
     return weight if coefficient is None else weight * coefficient[:, None]
 
 
+def _expected_logit(
+    z: Tensor,  # (C, V)
+    q: Tensor,  # (C, V)
+) -> Tensor:
+    """(C,) sum_j q_j z_j, where 0 times -inf, of a token that a bias removes, is 0."""
+    least = torch.finfo(z.dtype).min
+    return torch.cat([z[block].clamp(min=least).mul_(q[block]).sum(-1) for block in blocks(z)])
+
+
 def _chunk_by_torch(
     z: Tensor,  # (C, V) logits; overwritten
     labels: Tensor,  # (C,)
@@ -118,7 +128,7 @@ def _chunk_by_torch(
     options: HeadOptions,
     want_logits: bool,
     grad_vectors: Tensor | None,  # (V, D) the gradient of E is added here
-    biased: bool,
+    buffers: Buffers,
 ) -> ChunkResult:
     solver, cap, token_loss = options.solver, options.softcap, options.token_loss
 
@@ -135,10 +145,9 @@ def _chunk_by_torch(
     # log sum exp z = largest - log(largest probability), which saves a second pass over the logits
     q_largest = q.amax(-1) if likeliest is None else q.gather(1, likeliest[:, :1]).squeeze(1)
     log_z = largest - q_largest.log()
-    of_loss = loss_terms(Chunk(z, q, log_z, of_label, labels, top, at), token_loss)
-    if biased:
-        z.clamp_(min=torch.finfo(z.dtype).min)  # a bias of -inf removes a token: 0 * -inf would be NaN
-    entropy = log_z - (z.mul_(q) if cap is None else z * q).sum(-1)  # from here on, only the cap needs z
+    entropy = log_z - _expected_logit(z, q)
+    # From here on, only the token loss and the cap need z: the loss may overwrite it where there is no cap.
+    of_loss = loss_terms(Chunk(z, q, log_z, of_label, labels, top, at), token_loss, buffers)
 
     # 3. MCE
     terms = solve_chunk(
@@ -165,7 +174,7 @@ def _chunk_by_torch(
             ids, added = of_loss.columns
             grad.scatter_add_(1, ids, weight * added)
         if cap is not None:
-            grad *= 1 - (z / cap).square_()
+            grad *= z.div_(cap).square_().neg_().add_(1)
         if options.logit_scale != 1.0:
             grad *= options.logit_scale
     return _finish(of_loss, log_z - of_label, terms.value, entropy, of_label >= largest, grad)
@@ -193,7 +202,8 @@ def _chunk_by_kernels(
     log_z, of_label = statistics.log_z, statistics.of_label
     count = min(max(solver.top_k, token_loss.top), z.shape[1])
     top, likeliest = find_likeliest(z, count, statistics.group_max)
-    of_loss = loss_terms(Chunk(z, None, log_z, of_label, labels, top[:, : token_loss.top], at), token_loss)
+    chunk = Chunk(z, None, log_z, of_label, labels, top[:, : token_loss.top], at)
+    of_loss = loss_terms(chunk, token_loss, Buffers(None, None))
     kept = include_target_(likeliest[:, : solver.top_k].contiguous(), labels)
     z_kept = z.gather(1, kept)
     q_kept = (z_kept - log_z[:, None]).exp_()
@@ -264,6 +274,7 @@ def head_pass(
     most = min(options.chunk, positions)
     z_buffer = torch.empty(most, vocabulary_size, dtype=dtype, device=device)
     q_buffer = torch.empty(most, vocabulary_size, dtype=dtype if kernels is None else hidden.dtype, device=device)
+    buffers = make_buffers(options.token_loss, cap, z_buffer)
 
     for start in range(0, positions, options.chunk):
         chunk = slice(start, start + options.chunk)
@@ -281,9 +292,7 @@ def head_pass(
 
         # 2. to 4.
         if features is None:
-            result = _chunk_by_torch(
-                z, y, chunk, q, w, embeddings, options, want_logits, grads.vectors, bias is not None
-            )
+            result = _chunk_by_torch(z, y, chunk, q, w, embeddings, options, want_logits, grads.vectors, buffers)
         else:
             result = _chunk_by_kernels(z, y, chunk, q, w, features, embeddings, options, want_logits, kernels)
         ce[chunk], mce[chunk], value[chunk], objective[chunk], entropy[chunk], is_top1[chunk] = result[:6]

@@ -99,11 +99,13 @@ def _logits(loss: TokenLoss, chunk: Chunk) -> Tensor:
         ids, logs = teacher.ids[chunk.at], teacher.log_probabilities[chunk.at].to(z.dtype)
         out = torch.full_like(z, -torch.inf).scatter_(1, ids, logs)
     else:
-        out = _make_logits(teacher, chunk.at, torch.empty_like(z))
+        assert chunk.product is not None
+        out = chunk.product
     return out if loss.allowed is None else out.masked_fill_(~loss.allowed, -torch.inf)
 
 
-def _make_logits(teacher: Teacher, at: slice, out: Tensor) -> Tensor:
+def make_logits(teacher: Teacher, at: slice, out: Tensor) -> None:
+    """out (C, V) = the teacher's logits at some positions."""
     hidden = teacher.hidden[at]
     multiply(hidden, teacher.weight.to(hidden.dtype).T, out=out)
     if teacher.bias is not None:
@@ -112,7 +114,6 @@ def _make_logits(teacher: Teacher, at: slice, out: Tensor) -> Tensor:
         out *= teacher.logit_scale
     if teacher.softcap is not None:
         out.div_(teacher.softcap).tanh_().mul_(teacher.softcap)
-    return out
 
 
 def _keep_likeliest(t_logits: Tensor, top_k: int | None) -> Tensor:
