@@ -348,6 +348,10 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
             numbers = sum((self._count_numbers(batch) for batch in samples), torch.tensor(0)).to(device)
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
                 numbers = self.accelerator.gather(numbers).sum()
+            if not numbers and self.state.global_step == 0:
+                logger.warning(
+                    "No label of the first batch is a digit, so ntl trains nothing there: see number_share in the log."
+                )
             self._batch_scale = torch.as_tensor(count, device=device) / numbers if numbers > 0 else torch.tensor(0.0)
         return samples, count
 
@@ -440,6 +444,7 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
         numbers = sums.pop("numbers", None)
         if numbers is not None:  # the mean of ntl's term is over the labels that are numbers
             sums["token_loss"] = self._spread_over_tokens(sums, numbers)
+            sums["number_share"] = numbers
         tokens, batches = max(sums.pop("tokens", 0.0), 1.0), max(sums.pop("micro_batches", 0.0), 1.0)
         return {name: value / (batches if name == "aux_loss" else tokens) for name, value in sums.items()}
 

@@ -283,7 +283,8 @@ def linear_loss(
 def _with_soft_matrix(loss: TokenLoss, embeddings: Embeddings, solver: Solver, vocabulary_size: int) -> TokenLoss:
     """soft_mce with MCE's token vectors and solver."""
     assert loss.teacher is not None
-    check_soft_target(loss.settings, loss.teacher, vocabulary_size)
+    stored = loss.teacher.ids.shape[1] if isinstance(loss.teacher, TopTokens) else vocabulary_size
+    check_soft_target(loss.settings["top_k"], stored)
     soft_matrix = functools.partial(soft_terms, embeddings=embeddings, solver=solver, want_gradient=True)
     return dataclasses.replace(loss, soft_matrix=soft_matrix)
 

@@ -14,8 +14,8 @@ Legend: N positions, C of one chunk, V vocabulary, H hidden width of the teacher
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -209,14 +209,12 @@ def _soft_mce(chunk: Chunk, loss: TokenLoss) -> LossTerms:
     return LossTerms(value, zero, zero, gradient)
 
 
-def check_soft_target(settings: Mapping[str, Any], teacher: Teacher | TopTokens | Tensor, vocabulary_size: int) -> None:
-    """Raise RecipeError for a soft target of too many tokens."""
-    wide = vocabulary_size if not isinstance(teacher, TopTokens) else teacher.ids.shape[1]
-    top_k = min(settings["top_k"] or wide, wide)
-    if top_k > LARGEST_SOFT_TARGET:
+def check_soft_target(top_k: int | None, tokens: int) -> None:
+    """Raise RecipeError for a soft target of more than LARGEST_SOFT_TARGET of the teacher's `tokens`."""
+    if min(top_k or tokens, tokens) > LARGEST_SOFT_TARGET:
         raise RecipeError(
-            f"soft_mce with top_k={settings['top_k']} has a target of {top_k} tokens at each position, but at most "
-            f"{LARGEST_SOFT_TARGET} fit. Give soft_mce's top_k, such as 16."
+            f"soft_mce with top_k={top_k} has a target of {min(top_k or tokens, tokens)} tokens at each position, but "
+            f"at most {LARGEST_SOFT_TARGET} fit. Write `token_loss_settings: {{top_k: 16}}`."
         )
 
 

@@ -14,18 +14,51 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from matrix_llm.base.errors import ModelError, RecipeError
+from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.modes import evaluation_mode
 from matrix_llm.config import MatrixConfig, ModelArguments
+from matrix_llm.loss.choice import recipe_settings
 from matrix_llm.loss.settings import LossSettings
+from matrix_llm.loss.teachers import check_soft_target
 from matrix_llm.model.lm_head import FrozenHead, add_matrix_head, lm_head_of
 from matrix_llm.model.load import load_model
 from matrix_llm.model.pretrained import load_pretrained
 
 KEY = "teacher_model_name_or_path"
 ONLY_FOR_TRAINING = ("output_router_logits", "labels", "shift_labels", "num_items_in_batch")
+
+
+def read_teacher_config(training: MatrixConfig) -> PretrainedConfig:
+    """The teacher's configuration, without its weights.
+
+    Raises:
+        RecipeError: there is no such model.
+    """
+    name, remote = training.teacher_model_name_or_path, training.trust_remote_code
+    return load_pretrained(KEY, name, AutoConfig.from_pretrained, trust_remote_code=remote)
+
+
+def check_teacher(training: MatrixConfig, vocabulary_size: int) -> None:
+    """Refuse what the configurations alone show of the teacher, and a soft target that is too wide.
+
+    Raises:
+        RecipeError: no such model, fewer tokens than the student, or soft_mce over a whole large vocabulary.
+    """
+    if training.teacher_model_name_or_path is not None:
+        theirs = read_teacher_config(training).get_text_config().vocab_size
+        if theirs < vocabulary_size:
+            raise _too_few(training.teacher_model_name_or_path, theirs, vocabulary_size)
+    if training.token_loss == "soft_mce":
+        check_soft_target(recipe_settings("soft_mce", training.token_loss_settings)["top_k"], vocabulary_size)
+
+
+def _too_few(name: str, theirs: int, ours: int) -> RecipeError:
+    return RecipeError(
+        f"{KEY}={name!r} has vectors for {theirs} tokens, the student for {ours}: the teacher says nothing of the "
+        "others. Resize the teacher's embeddings, or use another teacher."
+    )
 
 
 def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, name: str) -> None:
@@ -79,12 +112,9 @@ class TeacherModel:
         settings = ModelArguments(model_name_or_path=name, dtype=dtype, attn_implementation=attention)
         model = load_model(settings, tokenizer, seed=args.seed, trust_remote_code=remote)
         model.requires_grad_(False)
-        sizes = [_size(lm_head_of(each).weight) for each in (model, student)]
-        if sizes[0] < sizes[1]:
-            raise ModelError(
-                f"{KEY}={name!r} has vectors for {sizes[0]} tokens, the student for {sizes[1]}: the teacher says "
-                "nothing of the others. Resize the teacher's embeddings, or use another teacher."
-            )
+        theirs, ours = (_size(lm_head_of(each).weight) for each in (model, student))
+        if theirs < ours:
+            raise _too_few(name, theirs, ours)
         add_matrix_head(model, LossSettings(mce_weight=0))
         self.head = FrozenHead(model)
         self._model = _shard(model, accelerator)

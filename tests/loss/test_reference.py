@@ -92,6 +92,18 @@ def test_the_distance_of_emo_keeps_its_digits_as_the_label_becomes_certain():
     torch.testing.assert_close(value.double(), d, rtol=1e-5, atol=0)
 
 
+def test_the_distance_of_emo_is_not_negative_where_another_vector_is_the_labels():
+    """A cosine of 1 + 1e-7 would make d negative and the ratio CE / d a huge negative number, below any clamp."""
+    embeddings = torch.randn(64, 48, generator=torch.Generator().manual_seed(0)).repeat_interleave(2, 0)
+    embeddings[1::2] *= torch.linspace(0.5, 2, 64)[:, None]
+    labels = torch.arange(0, 128, 2)
+    logits = 25 * F.one_hot(labels + 1, 128).float()  # certain of the label's twin
+    value, gradient = value_and_gradient(logits, labels, "emo", embeddings=embeddings)
+    ce, ce_gradient = value_and_gradient(logits, labels, "ce")
+    torch.testing.assert_close(value, ce / 2, rtol=1e-4, atol=0)  # d = 0
+    torch.testing.assert_close(gradient, ce_gradient / 2, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize(("loss", "settings"), [("minus_p", {}), ("power", {"alpha": 0.01})])
 def test_one_minus_p_keeps_its_digits(loss, settings):
     """In float32, 1 - p by subtraction is 0.1 % off where CE is 1e-4."""

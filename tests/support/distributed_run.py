@@ -11,7 +11,8 @@ The server imports everything once and forks, so that an engine costs only its o
 
 `models` holds a checkpoint for each architecture, loaded by from_pretrained as in matrix_llm/train.py: whole, under
 zero.Init, or on one process only, as the engine wants it. "lora" adds an adapter, and lists the modules that are
-trained whole as well; "teacher" names a folder in `models`; "fresh_summary" makes every micro-batch summarise the vocabulary again.
+trained whole as well; "teacher" names a folder in `models`; "fresh_summary" makes every micro-batch summarise the
+vocabulary again.
 """
 
 import gc
