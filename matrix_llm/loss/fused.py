@@ -26,7 +26,7 @@ from matrix_llm.loss.chunks import blocks
 from matrix_llm.loss.head_tail import include_target_
 from matrix_llm.loss.products import add_product, multiply
 from matrix_llm.loss.settings import Solver
-from matrix_llm.loss.solvers import Embeddings, head_tail_terms, logit_gradient_, solve_chunk
+from matrix_llm.loss.solvers import ChunkTerms, Embeddings, head_tail_terms, logit_gradient_, solve_chunk
 from matrix_llm.loss.table import Buffers, loss_terms, make_buffers
 from matrix_llm.loss.token_terms import Chunk, LossTerms, TokenLoss
 from matrix_llm.loss.vocabulary import find_likeliest
@@ -112,10 +112,17 @@ def _scaled(weight: Tensor, coefficient: Tensor | None) -> Tensor:
 def _expected_logit(
     z: Tensor,  # (C, V)
     q: Tensor,  # (C, V)
+    biased: bool,  # some z may be -inf: 0 * -inf, of a token that is removed, would be NaN
+    overwrite: bool,  # z
 ) -> Tensor:
-    """(C,) sum_j q_j z_j, where 0 times -inf, of a token that a bias removes, is 0."""
-    least = torch.finfo(z.dtype).min
-    return torch.cat([z[block].clamp(min=least).mul_(q[block]).sum(-1) for block in blocks(z)])
+    """(C,) sum_j q_j z_j."""
+    parts = []
+    for block in blocks(z):
+        product = z[block] if overwrite else z[block].clone()
+        if biased:
+            product.clamp_(min=torch.finfo(z.dtype).min)
+        parts.append(product.mul_(q[block]).sum(-1))
+    return torch.cat(parts)
 
 
 def _chunk_by_torch(
@@ -129,6 +136,7 @@ def _chunk_by_torch(
     want_logits: bool,
     grad_vectors: Tensor | None,  # (V, D) the gradient of E is added here
     buffers: Buffers,
+    biased: bool,
 ) -> ChunkResult:
     solver, cap, token_loss = options.solver, options.softcap, options.token_loss
 
@@ -145,7 +153,7 @@ def _chunk_by_torch(
     # log sum exp z = largest - log(largest probability), which saves a second pass over the logits
     q_largest = q.amax(-1) if likeliest is None else q.gather(1, likeliest[:, :1]).squeeze(1)
     log_z = largest - q_largest.log()
-    entropy = log_z - _expected_logit(z, q)
+    entropy = log_z - _expected_logit(z, q, biased, overwrite=cap is None and not token_loss.needs_extra)
     # From here on, only the token loss and the cap need z: the loss may overwrite it where there is no cap.
     of_loss = loss_terms(Chunk(z, q, log_z, of_label, labels, top, at), token_loss, buffers)
 
@@ -162,22 +170,33 @@ def _chunk_by_torch(
     )
 
     # 4. the logits' gradient
-    grad = None
-    if want_logits:
-        grad = logit_gradient_(
-            q, terms, _scaled(weight, of_loss.of_q), weight * options.mce_weight if options.mce_weight else None
-        )
-        grad.scatter_add_(1, labels[:, None], -_scaled(weight, of_loss.at_label))
-        if of_loss.extra is not None:
-            grad.addcmul_(of_loss.extra, weight * of_loss.factor)
-        if of_loss.columns is not None:
-            ids, added = of_loss.columns
-            grad.scatter_add_(1, ids, weight * added)
-        if cap is not None:
-            grad *= z.div_(cap).square_().neg_().add_(1)
-        if options.logit_scale != 1.0:
-            grad *= options.logit_scale
+    grad = _gradient_by_torch(z, q, labels, weight, terms, of_loss, options) if want_logits else None
     return _finish(of_loss, log_z - of_label, terms.value, entropy, of_label >= largest, grad)
+
+
+def _gradient_by_torch(
+    z: Tensor,  # (C, V) logits; overwritten
+    q: Tensor,  # (C, V) as `solve_chunk` left it; overwritten
+    labels: Tensor,  # (C,)
+    weight: Tensor,  # (C, 1) d(objective) / d(loss of a position)
+    terms: ChunkTerms,  # of MCE
+    of_loss: LossTerms,
+    options: HeadOptions,
+) -> Tensor:
+    """(C, V) the gradient of the logits before cap and scale, in q's buffer."""
+    of_mce = weight * options.mce_weight if options.mce_weight else None
+    grad = logit_gradient_(q, terms, _scaled(weight, of_loss.of_q), of_mce)
+    grad.scatter_add_(1, labels[:, None], -_scaled(weight, of_loss.at_label))
+    if of_loss.extra is not None:
+        grad.addcmul_(of_loss.extra, weight * of_loss.factor)
+    if of_loss.columns is not None:
+        ids, added = of_loss.columns
+        grad.scatter_add_(1, ids, weight * added)
+    if options.softcap is not None:
+        grad *= z.div_(options.softcap).square_().neg_().add_(1)
+    if options.logit_scale != 1.0:
+        grad *= options.logit_scale
+    return grad
 
 
 def _chunk_by_kernels(
@@ -292,7 +311,9 @@ def head_pass(
 
         # 2. to 4.
         if features is None:
-            result = _chunk_by_torch(z, y, chunk, q, w, embeddings, options, want_logits, grads.vectors, buffers)
+            result = _chunk_by_torch(
+                z, y, chunk, q, w, embeddings, options, want_logits, grads.vectors, buffers, bias is not None
+            )
         else:
             result = _chunk_by_kernels(z, y, chunk, q, w, features, embeddings, options, want_logits, kernels)
         ce[chunk], mce[chunk], value[chunk], objective[chunk], entropy[chunk], is_top1[chunk] = result[:6]
