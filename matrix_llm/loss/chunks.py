@@ -1,10 +1,19 @@
-"""How many positions are processed at once, so that the full (N, V) logits never exist."""
+"""How many positions are processed at once, so that the full (N, V) logits never exist.
+
+positions_per_chunk  between two products with the LM head: as many as fit into memory
+blocks               in a chain of element-wise steps over a chunk: as many as stay in cache
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+
+from torch import Tensor
 
 CHUNK_BYTES = 256 * 2**20  # working memory of one chunk of positions
+BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}  # on a GPU no cache holds a block, but many short kernels cost time
+LEAST_BLOCK = 8  # positions, for the threads to share
 
 
 def positions_per_chunk(positions: int, bytes_per_position: int, least_budget: int = 0) -> int:
@@ -17,3 +26,16 @@ def positions_per_chunk(positions: int, bytes_per_position: int, least_budget: i
     """
     fitting = max(1, min(positions, max(CHUNK_BYTES, least_budget) // max(1, bytes_per_position)))
     return math.ceil(positions / math.ceil(positions / fitting))
+
+
+def blocks(z: Tensor) -> Iterator[slice]:
+    """The positions of z (C, V), a block at a time.
+
+    >>> import torch
+    >>> list(blocks(torch.empty(20, 2**16)))
+    [slice(0, 8, None), slice(8, 16, None), slice(16, 20, None)]
+    """
+    positions, vocabulary_size = z.shape
+    length = max(LEAST_BLOCK, BLOCK_ELEMENTS["cuda" if z.is_cuda else "cpu"] // vocabulary_size)
+    for start in range(0, positions, length):
+        yield slice(start, min(start + length, positions))

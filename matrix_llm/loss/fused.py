@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from matrix_llm.loss import solvers
+from matrix_llm.loss.chunks import blocks
 from matrix_llm.loss.head_tail import include_target_
 from matrix_llm.loss.products import add_product, multiply
 from matrix_llm.loss.settings import Solver
-from matrix_llm.loss.solvers import Embeddings, head_tail_terms, logit_gradient_, solve_chunk
-from matrix_llm.loss.table import loss_terms
+from matrix_llm.loss.solvers import ChunkTerms, Embeddings, head_tail_terms, logit_gradient_, solve_chunk
+from matrix_llm.loss.table import Buffers, loss_terms, make_buffers
 from matrix_llm.loss.token_terms import Chunk, LossTerms, TokenLoss
 from matrix_llm.loss.vocabulary import find_likeliest
 
@@ -108,6 +109,22 @@ def _scaled(weight: Tensor, coefficient: Tensor | None) -> Tensor:
     return weight if coefficient is None else weight * coefficient[:, None]
 
 
+def _expected_logit(
+    z: Tensor,  # (C, V)
+    q: Tensor,  # (C, V)
+    biased: bool,  # some z may be -inf: 0 * -inf, of a token that is removed, would be NaN
+    overwrite: bool,  # z
+) -> Tensor:
+    """(C,) sum_j q_j z_j."""
+    parts = []
+    for block in blocks(z):
+        product = z[block] if overwrite else z[block].clone()
+        if biased:
+            product.clamp_(min=torch.finfo(z.dtype).min)
+        parts.append(product.mul_(q[block]).sum(-1))
+    return torch.cat(parts)
+
+
 def _chunk_by_torch(
     z: Tensor,  # (C, V) logits; overwritten
     labels: Tensor,  # (C,)
@@ -118,6 +135,7 @@ def _chunk_by_torch(
     options: HeadOptions,
     want_logits: bool,
     grad_vectors: Tensor | None,  # (V, D) the gradient of E is added here
+    buffers: Buffers,
     biased: bool,
 ) -> ChunkResult:
     solver, cap, token_loss = options.solver, options.softcap, options.token_loss
@@ -135,10 +153,9 @@ def _chunk_by_torch(
     # log sum exp z = largest - log(largest probability), which saves a second pass over the logits
     q_largest = q.amax(-1) if likeliest is None else q.gather(1, likeliest[:, :1]).squeeze(1)
     log_z = largest - q_largest.log()
-    of_loss = loss_terms(Chunk(z, q, log_z, of_label, labels, top, at), token_loss)
-    if biased:
-        z.clamp_(min=torch.finfo(z.dtype).min)  # a bias of -inf removes a token: 0 * -inf would be NaN
-    entropy = log_z - (z.mul_(q) if cap is None else z * q).sum(-1)  # from here on, only the cap needs z
+    entropy = log_z - _expected_logit(z, q, biased, overwrite=cap is None and not token_loss.needs_extra)
+    # From here on, only the token loss and the cap need z: the loss may overwrite it where there is no cap.
+    of_loss = loss_terms(Chunk(z, q, log_z, of_label, labels, top, at), token_loss, buffers)
 
     # 3. MCE
     terms = solve_chunk(
@@ -153,22 +170,33 @@ def _chunk_by_torch(
     )
 
     # 4. the logits' gradient
-    grad = None
-    if want_logits:
-        grad = logit_gradient_(
-            q, terms, _scaled(weight, of_loss.of_q), weight * options.mce_weight if options.mce_weight else None
-        )
-        grad.scatter_add_(1, labels[:, None], -_scaled(weight, of_loss.at_label))
-        if of_loss.extra is not None:
-            grad.addcmul_(of_loss.extra, weight * of_loss.factor)
-        if of_loss.columns is not None:
-            ids, added = of_loss.columns
-            grad.scatter_add_(1, ids, weight * added)
-        if cap is not None:
-            grad *= 1 - (z / cap).square_()
-        if options.logit_scale != 1.0:
-            grad *= options.logit_scale
+    grad = _gradient_by_torch(z, q, labels, weight, terms, of_loss, options) if want_logits else None
     return _finish(of_loss, log_z - of_label, terms.value, entropy, of_label >= largest, grad)
+
+
+def _gradient_by_torch(
+    z: Tensor,  # (C, V) logits; overwritten
+    q: Tensor,  # (C, V) as `solve_chunk` left it; overwritten
+    labels: Tensor,  # (C,)
+    weight: Tensor,  # (C, 1) d(objective) / d(loss of a position)
+    terms: ChunkTerms,  # of MCE
+    of_loss: LossTerms,
+    options: HeadOptions,
+) -> Tensor:
+    """(C, V) the gradient of the logits before cap and scale, in q's buffer."""
+    of_mce = weight * options.mce_weight if options.mce_weight else None
+    grad = logit_gradient_(q, terms, _scaled(weight, of_loss.of_q), of_mce)
+    grad.scatter_add_(1, labels[:, None], -_scaled(weight, of_loss.at_label))
+    if of_loss.extra is not None:
+        grad.addcmul_(of_loss.extra, weight * of_loss.factor)
+    if of_loss.columns is not None:
+        ids, added = of_loss.columns
+        grad.scatter_add_(1, ids, weight * added)
+    if options.softcap is not None:
+        grad *= z.div_(options.softcap).square_().neg_().add_(1)
+    if options.logit_scale != 1.0:
+        grad *= options.logit_scale
+    return grad
 
 
 def _chunk_by_kernels(
@@ -193,7 +221,8 @@ def _chunk_by_kernels(
     log_z, of_label = statistics.log_z, statistics.of_label
     count = min(max(solver.top_k, token_loss.top), z.shape[1])
     top, likeliest = find_likeliest(z, count, statistics.group_max)
-    of_loss = loss_terms(Chunk(z, None, log_z, of_label, labels, top[:, : token_loss.top], at), token_loss)
+    chunk = Chunk(z, None, log_z, of_label, labels, top[:, : token_loss.top], at)
+    of_loss = loss_terms(chunk, token_loss, Buffers(None, None))
     kept = include_target_(likeliest[:, : solver.top_k].contiguous(), labels)
     z_kept = z.gather(1, kept)
     q_kept = (z_kept - log_z[:, None]).exp_()
@@ -264,6 +293,7 @@ def head_pass(
     most = min(options.chunk, positions)
     z_buffer = torch.empty(most, vocabulary_size, dtype=dtype, device=device)
     q_buffer = torch.empty(most, vocabulary_size, dtype=dtype if kernels is None else hidden.dtype, device=device)
+    buffers = make_buffers(options.token_loss, cap, z_buffer)
 
     for start in range(0, positions, options.chunk):
         chunk = slice(start, start + options.chunk)
@@ -282,7 +312,7 @@ def head_pass(
         # 2. to 4.
         if features is None:
             result = _chunk_by_torch(
-                z, y, chunk, q, w, embeddings, options, want_logits, grads.vectors, bias is not None
+                z, y, chunk, q, w, embeddings, options, want_logits, grads.vectors, buffers, bias is not None
             )
         else:
             result = _chunk_by_kernels(z, y, chunk, q, w, features, embeddings, options, want_logits, kernels)

@@ -30,8 +30,9 @@ from matrix_llm.loss.positions import TrainedPositions
 from matrix_llm.loss.settings import LossSettings, Solver
 from matrix_llm.loss.soft_targets import soft_terms
 from matrix_llm.loss.solvers import Embeddings, prepare_embeddings
+from matrix_llm.loss.table import count_buffers
 from matrix_llm.loss.teachers import Teacher, TopTokens, check_soft_target, check_teacher, select_positions
-from matrix_llm.loss.token_terms import BUFFERS, TokenLoss, is_finite_everywhere, keeps, number_share
+from matrix_llm.loss.token_terms import TokenLoss, is_finite_everywhere, keeps, number_share
 from matrix_llm.loss.vocabulary import VocabularySummary, inverse_norms
 
 
@@ -255,13 +256,14 @@ def linear_loss(
         )
         if token_loss == "soft_mce":
             loss_terms = _with_soft_matrix(loss_terms, Embeddings(vectors, summary), solver, vocabulary_size)
-        per_position = (2 + BUFFERS.get(token_loss, 0)) * dtype.itemsize * vocabulary_size
+        per_position = (2 + count_buffers(loss_terms, softcap)) * dtype.itemsize * vocabulary_size
         per_position += solver.bytes_per_position(vocabulary_size, vectors.shape[1], dtype.itemsize)
         chunk = positions_per_chunk(max(1, count), per_position, least_budget=weight.numel() * dtype.itemsize)
 
         # 4. the pass
         options = HeadOptions(loss_terms, solver, float(settings.mce_weight), float(logit_scale), softcap, chunk, dtype)
-        if token_loss == "threshold" and reduction == "mean":
+        of_kept = token_loss == "threshold" and reduction == "mean"  # its mean is over the positions that it keeps
+        if of_kept and options.mce_weight:  # MCE's is not: one scale for both would not do
             options = _with_kept_share(
                 options, trained_hidden, weight, bias, Embeddings(vectors, summary), trained_labels
             )
@@ -269,7 +271,9 @@ def linear_loss(
         loss, *statistics = _LinearLoss.apply(
             trained_hidden, weight, bias, vectors, summary, trained_labels, options, summed, grad_enabled
         )
-    if reduction == "mean":
+    if reduction == "mean" and of_kept and not options.mce_weight:
+        loss = loss / keeps(statistics[0], loss_terms.settings).sum().clamp(min=1)
+    elif reduction == "mean":
         loss = loss / max(1, count)
     elif reduction == "none":
         loss = _spread(loss, index, positions)

@@ -99,11 +99,13 @@ def _logits(loss: TokenLoss, chunk: Chunk) -> Tensor:
         ids, logs = teacher.ids[chunk.at], teacher.log_probabilities[chunk.at].to(z.dtype)
         out = torch.full_like(z, -torch.inf).scatter_(1, ids, logs)
     else:
-        out = _make_logits(teacher, chunk.at, torch.empty_like(z))
+        assert chunk.product is not None
+        out = chunk.product
     return out if loss.allowed is None else out.masked_fill_(~loss.allowed, -torch.inf)
 
 
-def _make_logits(teacher: Teacher, at: slice, out: Tensor) -> Tensor:
+def make_logits(teacher: Teacher, at: slice, out: Tensor) -> None:
+    """out (C, V) = the teacher's logits at some positions."""
     hidden = teacher.hidden[at]
     multiply(hidden, teacher.weight.to(hidden.dtype).T, out=out)
     if teacher.bias is not None:
@@ -112,15 +114,12 @@ def _make_logits(teacher: Teacher, at: slice, out: Tensor) -> Tensor:
         out *= teacher.logit_scale
     if teacher.softcap is not None:
         out.div_(teacher.softcap).tanh_().mul_(teacher.softcap)
-    return out
 
 
-def _keep_likeliest(t_logits: Tensor, top_k: int | None) -> Tensor:
+def _keep_likeliest(log_t: Tensor, top_k: int) -> Tensor:
     """-inf everywhere but at the `top_k` largest of each position; in place."""
-    if top_k is None or top_k >= t_logits.shape[1]:
-        return t_logits
-    values, ids = t_logits.topk(top_k, dim=-1)
-    return t_logits.fill_(-torch.inf).scatter_(1, ids, values)
+    values, ids = log_t.topk(top_k, dim=-1)
+    return log_t.fill_(-torch.inf).scatter_(1, ids, values)
 
 
 def _expectation(weights: Tensor, values: Tensor) -> Tensor:
@@ -147,12 +146,11 @@ def _kd(chunk: Chunk, loss: TokenLoss) -> LossTerms:
 
     # 1. both distributions at the temperature
     log_s = torch.log_softmax(chunk.z / temperature, -1)
-    t_logits = _logits(loss, chunk).div_(temperature)
-    log_norm = t_logits.logsumexp(-1, keepdim=True)
-    t_logits = _keep_likeliest(t_logits, top_k)
-    if renormalise:
-        log_norm = t_logits.logsumexp(-1, keepdim=True)
-    log_t = t_logits.sub_(log_norm)
+    log_t = torch.log_softmax(_logits(loss, chunk).div_(temperature), -1)
+    if top_k is not None and top_k < log_t.shape[1]:
+        log_t = _keep_likeliest(log_t, top_k)
+        if renormalise:
+            log_t -= log_t.logsumexp(-1, keepdim=True)
     s, t = log_s.exp(), log_t.exp()
 
     # 2. the divergence, and its gradient in z / temperature
@@ -181,8 +179,7 @@ def _asft(chunk: Chunk, loss: TokenLoss) -> LossTerms:
     """p CE, p a constant, plus weight times the KL divergence to the reference."""
     weight, p, ce = loss.settings["weight"], chunk.p, chunk.ce
     assert chunk.q is not None
-    log_t = _logits(loss, chunk)
-    log_t -= log_t.logsumexp(-1, keepdim=True)
+    log_t = torch.log_softmax(_logits(loss, chunk), -1)
     log_q = chunk.z - chunk.log_z[:, None]
     if loss.settings["direction"] == "ref_model":
         t = log_t.exp()

@@ -42,6 +42,7 @@ class Chunk(NamedTuple):
     labels: Tensor  # (C,)
     top: Tensor | None  # (C, k) the largest logits in falling order, for a loss that has `top`
     at: slice  # the positions of this chunk, for what belongs to the whole pass: a teacher's hidden states
+    product: Tensor | None = None  # (C, V) of the loss's own product, which it may overwrite: `table.loss_terms`
 
     @property
     def ce(self) -> Tensor:
@@ -52,6 +53,21 @@ class Chunk(NamedTuple):
     def p(self) -> Tensor:
         """(C,) the label's probability."""
         return (self.of_label - self.log_z).exp()
+
+    def positions(self, block: slice, index: Tensor | None) -> Chunk:
+        """Some of the chunk's positions; with `index` (C,), row index_c of `product` is position c's."""
+        first = self.at.start
+        rows = block if index is None else index[block]
+        return Chunk(
+            self.z[block],
+            None if self.q is None else self.q[block],
+            self.log_z[block],
+            self.of_label[block],
+            self.labels[block],
+            None if self.top is None else self.top[block],
+            slice(first + block.start, first + block.stop),
+            None if self.product is None else self.product[rows],
+        )
 
 
 class LossTerms(NamedTuple):
@@ -206,15 +222,15 @@ def _label_smoothing(chunk: Chunk, loss: TokenLoss) -> LossTerms:
 
 def _gem(chunk: Chunk, loss: TokenLoss) -> LossTerms:
     """sum_j r_j w_j (z_j - z_y): constants r = softmax(z / beta), and w = 1 or sigmoid((z_j - z_y) / 100)."""
-    z, of_label = chunk.z, chunk.of_label
-    r = torch.softmax(z / loss.settings["beta"], dim=-1)
+    r = torch.softmax(chunk.z / loss.settings["beta"], dim=-1)
+    difference = chunk.z - chunk.of_label[:, None]
     if loss.settings["h"] == "logsigmoid":
-        r *= torch.sigmoid(0.01 * (z - of_label[:, None]))
+        r *= torch.sigmoid(0.01 * difference)
         total = r.sum(-1)
     else:
-        total = torch.ones_like(of_label)
+        total = torch.ones_like(chunk.of_label)
     # Sum r (z - z_y), not sum r z - z_y: the two would cancel where the label is likely. r is 0 where z is -inf.
-    value = torch.where(r > 0, z - of_label[:, None], 0.0).mul_(r).sum(-1)
+    value = torch.where(r > 0, difference, 0.0).mul_(r).sum(-1)
     return LossTerms(value, torch.zeros_like(value), total, r)
 
 
@@ -280,27 +296,38 @@ def _ntl(chunk: Chunk, loss: TokenLoss) -> LossTerms:
     )
 
 
+def similarities(
+    labels: Tensor,  # (C,)
+    loss: TokenLoss,
+    out: Tensor,  # (C, V)
+) -> tuple[Tensor, Tensor | None]:
+    """e_y . e_j of the labels' vectors as they are given, and the row of each position; None: its own.
+
+    Labels repeat, so each is multiplied once; not on a GPU, where `unique` would make the host wait.
+    """
+    assert loss.vectors is not None
+    index = None
+    if not labels.is_cuda:
+        labels, index = labels.unique(return_inverse=True)
+    out = out[: len(labels)]
+    multiply(loss.vectors[labels], loss.vectors.T, out=out)
+    return out, index
+
+
 def _emo(chunk: Chunk, loss: TokenLoss) -> LossTerms:
     """CE and d = sum_j q_j (1 - cos(e_j, e_y)), each weighted by a constant ratio of the two."""
-    vectors, inverse_norm, q, settings = loss.vectors, loss.inverse_norm, chunk.q, loss.settings
-    assert vectors is not None
+    inverse_norm, q, labels, settings = loss.inverse_norm, chunk.q, chunk.labels, loss.settings
+    assert chunk.product is not None
     assert inverse_norm is not None
     assert q is not None
 
     # 1. s_j = 1 - cos(e_j, e_y), exactly 0 at the label: 1 - sum q cos would lose all digits where the label is likely
-    labels = chunk.labels
-    inverse = torch.arange(len(labels), device=labels.device)
-    if not labels.is_cuda:  # labels repeat; on a GPU `unique` would make the host wait
-        labels, inverse = labels.unique(return_inverse=True)
-    s = q.new_empty(len(labels), q.shape[1])
-    multiply(vectors[labels], vectors.T, out=s)
-    s.mul_(inverse_norm).mul_(-inverse_norm[labels, None]).add_(1)
-    known = (inverse_norm[labels] != 0)[:, None]
-    s.scatter_(1, labels[:, None], torch.where(known, 0.0, 1.0).to(s.dtype))
-    s = s[inverse]
+    of_label = inverse_norm[labels, None]
+    s = chunk.product.mul_(inverse_norm).mul_(-of_label).add_(1)
+    s.scatter_(1, labels[:, None], torch.where(of_label != 0, 0.0, 1.0).to(s.dtype))
 
     # 2. d, and the two weights
-    d = torch.bmm(q[:, None], s[:, :, None]).flatten()
+    d = (q * s).sum(-1)
     counted = d if settings["with_target"] else d + chunk.p
     ce = chunk.ce
     if settings["mode"] == 1:
@@ -321,9 +348,6 @@ WIDE: dict[str, Callable[[Chunk, TokenLoss], LossTerms]] = {
     "ntl": _ntl,
     "emo": _emo,
 }
-
-BUFFERS = {"gem": 3, "emo": 2, "asft": 4, "kd": 6, "soft_ce": 3, "soft_mce": 4}
-"""(C, V) buffers that a loss makes, for the length of the chunks."""
 
 
 def number_share(labels: Tensor, number_ids: Tensor) -> float:

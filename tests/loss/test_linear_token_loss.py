@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.loss import chunks
@@ -120,7 +121,9 @@ def assert_same_gradients(made: list[Tensor], expected: list[Tensor]) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=IDS)
 def test_value_and_gradients_are_those_of_the_dense_reference(name, settings, shape, monkeypatch):
-    """With soft-cap, scale and MCE on top, and chunks of a few positions."""
+    """With soft-cap, scale and MCE on top, chunks of 4 positions, and blocks of 3."""
+    monkeypatch.setattr(chunks, "BLOCK_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr(chunks, "LEAST_BLOCK", 3)
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)
     monkeypatch.setattr("matrix_llm.loss.linear.positions_per_chunk", lambda *_, **__: 4)
     inputs = Inputs(*shape, bias="plain")
@@ -142,14 +145,20 @@ def test_value_and_gradients_are_those_of_the_dense_reference(name, settings, sh
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=IDS)
-def test_tokens_that_a_bias_removes_stay_removed(name, settings):
+def test_tokens_that_a_bias_removes_stay_removed(name, settings, monkeypatch):
+    """Without a soft-cap, where the gradient of a wide loss replaces the logits, in blocks of 4 of 6 positions."""
+    monkeypatch.setattr(chunks, "BLOCK_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr(chunks, "LEAST_BLOCK", 4)
     inputs = Inputs(33, 8, 6, bias="removes tokens")
     made, expected = inputs.leaves(), inputs.leaves()
-    inputs.fused(name, settings, made, reduction="sum").loss.backward()
-    token_loss(
-        dense_logits(expected, 1.0, None), inputs.labels, name, **inputs.needs(name), **settings
-    ).sum().backward()
+    out = inputs.fused(name, settings, made, reduction="sum")
+    out.loss.backward()
+    z = dense_logits(expected, 1.0, None)
+    token_loss(z, inputs.labels, name, **inputs.needs(name), **settings).sum().backward()
     assert_same_gradients(made, expected)
+    q = z.detach().softmax(-1)
+    entropy = -torch.special.xlogy(q, q).sum(-1).where(inputs.labels != -100, 0.0)
+    torch.testing.assert_close(out.entropy, entropy)
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=IDS)
@@ -212,7 +221,9 @@ def test_the_mean_is_over_the_positions_that_the_loss_counts(name, settings, mce
 
 @pytest.mark.parametrize("name", ["kd", "soft_ce", "soft_mce"])
 @pytest.mark.parametrize("form", ["logits", "stored", "tuple"])
-def test_a_teacher_may_be_logits_or_its_stored_likeliest_tokens(name, form):
+def test_a_teacher_may_be_logits_or_its_stored_likeliest_tokens(name, form, monkeypatch):
+    monkeypatch.setattr(chunks, "BLOCK_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr(chunks, "LEAST_BLOCK", 4)
     inputs = Inputs(33, 8, 6)
     logs = torch.log_softmax(inputs.teacher_logits, -1)
     values, ids = logs.topk(33)
@@ -244,13 +255,35 @@ def test_half_precision_is_near_float64(name, settings, dtype):
         assert (a.grad.double() - b.grad).norm() <= tolerance * b.grad.norm()
 
 
+def flops_of(inputs: Inputs, name: str, settings: dict) -> int:
+    """Operations of all matrix products of a forward and backward pass."""
+    with FlopCounterMode(display=False) as counter:
+        inputs.fused(name, settings, inputs.leaves(), matrix=LossSettings(top_k=4)).loss.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("name", "settings"), [case for case in CASES if case[0] != "soft_mce"], ids=IDS[:-2])
+def test_a_loss_makes_no_product_that_it_does_not_need(name, settings):
+    """Those of CE; emo one with the vectors of its labels, each of them once; a teacher that of its LM head."""
+    inputs = Inputs(257, 16, 13)
+    trained = inputs.labels[inputs.labels != -100]
+    extra = 0
+    if name == "emo":
+        extra = 2 * len(trained.unique()) * 257 * 16
+        assert len(trained.unique()) < len(trained)
+    elif name in ("asft", "kd", "soft_ce"):
+        extra = 2 * len(trained) * 257 * 5
+    assert flops_of(inputs, name, settings) == flops_of(inputs, "ce", {}) + extra
+
+
+@pytest.mark.parametrize("mce_weight", [0.0, 1.0])
 @pytest.mark.parametrize("name", list(LOSSES))
-def test_without_a_trained_position_the_loss_is_a_connected_zero(name):
+def test_without_a_trained_position_the_loss_is_a_connected_zero(name, mce_weight):
     inputs = Inputs(33, 8, 6)
     inputs.labels.fill_(-100)
     made = inputs.leaves()
     required = {"power": {"alpha": 1.0}, "threshold": {"at": 0.1}}
-    out = inputs.fused(name, required.get(name, {}), made, mce_weight=1.0)
+    out = inputs.fused(name, required.get(name, {}), made, mce_weight=mce_weight)
     out.loss.backward()
     assert out.loss == 0
     assert all((each.grad == 0).all() for each in made)
