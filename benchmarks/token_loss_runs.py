@@ -113,7 +113,7 @@ def weights_of(folder: Path) -> str:
 
 
 def resume(run: Run, arguments: argparse.Namespace, output: Path) -> None:
-    """Train one run in two parts: the second resumes from a checkpoint at half of the steps, in a copy of the folder."""
+    """Train one run twice, the second time from a checkpoint at half of the steps."""
     if (output / "results.json").is_file():
         return
     half = arguments.steps // 2
@@ -162,7 +162,7 @@ def lines(out: Path) -> list[list[str]]:
                 f"{first['grad_norm']:.2f}",
                 mean("grad_norm"),
                 same,
-            ]  # fmt: skip
+            ]
         )
     return found
 
