@@ -28,23 +28,20 @@ class Buffers(NamedTuple):
     extra: Tensor | None  # LossTerms.extra, where it cannot replace the logits
 
 
-def _has_product(loss: TokenLoss) -> bool:
-    return loss.name == "emo" or isinstance(loss.teacher, teachers.Teacher)
+def _needed(loss: TokenLoss, softcap: float | None) -> tuple[bool, bool]:
+    """Which of the buffers."""
+    has_product = loss.name == "emo" or isinstance(loss.teacher, teachers.Teacher)
+    return has_product, loss.name in IN_BLOCKS and softcap is not None
 
 
 def count_buffers(loss: TokenLoss, softcap: float | None) -> int:
     """(C, V) tensors that a chunk needs besides logits and probabilities."""
-    if loss.name == "soft_mce":
-        return 4  # its solver's own among them
-    return _has_product(loss) + (loss.name in IN_BLOCKS and softcap is not None)
+    return 4 if loss.name == "soft_mce" else sum(_needed(loss, softcap))  # soft_mce: with those of its solver
 
 
-def make_buffers(loss: TokenLoss, softcap: float | None, like: Tensor) -> Buffers:
-    """The buffers of a pass; `like` (C, V) is that of the logits."""
-    keeps_logits = loss.name in IN_BLOCKS and softcap is not None
-    return Buffers(
-        torch.empty_like(like) if _has_product(loss) else None, torch.empty_like(like) if keeps_logits else None
-    )
+def make_buffers(loss: TokenLoss, softcap: float | None, logits: Tensor) -> Buffers:
+    """The buffers of a pass, like that of its logits (C, V)."""
+    return Buffers(*(torch.empty_like(logits) if each else None for each in _needed(loss, softcap)))
 
 
 def loss_terms(chunk: Chunk, loss: TokenLoss, buffers: Buffers) -> LossTerms:
