@@ -88,7 +88,8 @@ class EngineAccuracy(TrainerCallback):
         """Measure the weights that the run starts from; a run that goes on completes what its predecessor left."""
         if state.global_step == 0:
             if self._is_first:
-                shutil.rmtree(self.scoring.folder, ignore_errors=True)
+                for earlier in self.scoring.folder.glob("step-*[0-9]"):  # of a run that saved no checkpoint
+                    shutil.rmtree(earlier, ignore_errors=True)
                 self.scoring.write_problems(self.problems)
             say(f"=> accuracy before training is measured by {self.scoring.engine}: {self.scoring.folder}/step-0")
             with self.trainer.pause_clock():
@@ -114,12 +115,16 @@ class EngineAccuracy(TrainerCallback):
         Returns:
             `accuracy_before` and `accuracy_after`, as results.json holds them; without what could not be measured.
         """
-        for is_last in (False, True):
-            if is_last:
-                self._measure(self.trainer.state.global_step)
-            self._wait()
+        step = self.trainer.state.global_step
+        is_free = self._wait()
+        self._finish()
+        if is_free:
+            self._measure(step)
+            is_free = self._wait()
             self._finish()
-        steps = {"accuracy_before": 0, "accuracy_after": self.trainer.state.global_step}
+        if not is_free:
+            say("=> the run was asked to stop, so its accuracy after training is not measured")
+        steps = {"accuracy_before": 0, "accuracy_after": step}
         return {name: found for name, step in steps.items() if (found := read_scores(self._folder(step))) is not None}
 
     def close(self) -> None:
