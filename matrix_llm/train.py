@@ -35,7 +35,6 @@ from matrix_llm.base.console import say
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.files import parse_json, read_jsonl, write_text
 from matrix_llm.base.text import quoted_lines
-from matrix_llm.base.vllm_server import is_server
 from matrix_llm.config import Recipe, load_recipe
 from matrix_llm.publish.destination import find_destination, remove_push_settings
 from matrix_llm.publish.push import push
@@ -65,6 +64,7 @@ if TYPE_CHECKING:
     from matrix_llm.trainer import MatrixTrainer
 
 USAGE = "usage: accelerate launch matrix_llm/train.py RECIPE.yaml [--key value ...] [--dry_run]"
+OWN = "transformers"  # the accuracy_engine that answers in this process
 GATHER = "stage3_gather_16bit_weights_on_model_save"
 
 
@@ -117,21 +117,20 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     from matrix_llm.model.adapter_checks import check_adapters
     from matrix_llm.model.early_checks import check_model
     from matrix_llm.model.pretrained import read_config
-    from matrix_llm.run.engine_accuracy import check_server
+    from matrix_llm.run.engine_accuracy import check_engine
     from matrix_llm.run.inputs import INPUTS, check_inputs, inputs_of
     from matrix_llm.run.preemption import resume_command
     from matrix_llm.run.prepare import limit_max_length, prepare_data
     from matrix_llm.run.rehearsal import describe_space
 
-    training, output, engine = recipe.training, Path(str(recipe.training.output_dir)), recipe.data.accuracy_engine
+    training, output = recipe.training, Path(str(recipe.training.output_dir))
     started = time.perf_counter()
 
     # 1. What the model's configuration tells. A resumed run must read the rows it was started with.
     read = read_config(recipe)
     check_model(recipe, read)
     check_adapters(recipe.model, trust_remote_code=training.trust_remote_code, read=read)
-    if is_server(engine):
-        check_server(engine)
+    check_engine(recipe.data.accuracy_engine)
     resume = find_resume_checkpoint(training)
     with training.main_process_first(desc="comparing the rows with those of the run"):
         inputs = inputs_of(recipe)
@@ -150,12 +149,8 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     results: dict[str, Any] = {"train_rows": report.rows_kept, "data": asdict(report), "processes": training.world_size}
     results[INPUTS] = inputs
 
-    # 3. Greedy accuracy before training. A resumed run cannot measure it again, and takes it from the first start.
-    earlier = output / PARTIAL
-    if resume and earlier.is_file():
-        results |= read_results(earlier)
-    elif engine == "transformers":
-        results |= measure_accuracy_of(trainer, recipe, prepared, "before")
+    # 3. Greedy accuracy before training
+    results |= measure_before(trainer, recipe, prepared, resume)
     if trainer.is_world_process_zero():
         start_run_folder(output, recipe.resolved, results)
     if resume:
@@ -179,6 +174,19 @@ def train(recipe: Recipe, stop: "StopOnSignal", arguments: list[str]) -> None:
     save_run(trainer, recipe, results, started)
 
 
+def measure_before(
+    trainer: "MatrixTrainer", recipe: Recipe, prepared: "Prepared", resume: str | None
+) -> dict[str, Any]:
+    """Greedy accuracy before training. A resumed run cannot measure it again, and takes it from the first start.
+
+    Another engine than training's measures it later, when all processes can save the weights.
+    """
+    earlier = Path(str(recipe.training.output_dir)) / PARTIAL
+    if resume and earlier.is_file():
+        return read_results(earlier)
+    return measure_accuracy_of(trainer, recipe, prepared, "before") if recipe.data.accuracy_engine == OWN else {}
+
+
 @contextmanager
 def measuring_by_engine(
     trainer: "MatrixTrainer", recipe: Recipe, prepared: "Prepared", stop: "StopOnSignal"
@@ -191,7 +199,7 @@ def measuring_by_engine(
     from matrix_llm.run.scoring import Scoring
 
     data, training = recipe.data, recipe.training
-    if data.accuracy_engine == "transformers" or not prepared.problems:
+    if data.accuracy_engine == OWN or not prepared.problems:
         yield None
         return
     settings = decoding_settings(recipe)
@@ -237,7 +245,7 @@ def check_launch(recipe: Recipe, prepared: "Prepared") -> None:
 
     training = recipe.training
     is_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or bool(training.fsdp)
-    is_here = prepared.problems and recipe.data.accuracy_engine == "transformers"
+    is_here = prepared.problems and recipe.data.accuracy_engine == OWN
     if is_here and (is_fsdp or is_deepspeed_zero3_enabled()):
         raise RecipeError(
             f"accuracy_rows={recipe.data.accuracy_rows} decodes with the full weights, which ZeRO-3 and FSDP shard. "
@@ -290,7 +298,7 @@ def make_trainer(recipe: Recipe, prepared: "Prepared", read: "PretrainedConfig |
         callbacks=[MetricsFileCallback()],
     )
     trainer.stops_at_overflow = True  # whoever runs a recipe is promised that
-    if recipe.data.accuracy_steps and recipe.data.accuracy_engine == "transformers":
+    if recipe.data.accuracy_steps and recipe.data.accuracy_engine == OWN:
         every = recipe.data.accuracy_steps
         trainer.add_callback(AccuracyCallback(trainer, prepared.problems, every=every, **decoding_settings(recipe)))
     return trainer

@@ -16,6 +16,7 @@ from matrix_llm.model.tokenizer import train_tokenizer
 from matrix_llm.run.run_folder import NON_FINITE
 from matrix_llm.train import main
 from tests.support.checkpoints import save_llama
+from tests.support.engines import free_port
 from tests.support.paths import ROOT
 from tests.support.sentences import SENTENCES
 from tests.support.tiny import TINY
@@ -324,9 +325,20 @@ def test_accuracy_during_training_is_logged_and_changes_no_weight(recipe, tmp_pa
     entries = [json.loads(line) for line in (tmp_path / "with" / "metrics.jsonl").read_text().splitlines()]
     found = [entry for entry in entries if "accuracy" in entry]
     assert [entry["step"] for entry in found][:2] == [2, 4]
+    losses = [entry for entry in entries if "loss" in entry]
+    assert [entry["step"] for entry in losses] == [1, 2, 3, 4]  # none is lost to the entry beside it
+    assert all("ce" in entry for entry in losses)
     assert all(entry["accuracy_low"] <= entry["accuracy"] <= entry["accuracy_high"] for entry in found)
     for name, tensor in weights(tmp_path / "without").items():
         assert torch.equal(tensor, weights(tmp_path / "with")[name]), name
+
+
+def test_a_server_that_is_not_there_is_refused_before_rows_are_read(recipe, capsys):
+    address = f"http://127.0.0.1:{free_port()}"
+    assert main([recipe(accuracy_rows=4, accuracy_engine=address)]) == 2
+    shown = capsys.readouterr()
+    assert f"accuracy_engine='{address}': the vLLM server" in shown.err
+    assert "rows kept" not in shown.out
 
 
 def test_accuracy_steps_without_rows_is_refused(recipe, capsys):

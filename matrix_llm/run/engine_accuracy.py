@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 from matrix_llm.base.console import is_first_process, say
 from matrix_llm.base.errors import EvalError, RecipeError
 from matrix_llm.base.files import read_jsonl
-from matrix_llm.base.vllm_server import VLLMServer
+from matrix_llm.base.vllm_server import VLLMServer, is_server
 from matrix_llm.run.decode import Question, log_accuracy
 from matrix_llm.run.failures import why_not_written
 from matrix_llm.run.preemption import StopOnSignal
@@ -39,23 +39,27 @@ WEIGHTS = "weights"
 SAVING = ".saving"
 
 
-def check_server(address: str) -> None:
-    """Ask a server what it serves, before rows are read. A collective: the first process asks for all.
+def check_engine(engine: str) -> None:
+    """Ask a server what it serves, before rows are read; any other engine is on this machine.
+
+    A collective: the first process asks for all.
 
     Raises:
         RecipeError: there is none, or its weights cannot be replaced; on every process.
     """
+    if not is_server(engine):
+        return
     said: list[str | None] = [None]
     if is_first_process():
         try:
-            described = VLLMServer(address).describe()
-            say(f"=> accuracy         by {address}, which serves {described['model']} in {described['dtype']}")
+            described = VLLMServer(engine).describe()
+            say(f"=> accuracy         by {engine}, which serves {described['model']} in {described['dtype']}")
         except EvalError as error:
             said = [str(error)]
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         distributed.broadcast_object_list(said)
     if said[0] is not None:
-        raise RecipeError(f"accuracy_engine={address!r}: {said[0]}")
+        raise RecipeError(f"accuracy_engine={engine!r}: {said[0]}")
 
 
 class EngineAccuracy(TrainerCallback):
@@ -84,7 +88,8 @@ class EngineAccuracy(TrainerCallback):
         """Measure the weights that the run starts from; a run that goes on completes what its predecessor left."""
         if state.global_step == 0:
             if self._is_first:
-                shutil.rmtree(self.scoring.folder, ignore_errors=True)
+                for earlier in self.scoring.folder.glob("step-*[0-9]"):  # of a run that saved no checkpoint
+                    shutil.rmtree(earlier, ignore_errors=True)
                 self.scoring.write_problems(self.problems)
             say(f"=> accuracy before training is measured by {self.scoring.engine}: {self.scoring.folder}/step-0")
             with self.trainer.pause_clock():
@@ -110,12 +115,16 @@ class EngineAccuracy(TrainerCallback):
         Returns:
             `accuracy_before` and `accuracy_after`, as results.json holds them; without what could not be measured.
         """
-        for is_last in (False, True):
-            if is_last:
-                self._measure(self.trainer.state.global_step)
-            self._wait()
+        step = self.trainer.state.global_step
+        is_free = self._wait()
+        self._finish()
+        if is_free:
+            self._measure(step)
+            is_free = self._wait()
             self._finish()
-        steps = {"accuracy_before": 0, "accuracy_after": self.trainer.state.global_step}
+        if not is_free:
+            say("=> the run was asked to stop, so its accuracy after training is not measured")
+        steps = {"accuracy_before": 0, "accuracy_after": step}
         return {name: found for name, step in steps.items() if (found := read_scores(self._folder(step))) is not None}
 
     def close(self) -> None:

@@ -69,7 +69,7 @@ class Scoring:
 
     def command(self, weights: Path, output: Path) -> list[str]:
         """The command that scores the folder `weights`."""
-        words = [sys.executable, "-m", "matrix_llm", "eval", "gsm8k", "--overwrite"]
+        words = [sys.executable, "-m", "matrix_llm", "eval", "gsm8k", "--overwrite", "--n=1", "--temperature=0"]
         words += [f"--model={weights}", f"--data={self.folder / PROBLEMS}", f"--output_dir={output}"]
         words += [f"--prompt={PROMPTS.get(self.template, self.template)}", f"--max_tokens={self.max_new_tokens}"]
         words += [f"--engine={self.engine}"]

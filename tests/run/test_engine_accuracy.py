@@ -178,6 +178,15 @@ def test_training_waits_for_the_last_measurement_and_a_request_to_stop_ends_the_
     callback.close()
 
 
+def test_a_request_to_stop_at_the_end_ends_the_waiting_too(measured, answers, capsys):
+    trainer, callback = measured()
+    trainer.train()
+    answers.running = True
+    callback.stop.receive(15)
+    assert callback.before_and_after() == {}
+    assert "accuracy after training is not measured" in capsys.readouterr().out
+
+
 def test_a_resumed_run_logs_and_scores_what_its_predecessor_left(measured, answers, tmp_path, monkeypatch):
     settings = {"save_strategy": "steps", "save_steps": 2}
     trainer, _ = measured(**settings)
