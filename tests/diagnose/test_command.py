@@ -156,11 +156,11 @@ def test_tokens_and_names_cannot_become_html(diagnosed):
     figures = json.loads(json.dumps(diagnosed[1]))
     figures["model"]["name"] = "<img src=x>"
     figures["head"]["in use"]["nearest"][0]["token"]["text"] = "'</script><script>alert(1)</script>'"
-    figures["forgiven"]["in use"]["pairs"][0]["token"]["text"] = "'<b>'"
+    figures["forgiven"]["in use"]["pairs"][0]["token"]["text"] = "'<i>'"
     page = render_page(figures)
     assert "&lt;img src=x&gt;" in page
     assert "&lt;/script&gt;" in page
-    assert not {"img", "script", "b"} & set(_seen(page))
+    assert not {"img", "script", "i"} & set(_seen(page))
 
 
 def _seen(page):
