@@ -341,6 +341,14 @@ def test_a_recipe_for_a_gpu_is_diagnosed_with_another_attention_and_says_so(fold
     assert model.config._attn_implementation in ("eager", "sdpa")
 
 
+def test_a_loss_that_needs_a_teacher_is_said_not_to_be_shown(folder):
+    words = [*OPTIONS, "--token_loss", "kd", "--teacher_model_name_or_path", str(folder)]
+    said = not_applied(find_subject(str(folder), str(folder / "rows.jsonl"), words).recipe)
+    assert any("token_loss=kd" in line for line in said)
+    assert any(f"teacher_model_name_or_path={folder}" in line for line in said)
+    assert not any("token_loss" in line for line in not_applied(find_subject(str(folder), "builtin", OPTIONS).recipe))
+
+
 def test_rows_that_are_not_trained_on_are_refused(folder, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({**ROWS[0], "weight": 0}))
