@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.config import SETTINGS, Recipe, load_recipe, make_recipe
+from matrix_llm.loss.choice import NEEDS_TEACHER
 from matrix_llm.model.early_checks import check_model
 from matrix_llm.model.load import load_model
 from matrix_llm.publish.merge import SETTINGS as ADAPTER
@@ -108,6 +109,10 @@ def not_applied(recipe: Recipe) -> list[str]:
         lines.append(f"{model.quantised_by}=True: weights are not quantised here")
     if training.mce_weight == 0:
         lines.append("mce_weight=0: CE + MCE is shown with the weight 1")
+    if training.token_loss in NEEDS_TEACHER:
+        lines.append(f"token_loss={training.token_loss}: not shown, since no teacher is loaded here")
+    if training.teacher_model_name_or_path is not None:
+        lines.append(f"teacher_model_name_or_path={training.teacher_model_name_or_path}: not loaded here")
     if training.mce_embedding_grad:
         lines.append("mce_embedding_grad=True: the gradient through the token vectors is not shown")
     if recipe.data.leakage_check:

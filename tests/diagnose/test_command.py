@@ -156,11 +156,11 @@ def test_tokens_and_names_cannot_become_html(diagnosed):
     figures = json.loads(json.dumps(diagnosed[1]))
     figures["model"]["name"] = "<img src=x>"
     figures["head"]["in use"]["nearest"][0]["token"]["text"] = "'</script><script>alert(1)</script>'"
-    figures["forgiven"]["in use"]["pairs"][0]["token"]["text"] = "'<b>'"
+    figures["forgiven"]["in use"]["pairs"][0]["token"]["text"] = "'<i>'"
     page = render_page(figures)
     assert "&lt;img src=x&gt;" in page
     assert "&lt;/script&gt;" in page
-    assert not {"img", "script", "b"} & set(_seen(page))
+    assert not {"img", "script", "i"} & set(_seen(page))
 
 
 def _seen(page):
@@ -339,6 +339,14 @@ def test_a_recipe_for_a_gpu_is_diagnosed_with_another_attention_and_says_so(fold
     assert any(attention in line for line in not_applied(subject.recipe))
     model = read_model(subject, read_rows(subject.recipe, lambda line: None).tokenizer)
     assert model.config._attn_implementation in ("eager", "sdpa")
+
+
+def test_a_loss_that_needs_a_teacher_is_said_not_to_be_shown(folder):
+    words = [*OPTIONS, "--token_loss", "kd", "--teacher_model_name_or_path", str(folder)]
+    said = not_applied(find_subject(str(folder), str(folder / "rows.jsonl"), words).recipe)
+    assert any("token_loss=kd" in line for line in said)
+    assert any(f"teacher_model_name_or_path={folder}" in line for line in said)
+    assert not any("token_loss" in line for line in not_applied(find_subject(str(folder), "builtin", OPTIONS).recipe))
 
 
 def test_rows_that_are_not_trained_on_are_refused(folder, tmp_path, capsys):
