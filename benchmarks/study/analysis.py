@@ -55,7 +55,9 @@ class Contrast:
     permutation_p: float
     """Of the sign-flip test."""
     detectable: float
-    """The true difference that the t test at its level finds with 80 % power."""
+    """The true difference that the t test at `level` finds with 80 % power."""
+    level: float
+    """ALPHA; for ablations ALPHA over their number, which is Holm's first step."""
     adjusted_p: float
     """Holm's for ablations, otherwise the test's own."""
 
@@ -112,6 +114,7 @@ def analyse(problems: Sequence[Row], which: str | None = None) -> list[Contrast]
             contrast,
             adjusted_p=adjusted[contrast.arm],
             detectable=minimum_detectable_effect(contrast.test.sd, len(contrast.seeds), alpha=ALPHA / len(corrected)),
+            level=ALPHA / len(corrected),
         )
         if contrast.arm in adjusted
         else contrast
@@ -147,5 +150,6 @@ def compare(arm: Arm, verdicts: Sequence[Row]) -> Contrast | None:
         bootstrap=hierarchical_bootstrap(differences),
         permutation_p=sign_flip(over_seeds),
         detectable=minimum_detectable_effect(test.sd, len(pairs)),
+        level=ALPHA,
         adjusted_p=test.p,
     )

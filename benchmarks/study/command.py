@@ -88,12 +88,19 @@ def report_command(output: Path, page: Path, sensitivity: list[Path]) -> None:
     say(f"wrote {', '.join(map(str, write_report(output, page, sensitivity)))}")
 
 
+def rereport_command(page: Path) -> None:
+    from benchmarks.study.rereport import rewrite
+
+    say(f"wrote {', '.join(map(str, rewrite(page)))}")
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "text": text_command,
     "run": run_command,
     "plan": plan_command,
     "collect": collect_command,
     "report": report_command,
+    "rereport": rereport_command,
 }
 
 
@@ -156,7 +163,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--benchmarks", default="gsm8k,math", help="those a run must have been scored on (default: gsm8k,math)"
     )
 
-    # 4. `report`
+    # 4. `report`, and `rereport` when only the raw files are left
     report = commands.add_parser("report", help="write tables and plots")
     report.add_argument("--output", type=Path, required=True, help="folder of the study")
     report.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md", help="page with the study's markers")
@@ -167,6 +174,8 @@ def make_parser() -> argparse.ArgumentParser:
         default=[],
         help="studies that differ in an override, to describe as well",
     )
+    again = commands.add_parser("rereport", help="write a page again from the raw files next to it")
+    again.add_argument("page", type=Path, help="such as docs/results.md")
     return parser
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from benchmarks.output import markdown_table
 from benchmarks.study.analysis import Contrast, Row, paired_values
 from benchmarks.study.design import ALPHA, ARMS, BY_NAME
+from benchmarks.study.power import detectable_interval
 from benchmarks.study.statistics import minimum_detectable_effect, paired_t, sign_flip
 
 LABELS = {
@@ -50,6 +51,12 @@ def p_text(p: float) -> str:
     return f"{p:.3f}" if p >= 0.001 else f"{p:.1e}"
 
 
+def detectable_range(contrast: Contrast) -> str:
+    """The 95 % interval of the detectable difference, in points."""
+    ends = detectable_interval(contrast.test.sd, len(contrast.seeds), alpha=contrast.level)
+    return " to ".join(f"{100 * end:.2f}" for end in ends)
+
+
 def describe(contrast: Contrast, which: str) -> str:
     """The verdict of one contrast in words, stated plainly where no difference is found."""
     c, place = contrast, LABELS.get(which, which)
@@ -64,7 +71,10 @@ def describe(contrast: Contrast, which: str) -> str:
         f"(t interval {points(c.test.low)} to {points(c.test.high)}, p = {p_text(c.test.p)}{holm}; "
         f"bootstrap over seeds and problems {points(c.bootstrap[0])} to {points(c.bootstrap[1])})"
     )
-    missed = f"The t test alone finds a true difference of {100 * c.detectable:.2f} points with 80 % power."
+    missed = (
+        f"The t test alone finds a true difference of {100 * c.detectable:.2f} points with 80 % power, "
+        f"going by the observed spread over seeds ({detectable_range(c)}: that spread is itself an estimate)."
+    )
     if c.differs:
         direction = "better" if c.test.mean > 0 else "worse"
         return f"**{c.arm} is {direction} than {c.reference} on {place}**: {figures}. {missed}"
@@ -152,10 +162,12 @@ def paired_table(rows: Sequence[Row], arm: str, reference: str) -> str:
         scale, unit = (100, " points") if is_share else (1, "")
         digits = 2 if is_share or metric.startswith(("rank", "peak", "train")) else 4
         center, low, high = (f"{scale * value:+.{digits}f}" for value in (t.mean, t.low, t.high))
-        detectable = f"{scale * minimum_detectable_effect(t.sd, t.seeds):.{digits}f}"
+        ends = [minimum_detectable_effect(t.sd, t.seeds), *detectable_interval(t.sd, t.seeds)]
+        best, *limits = (f"{scale * value:.{digits}f}" for value in ends)
+        detectable = f"{best} ({' to '.join(limits)})"
         tests = [p_text(t.p), p_text(sign_flip(differences)), detectable]
         lines.append([metric_label(metric), center + unit, f"{low} to {high}", *tests])
-    tests = ["paired t, p", "sign flip, p", "detectable (80 %)"]
+    tests = ["paired t, p", "sign flip, p", "detectable (80 %), and its 95 % interval"]
     return markdown_table([f"{arm} minus {reference}", "mean", "95 % t interval", *tests], lines)
 
 
@@ -164,10 +176,11 @@ def ablation_table(contrasts: Sequence[Contrast]) -> str:
     for c in contrasts:
         intervals = [f"{points(low)} to {points(high)}" for low, high in ((c.test.low, c.test.high), c.bootstrap)]
         verdict = ("better" if c.test.mean > 0 else "worse") if c.differs else "no difference found"
-        tests = [p_text(c.test.p), p_text(c.adjusted_p), points(c.detectable).removeprefix("+"), verdict]
+        detectable = f"{points(c.detectable).removeprefix('+')} ({detectable_range(c)})"
+        tests = [p_text(c.test.p), p_text(c.adjusted_p), detectable, verdict]
         what = [c.arm, BY_NAME[c.arm].description, c.reference, str(len(c.seeds))]
         lines.append([*what, points(c.test.mean), *intervals, *tests])
-    figures = ["points", "95 % t interval", "bootstrap", "p", "Holm p", "detectable", "verdict"]
+    figures = ["points", "95 % t interval", "bootstrap", "p", "Holm p", "detectable, and its 95 % interval", "verdict"]
     return markdown_table(["arm", "what", "against", "seeds", *figures], lines)
 
 
@@ -178,26 +191,31 @@ def sensitivity_table(studies: Mapping[str, Sequence[Row]]) -> str:
         studies: {what differs from the first: rows of runs.jsonl}.
     """
     lines = []
+    known = {metric for rows in studies.values() for metric in metric_names(rows)}
+    texts = sorted(metric for metric in known if metric.startswith("ce_") and metric not in LABELS)
     for name, rows in studies.items():
         done = [row for row in rows if row.get("status") == "done"]
         accuracy = next((metric for metric in metric_names(done) if metric.startswith("accuracy_")), "")
-        pairs = {
-            key: paired_values(done, "mce", "ce", key) for key in (accuracy, "ce_heldout", "grad_norm", "rank_head")
-        }
+        described = [accuracy, "ce_heldout", *texts]
+        pairs = {key: paired_values(done, "mce", "ce", key) for key in (*described, "grad_norm", "rank_head")}
         seeds = len(pairs[accuracy])
         if seeds < 2:
             continue
         cells = [name, str(seeds)]
         for metric, by_seed in pairs.items():
+            if not by_seed:
+                cells += ["", ""] if metric in described else [""]
+                continue
             mce, ce = np.array(list(by_seed.values())).T
             cells.append(f"{format_value(metric, float(ce.mean()))} / {format_value(metric, float(mce.mean()))}")
-            if metric in (accuracy, "ce_heldout"):
+            if metric in described:
                 t = paired_t(mce - ce)
                 scale, digits = (100, 2) if metric == accuracy else (1, 4)
                 center, low, high = (f"{scale * value:+.{digits}f}" for value in (t.mean, t.low, t.high))
                 cells.append(f"{center} ({low} to {high})")
         lines.append(cells)
     header = ["accuracy, ce / mce", "mce minus ce, points", "held-out CE, ce / mce", "mce minus ce, nats"]
+    header += [title for text in texts for title in (f"{metric_label(text)}, ce / mce", "mce minus ce, nats")]
     header += ["gradient norm, ce / mce", "effective rank of the LM head, ce / mce"]
     return markdown_table(["study", "seeds", *header], lines)
 
