@@ -197,6 +197,25 @@ def test_what_a_loss_cannot_be_computed_from_is_refused(loss, change, said):
     assert all(each in message for each in said)
 
 
+def test_a_refusal_counts_the_ignored_positions():
+    logits, labels, others = problem(5, 33)
+    logits[3, 7] = others["teacher_logits"][4, 9] = torch.nan
+    with pytest.raises(DataError, match=r"^logits\[3, 7\]"):
+        token_loss(logits, labels, "ce")
+    logits[3, 7] = 0
+    with pytest.raises(DataError, match=r"^teacher_logits\[4, 9\]"):
+        token_loss(logits, labels, "kd", **others)
+
+
+def test_numbers_that_the_model_cannot_have_matter_only_where_the_label_is_one():
+    logits, labels, others = problem(5, 33)
+    logits[:, others["number_ids"]] = -torch.inf
+    labels[:] = torch.tensor([5, -100, 7, 8, 9])
+    value, gradient = value_and_gradient(logits, labels, "ntl", **others, reweigh=True)
+    assert (value == 0).all()
+    assert (gradient == 0).all()
+
+
 def test_labels_that_are_no_integers_are_a_type_error():
     with pytest.raises(TypeError, match="float32"):
         token_loss(torch.zeros(2, 3), torch.zeros(2), "ce")
