@@ -25,10 +25,12 @@ from matrix_llm.checks.combinations import check_combinations, check_training, f
 from matrix_llm.checks.evaluation import is_higher_better
 from matrix_llm.checks.keys import check_keys
 from matrix_llm.checks.sharding import Sharding
+from matrix_llm.checks.token_loss import check_token_loss
 from matrix_llm.data.entries import DatasetEntry, check_columns, map_paths, read_entries
 from matrix_llm.data.forms import BOXED_ANSWERS
 from matrix_llm.data.prompts import TRAIN_ON, resolve_template
 from matrix_llm.data.readers import Source
+from matrix_llm.loss.choice import LOSSES
 from matrix_llm.loss.settings import EMBEDDINGS
 
 __all__ = ["DataArguments", "MatrixConfig", "ModelArguments", "Recipe", "RecipeError", "load_recipe"]
@@ -39,15 +41,22 @@ __all__ = ["DataArguments", "MatrixConfig", "ModelArguments", "Recipe", "RecipeE
 
 @dataclass
 class MatrixConfig(SFTConfig):
-    """trl.SFTConfig plus the matrix cross-entropy (MCE). With mce_weight = 0 it means what SFTConfig means.
+    """trl.SFTConfig plus the token losses and matrix cross-entropy (MCE). With mce_weight = 0 and token_loss = "ce" it
+    means what SFTConfig means.
 
     Two defaults differ: `logging_nan_inf_filter` is False, and an unset `bf16` stays off where SFTConfig would refuse
     to be built (no GPU that computes in bfloat16, and `use_cpu` not given). The ranges of the inherited fields are in
     base/values.py.
     """
 
+    token_loss: str = setting("ce", choices=list(LOSSES))
+    """The loss of each token that MCE is added to: "ce" or another of docs/losses.md, such as "dft", "emo" or "kd"."""
+    token_loss_settings: dict | None = None
+    """Settings of `token_loss` by name, e.g. {"gamma": 2}; None: its defaults (docs/losses.md)."""
+    teacher_model_name_or_path: str | None = None
+    """The model whose distribution is the target of kd, soft_ce, soft_mce and asft: a folder or a Hub id."""
     mce_weight: float = setting(1.0, at_least=0)
-    """Weight of the MCE term: loss = CE + mce_weight * MCE; 0 is plain SFT, at no extra cost."""
+    """Weight of the MCE term: loss = token_loss + mce_weight * MCE; 0 is plain SFT, at no extra cost."""
     mce_warmup_steps: float = setting(0, at_least=0)
     """Steps over which the weight rises linearly to mce_weight; below 1, that share of all steps, as warmup_steps."""
     mce_solver: str = setting("krylov", choices=["exact", "krylov", "taylor"])
@@ -81,7 +90,8 @@ class MatrixConfig(SFTConfig):
         check_fields(self)
         self.adam_beta1, self.adam_beta2 = float(self.adam_beta1), float(self.adam_beta2)  # torch refuses the integer 0
         self._check_embeddings()
-        if self.mce_weight > 0:
+        check_token_loss(self)
+        if self.uses_matrix_head:
             self._check_loss()
         if self.eval_packing and not self.packing and not self.padding_free:
             raise RecipeError(
@@ -97,8 +107,13 @@ class MatrixConfig(SFTConfig):
         if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") and self.greater_is_better:
             kwargs: dict[str, Any] = self.lr_scheduler_kwargs or {}  # type: ignore[assignment]
             self.lr_scheduler_kwargs = {"mode": "max", **kwargs}  # their default is "min"
-        if self.mce_weight > 0:
+        if self.uses_matrix_head:
             self._check_sharding()
+
+    @property
+    def uses_matrix_head(self) -> bool:
+        """Whether the loss is computed with the LM head (loss/), and not as SFTTrainer does."""
+        return self.mce_weight > 0 or self.token_loss != "ce"
 
     def _check_embeddings(self) -> None:
         """Refuse token vectors that do not exist, and a gradient with no parameter to flow to."""
@@ -132,14 +147,9 @@ class MatrixConfig(SFTConfig):
                 )
 
     def _check_loss(self) -> None:
-        """Refuse settings that replace the loss MCE is added to, or change it in a way that has no meaning for MCE."""
-        if self.label_smoothing_factor > 0:
-            raise self._loss_clash("label_smoothing_factor", "MCE is defined against the one true token")
-        if self.loss_type == "dft":
-            reason = "it reweights each token's CE by its probability, and MCE has no such form"
-            raise self._loss_clash("loss_type", reason)
+        """Refuse settings that replace the forward which computes the loss, or change what it means."""
         if self.use_liger_kernel:
-            raise self._loss_clash("use_liger_kernel", "its fused loss replaces the forward that computes MCE")
+            raise self._loss_clash("use_liger_kernel", "its fused loss replaces the forward that computes the loss")
         if (self.packing or self.eval_packing) and self.packing_strategy == "wrapped":
             reason = "it lets rows see each other, so a token's loss depends on the rows it is packed with"
             raise self._loss_clash("packing_strategy", reason)
@@ -186,10 +196,12 @@ class MatrixConfig(SFTConfig):
             )
 
     def _loss_clash(self, key: str, reason: str) -> RecipeError:
-        return self._clash(f"{key}={getattr(self, key)!r}", reason, f"Remove {key}, or set mce_weight to 0.")
+        plain = "set mce_weight to 0" if self.token_loss == "ce" else "set token_loss to ce and mce_weight to 0"
+        return self._clash(f"{key}={getattr(self, key)!r}", reason, f"Remove {key}, or {plain}.")
 
     def _clash(self, what: str, reason: str, way_out: str) -> RecipeError:
-        return RecipeError(f"mce_weight={self.mce_weight} together with {what} cannot work: {reason}. {way_out}")
+        loss = f"mce_weight={self.mce_weight}" if self.token_loss == "ce" else f"token_loss={self.token_loss!r}"
+        return RecipeError(f"{loss} together with {what} cannot work: {reason}. {way_out}")
 
 
 # ------------------------------------------------------------------------------------------------------------ model

@@ -20,18 +20,30 @@ Legend: N positions, V vocabulary, H hidden width, D embedding width.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from matrix_llm.loss.chunks import CHUNK_BYTES, positions_per_chunk
-from matrix_llm.loss.linear import MatrixLossOutput, linear_loss
+from matrix_llm.loss.linear import linear_loss
 from matrix_llm.loss.positions import TrainedPositions, check_integers, label_error
 from matrix_llm.loss.settings import LossSettings, Solver
 from matrix_llm.loss.solvers import Embeddings, logit_gradient_, prepare_embeddings, solve_chunk
 from matrix_llm.loss.vocabulary import VocabularySummary
 
 __all__ = ["CHUNK_BYTES", "MatrixLossOutput", "TrainedPositions", "linear_matrix_cross_entropy", "token_mce"]
+
+
+class MatrixLossOutput(NamedTuple):
+    """What `linear_matrix_cross_entropy` returns. Per-position fields are detached, zero where the label is ignored."""
+
+    loss: Tensor  # () for "mean" and "sum", (N,) for "none"; carries the gradient
+    cross_entropy: Tensor  # (N,) nats
+    matrix_cross_entropy: Tensor  # (N,) nats
+    entropy: Tensor  # (N,) nats, of the predicted distribution
+    is_top1: Tensor  # (N,) bool: the label is the likeliest token
 
 
 def _check_labels(labels: Tensor, vocabulary_size: int, positions: int) -> None:
@@ -216,7 +228,7 @@ def linear_matrix_cross_entropy(
     tensor(2.1972, dtype=torch.float64)
     """
     settings = LossSettings(mce_weight, solver, steps, order, sketch_dim, top_k)
-    return linear_loss(
+    out = linear_loss(
         hidden,
         weight,
         labels,
@@ -230,3 +242,4 @@ def linear_matrix_cross_entropy(
         summary=summary,
         trained=trained,
     )
+    return MatrixLossOutput(out.loss, out.cross_entropy, out.matrix_cross_entropy, out.entropy, out.is_top1)

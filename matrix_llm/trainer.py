@@ -1,10 +1,11 @@
 """`MatrixTrainer`: TRL's `SFTTrainer` with the matrix cross-entropy term. No mathematics here.
 
 What it adds to `SFTTrainer`, in this order:
-- loss: CE + mce_weight * MCE from model/lm_head.py, divided once by the trained tokens of the full accumulated batch
-  over all ranks, so that accumulation 1 x 8 equals 8 x 1 and two ranks equal one
-- logs: `ce, mce, entropy, mean_token_accuracy, tokens_per_second, mfu, peak_memory_gib, effective_rank`, token-weighted
-  over the logging window (run/window.py)
+- loss: token loss (CE unless another is asked for) + mce_weight * MCE from model/lm_head.py, divided once by the
+  trained tokens of the full accumulated batch over all ranks, so that accumulation 1 x 8 equals 8 x 1 and two ranks
+  equal one; the hidden states of a teacher (model/teacher.py) where the loss needs them
+- logs: `ce, mce, token_loss, entropy, mean_token_accuracy, tokens_per_second, mfu, peak_memory_gib, effective_rank`,
+  token-weighted over the logging window (run/window.py)
 - held-out figures: token-weighted means over the real rows (run/evaluation.py), whatever the batches and processes
 - checkpoints: complete or absent (run/saving.py), each with the logging window that is open when it is saved
 - guards: a non-finite loss on any process stops all of them before the optimizer steps, naming the step, the rows and
@@ -20,7 +21,7 @@ import json
 import logging
 import math
 from collections import defaultdict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,15 @@ from trl.trainer.utils import get_peak_flops
 from matrix_llm.base.console import say
 from matrix_llm.base.errors import CheckpointError, DataError, NonFiniteLossError, RecipeError, one_line
 from matrix_llm.config import MatrixConfig
+from matrix_llm.loss.choice import NEEDS_TEACHER, recipe_settings
 from matrix_llm.loss.settings import LossSettings
+from matrix_llm.losses import number_tokens
 from matrix_llm.model.adapters import keep_base_unchanged
 from matrix_llm.model.lm_head import MatrixHead, add_matrix_head, head_effective_rank
 from matrix_llm.model.load import repair_generation_settings
 from matrix_llm.model.older_readers import add_older_names
 from matrix_llm.model.packing import check_isolation
+from matrix_llm.model.teacher import BaseModel, TeacherModel
 from matrix_llm.run.checkpoint_files import last_complete_checkpoint
 from matrix_llm.run.evaluation import count_stream, mask_repeated_rows, weighted_mean
 from matrix_llm.run.rehearsal import NotRehearsedError, rehearse_saving
@@ -158,7 +162,7 @@ def _use_cache_of(model: str | PreTrainedModel, args: MatrixConfig) -> bool | No
 
 
 class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
-    """Drop-in for `trl.SFTTrainer` that trains on CE + mce_weight * MCE. With mce_weight 0 it is `SFTTrainer`.
+    """Drop-in for `trl.SFTTrainer` that trains on token_loss + mce_weight * MCE. With "ce" and 0 it is `SFTTrainer`.
 
     Takes `SFTTrainer`'s arguments; `args` is a `MatrixConfig`. An `SFTConfig` or `TrainingArguments` is taken too, with
     the defaults of the mce_ settings.
@@ -189,17 +193,17 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
         # 1. arguments
         args = to_matrix_config(args)
         given = inspect.signature(SFTTrainer.__init__).bind(self, model, args, *positional, **kwargs).arguments
-        if args.mce_weight > 0 and given.get("compute_loss_func") is not None:
+        if args.uses_matrix_head and given.get("compute_loss_func") is not None:
             raise RecipeError(
-                f"mce_weight={args.mce_weight} with a compute_loss_func, which replaces the loss, so there would "
-                "be no MCE. Set mce_weight: 0, or remove compute_loss_func."
+                f"mce_weight={args.mce_weight} and token_loss={args.token_loss!r} with a compute_loss_func, which "
+                "replaces the loss. Set mce_weight: 0 and token_loss: ce, or remove compute_loss_func."
             )
         self._base_use_cache = _use_cache_of(model, args)  # Trainer is about to switch it off
         super().__init__(model, args, *positional, **kwargs)
         if type(self.data_collator) is DataCollatorForLanguageModeling:  # a subclass is the caller's own, and stays
             several = self.accelerator.num_processes > 1
             self.data_collator = RowIdCollator(**vars(self.data_collator), keep_lengths=several)
-        if args.mce_weight > 0:
+        if args.uses_matrix_head:
             # The loss divides by num_items_in_batch itself, whatever the model's forward would accept.
             self.model_accepts_loss_kwargs = True
 
@@ -217,16 +221,35 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
 
         # 3. the loss, inside the model's forward
         self._matrix_head: MatrixHead | None = None
+        self._number_ids: Tensor | None = None  # ntl's
+        self._batch_scale: Tensor | None = None  # trained tokens / numbers of the accumulated batch, for ntl
+        settings = LossSettings.from_config(args)
+        if args.token_loss == "ntl":
+            self._number_ids, values = number_tokens(self.processing_class)
+            numbers = {"number_ids": self._number_ids, "number_values": values}
+            settings = replace(settings, token_loss_settings={**(settings.token_loss_settings or {}), **numbers})
         try:
-            self._matrix_head = add_matrix_head(self._base_model(), LossSettings.from_config(args))
+            self._matrix_head = add_matrix_head(self._base_model(), settings)
         except RecipeError as error:
-            if args.mce_weight > 0:
+            if args.uses_matrix_head:
                 raise
             # Plain SFT needs no MCE: evaluation then reports SFTTrainer's figures alone.
             logger.warning("MCE will not be measured on held-out rows: %s", error)
+        self._teacher = self._make_teacher() if args.token_loss in NEEDS_TEACHER else None
         self.add_callback(WatchCallback(self))
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold))
+
+    def _make_teacher(self) -> TeacherModel | BaseModel:
+        """The model whose distribution is the target; its LM head is read in the student's forward."""
+        assert self._matrix_head is not None
+        teacher: TeacherModel | BaseModel
+        if self.args.teacher_model_name_or_path is None:
+            teacher = BaseModel(self, self.accelerator.unwrap_model(self.model))
+        else:
+            teacher = TeacherModel(self.args, self._base_model(), self.processing_class, self.accelerator)
+        self._matrix_head.teacher = teacher.head
+        return teacher
 
     def _base_model(self) -> PreTrainedModel:
         model = self.accelerator.unwrap_model(self.model)
@@ -262,7 +285,7 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
 
         # 1. Plain SFT trains as SFTTrainer does. Its held-out rows are measured as in any run, so that runs compare,
         #    unless it trains another loss, by which its checkpoints are then chosen.
-        if self.args.mce_weight == 0 and not (mode == "eval" and self._measures_mce):
+        if not self.args.uses_matrix_head and not (mode == "eval" and self._measures_mce):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             self._check_finite(result[0] if return_outputs else result, mode)
             return result
@@ -271,8 +294,10 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         self._set_step(mode)
+        self._set_own_scale(inputs, num_items_in_batch)
+        extra = {} if self._teacher is None else {"teacher_hidden": self._teacher.hidden(inputs)}
         try:
-            outputs = model(**inputs, use_cache=False, matrix_loss=True)
+            outputs = model(**inputs, use_cache=False, matrix_loss=True, **extra)
         except ValueError as error:
             if "Image features and image tokens do not match" in str(error) and self.args.max_length is not None:
                 raise DataError(
@@ -301,6 +326,10 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
             entropy=outputs.entropy.sum(),
             mean_token_accuracy=outputs.is_top1.sum(),
         )
+        if self.args.token_loss != "ce":
+            self._sums[mode].add(token_loss=outputs.token_loss.sum())
+        if self._number_ids is not None:
+            self._sums[mode].add(numbers=self._count_numbers(inputs))
         if self.aux_loss_enabled:
             self._sums[mode].add(aux_loss=outputs.aux_loss, micro_batches=torch.ones_like(outputs.aux_loss))
         if mode == "train":
@@ -312,15 +341,49 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
         with torch.no_grad():  # the logits were asked for (compute_metrics): an extra forward, as in SFTTrainer
             return loss, model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False)
 
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        """Trainer's; for ntl, the trained tokens of the accumulated batch over all ranks / those that are numbers."""
+        samples, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._number_ids is not None and count is not None:
+            numbers = sum((self._count_numbers(batch) for batch in samples), torch.tensor(0)).to(device)
+            if self.args.average_tokens_across_devices and self.args.world_size > 1:
+                numbers = self.accelerator.gather(numbers).sum()
+            if not numbers and self.state.global_step == 0:
+                logger.warning(
+                    "No label of the first batch is a digit, so ntl trains nothing there: see number_share in the log."
+                )
+            self._batch_scale = torch.as_tensor(count, device=device) / numbers if numbers > 0 else torch.tensor(0.0)
+        return samples, count
+
+    def _count_numbers(self, batch: dict[str, Any]) -> Tensor:
+        """How many labels of a batch are numbers, ()."""
+        labels = batch["shift_labels"] if "shift_labels" in batch else batch["labels"][..., 1:]
+        assert self._number_ids is not None
+        return torch.isin(labels, self._number_ids.to(labels.device)).sum()
+
+    def _set_own_scale(self, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> None:
+        """Tell the model's forward what ntl's term is multiplied by, so that dividing by all tokens makes its mean."""
+        if self._number_ids is None:
+            return
+        assert self._matrix_head is not None
+        if num_items_in_batch is not None and self._batch_scale is not None:
+            self._matrix_head.own_scale = float(self._batch_scale)
+            return
+        labels = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][..., 1:]
+        numbers = int(self._count_numbers(inputs))
+        self._matrix_head.own_scale = float((labels != -100).sum()) / numbers if numbers else 0.0
+
     @property
     def _trains_cross_entropy(self) -> bool:
         """Whether the loss is CE (with or without MCE) and not DFT, label smoothing or the caller's own function."""
+        if self.args.token_loss != "ce":
+            return False
         return self.args.loss_type == "nll" and self.args.label_smoothing_factor == 0 and self.compute_loss_func is None
 
     @property
     def _measures_mce(self) -> bool:
         """Whether held-out rows are measured by the matrix head, where SFTTrainer's loss would otherwise do."""
-        return self.args.mce_weight > 0 or (
+        return self.args.uses_matrix_head or (
             self._matrix_head is not None and self._trains_cross_entropy and not self._shares_rows
         )
 
@@ -366,7 +429,7 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
             metrics["num_tokens"] = [seen]
 
         # 2. plain SFT's loss is its cross-entropy (and a mixture's auxiliary loss), unless it trains another one
-        if self.args.mce_weight == 0 and self._trains_cross_entropy and "loss" in logs:
+        if not self.args.uses_matrix_head and self._trains_cross_entropy and "loss" in logs:
             metrics["ce"] = [logs["loss"] - self.router_aux_loss_coef * weighted_mean(metrics.get("aux_loss", []))]
 
         # 3. progress and speed
@@ -378,8 +441,18 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
     def _take_means(self, mode: str) -> dict[str, float]:
         """The means of all processes since the last call. A collective."""
         sums = self._sums[mode].take(self.accelerator)
+        numbers = sums.pop("numbers", None)
+        if numbers is not None:  # the mean of ntl's term is over the labels that are numbers
+            sums["token_loss"] = self._spread_over_tokens(sums, numbers)
+            sums["number_share"] = numbers
         tokens, batches = max(sums.pop("tokens", 0.0), 1.0), max(sums.pop("micro_batches", 0.0), 1.0)
         return {name: value / (batches if name == "aux_loss" else tokens) for name, value in sums.items()}
+
+    def _spread_over_tokens(self, sums: dict[str, float], numbers: float) -> float:
+        """The sum of ntl which, divided by all tokens, is CE's mean plus the term's mean over the numbers alone."""
+        weighs_ce = recipe_settings("ntl", self.args.token_loss_settings)["weight"] is not None
+        of_ce = sums["ce"] if weighs_ce else 0.0
+        return of_ce + (sums["token_loss"] - of_ce) * sums.get("tokens", 0.0) / max(numbers, 1.0)
 
     def _count_tokens(self) -> int:
         """The tokens seen in training by all processes until now. A collective."""
@@ -448,7 +521,7 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
             return output
         if self._measures_mce:
             means = self._take_means("eval")
-            means["loss"] = means["ce"] + self.args.mce_weight * means["mce"]
+            means["loss"] = means.get("token_loss", means["ce"]) + self.args.mce_weight * means["mce"]
             means["loss"] += self.router_aux_loss_coef * means.get("aux_loss", 0.0)
         else:
             means = self._means_of_sft_trainer(loss)
@@ -605,7 +678,7 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
         A GradScaler leaves such a step out. The command line stops nevertheless.
         """
         in_float16 = self.args.fp16 or self._base_model().dtype == torch.float16
-        return self.args.mce_weight == 0 and in_float16 and not self.stops_at_overflow
+        return not self.args.uses_matrix_head and in_float16 and not self.stops_at_overflow
 
     def check_packing(self) -> None:
         """Refuse a model that lets packed rows see each other, through the engine that trains it."""
@@ -620,6 +693,15 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
             half=self.args.bf16 or self.args.fp16 or base.dtype != torch.float32,
             description=f"{type(base).__name__} with attn_implementation={base.config._attn_implementation!r}",
         )
+        if isinstance(self._teacher, TeacherModel):
+            check_isolation(
+                self._teacher.model,
+                self.data_collator,
+                self._prepare_inputs,
+                vocabulary=base.config.get_text_config().vocab_size,
+                half=True,
+                description=f"the teacher {self.args.teacher_model_name_or_path!r}",
+            )
 
 
 # Tools read signatures to see what a version of the trainer takes

@@ -3,18 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
-from trl import SFTConfig
-
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.values import nearest
 
 # Which way each metric improves. transformers takes every name that does not end in "loss" as higher-is-better.
 HIGHER_IS_BETTER = {
-    **dict.fromkeys(["ce", "mce", "entropy", "aux_loss", "peak_memory_gib"], False),
+    **dict.fromkeys(["ce", "mce", "token_loss", "entropy", "aux_loss", "peak_memory_gib"], False),
     **dict.fromkeys(["accuracy", "mean_token_accuracy", "effective_rank", "tokens_per_second", "mfu"], True),
 }
 # What an evaluation of held-out rows returns. Speeds are not a measure of a checkpoint.
-MEASURED = ["loss", "ce", "mce", "entropy", "mean_token_accuracy", "aux_loss"]
+MEASURED = ["loss", "ce", "mce", "token_loss", "entropy", "mean_token_accuracy", "aux_loss"]
 
 
 def is_higher_better(metric: str) -> bool | None:
@@ -27,7 +25,7 @@ def is_higher_better(metric: str) -> bool | None:
     return found[0] if found else None
 
 
-def check_metric(training: SFTConfig, given: Mapping[str, Any]) -> None:
+def check_metric(training: Any, given: Mapping[str, Any]) -> None:
     """Refuse a metric that held-out rows do not give, that nothing reads, or that is wanted and not evaluated.
 
     Raises:
@@ -73,6 +71,10 @@ def check_metric(training: SFTConfig, given: Mapping[str, Any]) -> None:
         raise RecipeError(
             f"metric_for_best_model={metric!r} is not measured on held-out rows. Choose one of "
             f"{', '.join(f'eval_{each}' for each in known)}.{nearest(wanted, known)}"
+        )
+    if wanted.endswith("token_loss") and training.token_loss == "ce":
+        raise RecipeError(
+            f"metric_for_best_model={metric!r} with token_loss='ce': that is eval_ce. Write it, or choose a token_loss."
         )
     # 4. CE and MCE are not measured of a run that trains another loss: its eval_loss is that loss
     others = {"loss_type": training.loss_type == "dft", "label_smoothing_factor": training.label_smoothing_factor > 0}

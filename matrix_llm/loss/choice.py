@@ -219,3 +219,18 @@ def check_settings(name: str, given: Mapping[str, Any] | None = None) -> dict[st
             "Remove squash, or use kind 'was'."
         )
     return settings
+
+
+NTL_WEIGHT = 0.3  # its authors train CE + 0.3 NTL; NTL alone says nothing of tokens that are no numbers
+
+
+def recipe_settings(name: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`check_settings` of a recipe's token_loss_settings, where ntl is added to CE by default.
+
+    Raises:
+        RecipeError: as `check_settings`.
+
+    >>> recipe_settings("ntl", None)["weight"]
+    0.3
+    """
+    return check_settings(name, {"weight": NTL_WEIGHT, **(given or {})} if name == "ntl" else given)

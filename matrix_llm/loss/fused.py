@@ -1,13 +1,14 @@
 """The LM head, the loss and their gradients in one pass over chunks of positions; the full (N, V) logits never exist.
 
     1. logits = hidden W^T (+ bias), scaled and soft-capped as the model does
-    2. softmax -> q, CE, entropy, top-1
+    2. softmax -> q, CE, entropy, top-1; from them the token loss and its gradient (token_terms.py)
     3. the solver: MCE and its gradient in q
-    4. the logits' gradient, through softmax, cap and scale, in place of q
+    4. the logits' gradient of both, through softmax, cap and scale, in place of q
     5. gradients of hidden, weight (accumulated in float32) and bias
 
-Steps 2 to 4 are `_chunk_by_torch`, or `_chunk_by_kernels` on a GPU with top_k: then a chunk's float32 logits are read
-three times and written once, and q and the gradient share one buffer in the dtype of the products.
+Steps 2 to 4 are `_chunk_by_torch`, or `_chunk_by_kernels` on a GPU with top_k and a loss whose gradient is A q - B at
+the label: then a chunk's float32 logits are read three times and written once, and q and the gradient share one buffer
+in the dtype of the products.
 
 Legend: N positions, C positions of one chunk, V vocabulary, H hidden width, D embedding width, S kept tokens,
 p directions. "head" is the LM head.
@@ -22,17 +23,18 @@ from torch import Tensor
 
 from matrix_llm.loss import solvers
 from matrix_llm.loss.head_tail import include_target_
+from matrix_llm.loss.products import add_product, multiply
 from matrix_llm.loss.settings import Solver
 from matrix_llm.loss.solvers import Embeddings, head_tail_terms, logit_gradient_, solve_chunk
+from matrix_llm.loss.table import loss_terms
+from matrix_llm.loss.token_terms import Chunk, LossTerms, TokenLoss
 from matrix_llm.loss.vocabulary import find_likeliest
-
-# addmm of half-precision factors to a float32 sum (pytorch/pytorch#167931)
-ADDS_HALF_TO_FLOAT32 = torch.__version__ >= "2.10"
 
 
 class HeadOptions(NamedTuple):
     """Everything about the pass that is not a tensor."""
 
+    token_loss: TokenLoss  # what MCE is added to
     solver: Solver  # how log Q is evaluated
     mce_weight: float  # finite, at least 0
     logit_scale: float  # factor on the logits
@@ -55,6 +57,8 @@ class HeadPass(NamedTuple):
 
     cross_entropy: Tensor  # (N,) nats
     matrix_cross_entropy: Tensor  # (N,) nats
+    value: Tensor  # (N,) of the token loss
+    objective: Tensor  # (N,) what is trained: the value, or what ntl makes of it
     entropy: Tensor  # (N,) nats, of the predicted distribution
     is_top1: Tensor  # (N,) bool: the label is the likeliest token
     grads: HeadGradients  # of sum_n position_weight_n * loss_n
@@ -65,36 +69,14 @@ class ChunkResult(NamedTuple):
 
     cross_entropy: Tensor  # (C,) nats
     matrix_cross_entropy: Tensor  # (C,) nats
+    value: Tensor  # (C,) of the token loss
+    objective: Tensor  # (C,) what is trained
     entropy: Tensor  # (C,) nats
     is_top1: Tensor  # (C,) bool: the label is the likeliest token
     grad: Tensor | None  # (C, V) the gradient of the logits before cap and scale, in q's buffer
 
 
-# ---------------------------------------------------------------------------------------- products in mixed precision
-
-
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b. Half-precision products accumulate in float32, and stay in it if `out` is float32."""
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    elif a.is_cuda:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total += a @ b, or total = a @ b for the `first` one, accumulated in the dtype of `total`."""
-    if a.dtype != total.dtype and not a.is_cuda:
-        a, b = a.to(total.dtype), b.to(total.dtype)
-    if first:
-        _multiply(a, b, out=total)
-    elif a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif ADDS_HALF_TO_FLOAT32:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.add_(torch.mm(a, b, out_dtype=total.dtype))
+# ----------------------------------------------------------------------------------------------- steps 2 to 4, a chunk
 
 
 def _features_in(embeddings: Embeddings, dtype: torch.dtype) -> Tensor:
@@ -109,12 +91,27 @@ def _features_in(embeddings: Embeddings, dtype: torch.dtype) -> Tensor:
     return padded
 
 
-# ----------------------------------------------------------------------------------------------- steps 2 to 4, a chunk
+def _finish(
+    terms: LossTerms,
+    ce: Tensor,  # (C,)
+    mce: Tensor,  # (C,)
+    entropy: Tensor,  # (C,)
+    is_top1: Tensor,  # (C,)
+    grad: Tensor | None,  # (C, V)
+) -> ChunkResult:
+    objective = terms.value if terms.objective is None else terms.objective
+    return ChunkResult(ce, mce, terms.value, objective, entropy, is_top1, grad)
+
+
+def _scaled(weight: Tensor, coefficient: Tensor | None) -> Tensor:
+    """(C, 1) weight times a coefficient of `LossTerms`, where None is 1."""
+    return weight if coefficient is None else weight * coefficient[:, None]
 
 
 def _chunk_by_torch(
     z: Tensor,  # (C, V) logits; overwritten
     labels: Tensor,  # (C,)
+    at: slice,  # the chunk's positions
     q: Tensor,  # (C, V) buffer of the same dtype
     weight: Tensor,  # (C, 1) d(objective) / d(loss of a position)
     embeddings: Embeddings,
@@ -123,13 +120,14 @@ def _chunk_by_torch(
     grad_vectors: Tensor | None,  # (V, D) the gradient of E is added here
     biased: bool,
 ) -> ChunkResult:
-    solver, cap = options.solver, options.softcap
+    solver, cap, token_loss = options.solver, options.softcap, options.token_loss
 
-    # 2. softmax and statistics
-    likeliest = None
-    if solver.top_k is not None:
-        largest, likeliest = find_likeliest(z, solver.top_k)
-        largest = largest[:, 0]
+    # 2. softmax, statistics and the token loss
+    likeliest = top = None
+    count = min(max(solver.top_k or 0, token_loss.top), z.shape[1])
+    if count:
+        top, likeliest = find_likeliest(z, count)
+        largest, likeliest, top = top[:, 0], likeliest[:, : solver.top_k], top[:, : token_loss.top]
     else:
         largest = z.amax(-1)
     of_label = z.gather(1, labels[:, None]).squeeze(1)
@@ -137,6 +135,7 @@ def _chunk_by_torch(
     # log sum exp z = largest - log(largest probability), which saves a second pass over the logits
     q_largest = q.amax(-1) if likeliest is None else q.gather(1, likeliest[:, :1]).squeeze(1)
     log_z = largest - q_largest.log()
+    of_loss = loss_terms(Chunk(z, q, log_z, of_label, labels, top, at), token_loss)
     if biased:
         z.clamp_(min=torch.finfo(z.dtype).min)  # a bias of -inf removes a token: 0 * -inf would be NaN
     entropy = log_z - (z.mul_(q) if cap is None else z * q).sum(-1)  # from here on, only the cap needs z
@@ -148,7 +147,7 @@ def _chunk_by_torch(
         labels,
         embeddings,
         likeliest=likeliest,
-        want_gradient=want_logits,
+        want_gradient=want_logits and options.mce_weight != 0,
         position_weight=weight.squeeze(1) * options.mce_weight,
         grad_vectors=grad_vectors,
     )
@@ -156,18 +155,26 @@ def _chunk_by_torch(
     # 4. the logits' gradient
     grad = None
     if want_logits:
-        grad = logit_gradient_(q, terms, weight, weight * options.mce_weight)
-        grad.scatter_add_(1, labels[:, None], -weight)
+        grad = logit_gradient_(
+            q, terms, _scaled(weight, of_loss.of_q), weight * options.mce_weight if options.mce_weight else None
+        )
+        grad.scatter_add_(1, labels[:, None], -_scaled(weight, of_loss.at_label))
+        if of_loss.extra is not None:
+            grad.addcmul_(of_loss.extra, weight * of_loss.factor)
+        if of_loss.columns is not None:
+            ids, added = of_loss.columns
+            grad.scatter_add_(1, ids, weight * added)
         if cap is not None:
             grad *= 1 - (z / cap).square_()
         if options.logit_scale != 1.0:
             grad *= options.logit_scale
-    return ChunkResult(log_z - of_label, terms.value, entropy, of_label >= largest, grad)
+    return _finish(of_loss, log_z - of_label, terms.value, entropy, of_label >= largest, grad)
 
 
 def _chunk_by_kernels(
     z: Tensor,  # (C, V) logits, float32
     labels: Tensor,  # (C,)
+    at: slice,  # the chunk's positions
     q: Tensor,  # (C, V) buffer in the products' dtype
     weight: Tensor,  # (C, 1) d(objective) / d(loss of a position)
     features: Tensor,  # (V, p (p + 1) / 2 + 1 or more) the summary's, in the products' dtype
@@ -177,14 +184,17 @@ def _chunk_by_kernels(
     kernels: Any,  # the module matrix_llm.loss.kernels
 ) -> ChunkResult:
     """The kept tokens' q and gradient come from the float32 logits; all others are rounded once, when written."""
-    solver, cap, summary = options.solver, options.softcap, embeddings.summary
+    solver, cap, summary, token_loss = options.solver, options.softcap, embeddings.summary, options.token_loss
     assert solver.top_k is not None
     assert summary is not None
 
-    # 2. statistics, and q without the kept tokens
+    # 2. statistics, the token loss, and q without the kept tokens
     statistics = kernels.logit_statistics(z, labels)
     log_z, of_label = statistics.log_z, statistics.of_label
-    kept = include_target_(find_likeliest(z, solver.top_k, statistics.group_max)[1], labels)
+    count = min(max(solver.top_k, token_loss.top), z.shape[1])
+    top, likeliest = find_likeliest(z, count, statistics.group_max)
+    of_loss = loss_terms(Chunk(z, None, log_z, of_label, labels, top[:, : token_loss.top], at), token_loss)
+    kept = include_target_(likeliest[:, : solver.top_k].contiguous(), labels)
     z_kept = z.gather(1, kept)
     q_kept = (z_kept - log_z[:, None]).exp_()
     kernels.probabilities(z, log_z, q)
@@ -192,7 +202,7 @@ def _chunk_by_kernels(
 
     # 3. MCE
     moments = z.new_empty(z.shape[0], features.shape[1])
-    _multiply(q, features, out=moments)
+    multiply(q, features, out=moments)
     terms = head_tail_terms(solver, q_kept, kept, labels, moments[:, : summary.features.shape[1]], embeddings)
 
     # 4. the logits' gradient
@@ -200,18 +210,18 @@ def _chunk_by_kernels(
     if want_logits:
         assert terms.mean is not None
         assert terms.kept is not None
-        mce_weight = weight * options.mce_weight
+        mce_weight, of_q = weight * options.mce_weight, _scaled(weight, of_loss.of_q)
         kernels.logit_gradient(
-            z, log_z, weight - mce_weight * terms.mean, mce_weight * terms.kept.form, features, q,
+            z, log_z, of_q - mce_weight * terms.mean, mce_weight * terms.kept.form, features, q,
             softcap=cap, logit_scale=options.logit_scale,
         )  # fmt: skip
-        at_kept = q_kept * (weight + mce_weight * (terms.kept.at_kept - terms.mean)) - weight * (
-            kept == labels[:, None]
-        )
+        at_kept = q_kept * (of_q + mce_weight * (terms.kept.at_kept - terms.mean))
+        at_kept -= _scaled(weight, of_loss.at_label) * (kept == labels[:, None])
         if cap is not None:
             at_kept *= 1 - (z_kept / cap).square_()
         grad = q.scatter_(1, kept, (at_kept * options.logit_scale).to(q.dtype))
-    return ChunkResult(log_z - of_label, terms.value, statistics.entropy, of_label >= statistics.largest, grad)
+    is_top1 = of_label >= statistics.largest
+    return _finish(of_loss, log_z - of_label, terms.value, statistics.entropy, is_top1, grad)
 
 
 # ------------------------------------------------------------------------------------------------------------ the pass
@@ -233,7 +243,7 @@ def head_pass(
     device = hidden.device
 
     # results, and the two buffers that all chunks share
-    ce, mce, entropy = (torch.empty(positions, dtype=dtype, device=device) for _ in range(3))
+    ce, mce, value, objective, entropy = (torch.empty(positions, dtype=dtype, device=device) for _ in range(5))
     is_top1 = torch.empty(positions, dtype=torch.bool, device=device)
     grads = HeadGradients(
         torch.empty_like(hidden) if needs[0] else None,
@@ -243,7 +253,12 @@ def head_pass(
     )
     want_logits = any(needs[:3])
     kernels = None
-    if options.solver.top_k is not None and dtype == torch.float32 and not needs[3]:
+    if (
+        options.solver.top_k is not None
+        and dtype == torch.float32
+        and not needs[3]
+        and not options.token_loss.needs_extra
+    ):
         kernels = solvers.kernels_for(hidden)
     features = None if kernels is None else _features_in(embeddings, hidden.dtype)
     most = min(options.chunk, positions)
@@ -256,7 +271,7 @@ def head_pass(
         z, q = z_buffer[: len(y)], q_buffer[: len(y)]
 
         # 1. logits
-        _multiply(h, weight.T, out=z)
+        multiply(h, weight.T, out=z)
         if bias is not None:
             z += bias
         if scale != 1.0:
@@ -266,10 +281,12 @@ def head_pass(
 
         # 2. to 4.
         if features is None:
-            result = _chunk_by_torch(z, y, q, w, embeddings, options, want_logits, grads.vectors, bias is not None)
+            result = _chunk_by_torch(
+                z, y, chunk, q, w, embeddings, options, want_logits, grads.vectors, bias is not None
+            )
         else:
-            result = _chunk_by_kernels(z, y, q, w, features, embeddings, options, want_logits, kernels)
-        ce[chunk], mce[chunk], entropy[chunk], is_top1[chunk] = result[:4]
+            result = _chunk_by_kernels(z, y, chunk, q, w, features, embeddings, options, want_logits, kernels)
+        ce[chunk], mce[chunk], value[chunk], objective[chunk], entropy[chunk], is_top1[chunk] = result[:6]
 
         # 5. gradients of hidden, weight and bias
         if result.grad is None:
@@ -280,7 +297,7 @@ def head_pass(
         if grads.hidden is not None:
             torch.mm(grad, weight, out=grads.hidden[chunk])
         if grads.weight is not None:
-            _add_product(grads.weight, grad.T, h, first=start == 0)
+            add_product(grads.weight, grad.T, h, first=start == 0)
     if grads.weight is not None and positions == 0:
         grads.weight.zero_()
-    return HeadPass(ce, mce, entropy, is_top1, grads)
+    return HeadPass(ce, mce, value, objective, entropy, is_top1, grads)

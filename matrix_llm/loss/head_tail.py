@@ -73,6 +73,31 @@ def unpack_moments(
     return full
 
 
+def unit_vectors_of(
+    ids: Tensor,  # (C, S)
+    vectors: Tensor,  # (V, D) of any norm
+    summary: VocabularySummary,
+) -> Tensor:
+    """(C, S, D) those tokens' vectors, centred if the summary is, scaled to norm 1, in the summary's dtype."""
+    unit = vectors[ids].to(summary.inverse_norm.dtype)
+    if summary.centre is not None:
+        unit -= summary.centre
+    return unit.mul_(summary.inverse_norm[ids].unsqueeze(-1))
+
+
+def split_tail(
+    moments: Tensor,  # (C, p (p + 1) / 2 + 1)
+    p: int,
+    width: int,  # D
+) -> tuple[Tensor, Tensor]:
+    """B - c I (C, p, p) and c (C,): the tail within U, above what is spread evenly, and that."""
+    tail_moment = unpack_moments(moments[:, :-1], p)  # B
+    even = torch.zeros_like(moments[:, -1])  # c; with p = D nothing is left to spread
+    if p < width:
+        even = ((moments[:, -1] - tail_moment.diagonal(dim1=1, dim2=2).sum(-1)) / (width - p)).clamp(min=0)
+    return tail_moment - torch.diag_embed(even.unsqueeze(-1).expand(-1, p)), even
+
+
 def tail_form(
     inner: Tensor,  # (C, p, p) A^T M A, symmetric
     rest: Tensor,  # (C,) r
@@ -129,10 +154,7 @@ def _solve_block(
     n = size + p
 
     # 1. G, the Gram matrix of the kept unit vectors and of U
-    unit = vectors[kept].to(dtype)  # (C, S, D)
-    if summary.centre is not None:
-        unit -= summary.centre
-    unit *= summary.inverse_norm[kept].unsqueeze(-1)
+    unit = unit_vectors_of(kept, vectors, summary)  # (C, S, D)
     gram = torch.empty(positions, n, n, dtype=torch.float64, device=q.device)
     gram[:, :size, :size] = torch.bmm(unit, unit.mT)
     gram[:, :size, size:] = summary.coordinates[kept]
@@ -141,11 +163,7 @@ def _solve_block(
 
     # 2. the tail: B within U, and c outside it
     q, moments = q.double(), moments.double()
-    tail_moment = unpack_moments(moments[:, :-1], p)  # B
-    even = torch.zeros_like(moments[:, -1])  # c; with p = D nothing is left to spread
-    if p < width:
-        even = ((moments[:, -1] - tail_moment.diagonal(dim1=1, dim2=2).sum(-1)) / (width - p)).clamp(min=0)
-    tail_excess = tail_moment - torch.diag_embed(even.unsqueeze(-1).expand(-1, p))  # B - c I
+    tail_excess, even = split_tail(moments, p, width)
 
     # 3. Lanczos in coefficients, from e_y.
     #    If n > D, coefficients grow along the null space of G, where G a is 0 up to rounding: |v|^2 = a^T G a is only

@@ -1,10 +1,11 @@
-"""CE + mce_weight * MCE from hidden states and the LM head's weight, as an autograd function around `fused.head_pass`.
+"""A token loss + mce_weight * MCE from hidden states and the LM head, as an autograd function around `fused.head_pass`.
 
-`linear_loss` is what `mce.linear_matrix_cross_entropy` and the model's own forward (model/lm_head.py) call. It
+`linear_loss` is what `mce.linear_matrix_cross_entropy`, `losses.linear_token_loss` and the model's own forward
+(model/lm_head.py) call. It
 
     1. checks the shapes and works out the solver
     2. drops the positions without a label, before the first product
-    3. prepares the token vectors and chooses the chunk length
+    3. prepares the token vectors and the token loss, and chooses the chunk length
     4. runs the pass, and spreads the results back over all N positions
 
 Legend: N positions, n those with a label, V vocabulary, H hidden width, D embedding width.
@@ -12,26 +13,35 @@ Legend: N positions, n those with a label, V vocabulary, H hidden width, D embed
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from matrix_llm.base.errors import RecipeError
+from matrix_llm.loss.choice import NEEDS_NUMBERS, NEEDS_TEACHER, check_settings
 from matrix_llm.loss.chunks import positions_per_chunk
 from matrix_llm.loss.fused import HeadGradients, HeadOptions, head_pass
 from matrix_llm.loss.positions import TrainedPositions
-from matrix_llm.loss.settings import LossSettings
+from matrix_llm.loss.settings import LossSettings, Solver
+from matrix_llm.loss.soft_targets import soft_terms
 from matrix_llm.loss.solvers import Embeddings, prepare_embeddings
-from matrix_llm.loss.vocabulary import VocabularySummary
+from matrix_llm.loss.teachers import Teacher, TopTokens, check_soft_target, check_teacher, select_positions
+from matrix_llm.loss.token_terms import BUFFERS, TokenLoss, is_finite_everywhere, keeps, number_share
+from matrix_llm.loss.vocabulary import VocabularySummary, inverse_norms
 
 
-class MatrixLossOutput(NamedTuple):
-    """What `linear_matrix_cross_entropy` returns. Per-position fields are detached, zero where the label is ignored."""
+class TokenLossOutput(NamedTuple):
+    """What `linear_token_loss` returns. Per-position fields are detached, zero where the label is ignored."""
 
     loss: Tensor  # () for "mean" and "sum", (N,) for "none"; carries the gradient
     cross_entropy: Tensor  # (N,) nats
     matrix_cross_entropy: Tensor  # (N,) nats
+    value: Tensor  # (N,) of the chosen token loss
     entropy: Tensor  # (N,) nats, of the predicted distribution
     is_top1: Tensor  # (N,) bool: the label is the likeliest token
 
@@ -53,7 +63,7 @@ class _LinearLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, vectors, summary, labels, options, summed, grad_enabled):
         needs = tuple(grad_enabled and n for n in ctx.needs_input_grad[:4])
         ones = torch.ones(hidden.shape[0], dtype=options.dtype, device=hidden.device)
-        ce, mce, entropy, is_top1, grads = head_pass(
+        ce, mce, value, objective, entropy, is_top1, grads = head_pass(
             hidden,
             weight.to(hidden.dtype),
             bias,
@@ -63,14 +73,14 @@ class _LinearLoss(torch.autograd.Function):
             ones,
             needs if summed else (False, False, False, False),
         )
-        loss = ce + options.mce_weight * mce
+        loss = objective + options.mce_weight * mce
         ctx.options, ctx.summary, ctx.summed = options, summary, summed
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.grads = grads  # not save_for_backward: hooks that offload saved tensors would only move it back and forth
         if not summed:
             ctx.save_for_backward(hidden, weight, bias, vectors, labels)
-        ctx.mark_non_differentiable(ce, mce, entropy, is_top1)
-        return (loss.sum() if summed else loss), ce, mce, entropy, is_top1
+        ctx.mark_non_differentiable(ce, mce, value, entropy, is_top1)
+        return (loss.sum() if summed else loss), ce, mce, value, entropy, is_top1
 
     @staticmethod
     @once_differentiable  # a second derivative is refused: it would be wrong
@@ -133,6 +143,55 @@ def _check(
         )
 
 
+TeacherLike = Teacher | TopTokens | Tensor | tuple[Tensor, ...]
+
+
+def make_token_loss(
+    name: str,
+    given: Mapping[str, Any] | None,  # its settings, and ntl's number_ids and number_values
+    labels: Tensor,  # (n,) of the trained positions
+    bias: Tensor | None,  # (V,)
+    embeddings: Tensor,  # (V, D)
+    teacher: Teacher | TopTokens | Tensor | None,  # of the trained positions
+    own_scale: float | None,  # None: for a mean over these labels
+    dtype: torch.dtype,  # of the products
+) -> TokenLoss:
+    """The token loss with everything that it reads, but for soft_mce's solver.
+
+    Raises:
+        RecipeError: an unknown loss or setting, a value out of range, or no teacher or number tokens where one is
+            needed.
+    """
+    # 1. settings; what ntl reads travels with them
+    given = dict(given or {})
+    ids, values = (given.pop(key, None) for key in ("number_ids", "number_values"))
+    settings = check_settings(name, given)
+    if (ids is None or values is None) and name in NEEDS_NUMBERS:
+        raise RecipeError(f"{name} needs number_ids and number_values: the tokens that are numbers. Give both.")
+    if teacher is None and name in NEEDS_TEACHER:
+        raise RecipeError(f"{name} needs a teacher, whose distribution is its target. Give one.")
+
+    if teacher is not None and name not in NEEDS_TEACHER:
+        raise RecipeError(f"{name} reads no teacher. Remove it, or use one of {', '.join(NEEDS_TEACHER)}.")
+    if (ids is not None or values is not None) and name not in NEEDS_NUMBERS:
+        raise RecipeError(f"{name} reads no number_ids or number_values. Remove them, or use ntl.")
+
+    # 2. tensors
+    loss: dict[str, Any] = {"teacher": teacher if name in NEEDS_TEACHER else None}
+    if name in NEEDS_NUMBERS:
+        loss["number_ids"] = torch.as_tensor(ids, device=labels.device)
+        loss["number_values"] = torch.as_tensor(values, device=labels.device)
+        loss["own_scale"] = number_share(labels, loss["number_ids"]) if own_scale is None else own_scale
+    if name in ("label_smoothing", *NEEDS_TEACHER) and bias is not None and not is_finite_everywhere(bias):
+        loss["allowed"] = torch.isfinite(bias.detach())
+    if name == "emo":
+        statistics = torch.float64 if dtype == torch.float64 else torch.float32
+        vectors = embeddings.detach()
+        loss["inverse_norm"] = inverse_norms(vectors, statistics)
+        loss["vectors"] = vectors.to(dtype) if vectors.is_cuda else vectors
+    return TokenLoss(name, settings, **loss)
+
+
 def linear_loss(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
@@ -140,6 +199,8 @@ def linear_loss(
     settings: LossSettings,  # whose `embeddings` and `embedding_grad` the caller has applied to `embeddings`
     *,
     embeddings: Tensor,  # (V, D)
+    teacher: TeacherLike | None = None,
+    own_scale: float | None = None,
     bias: Tensor | None = None,  # (V,)
     ignore_index: int = -100,
     logit_scale: float = 1.0,
@@ -147,11 +208,17 @@ def linear_loss(
     reduction: str = "mean",
     summary: VocabularySummary | None = None,
     trained: TrainedPositions | None = None,
-) -> MatrixLossOutput:
-    """`mce.linear_matrix_cross_entropy` (which documents the arguments) with the settings in one object."""
+) -> TokenLossOutput:
+    """`losses.linear_token_loss` (which documents the arguments) with the settings of both terms in one object.
+
+    Args:
+        own_scale: factor on ntl's term: with reduction "sum", divided by the trained positions of a larger batch, the
+            trained positions / the number positions of that batch. None: 1, and of this batch for "mean".
+    """
     # 1. checks, and the solver
     _check(hidden, weight, labels, embeddings, softcap, reduction, trained)
     vocabulary_size, positions = weight.shape[0], hidden.shape[0]
+    token_loss = settings.token_loss
     solver = settings.solver_for(vocabulary_size, choose_top_k=not embeddings.requires_grad)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype == torch.float32:
         hidden = hidden.to(
@@ -163,18 +230,41 @@ def linear_loss(
     index = (trained or TrainedPositions(labels, vocabulary_size, ignore_index)).index().to(hidden.device)
     count = index.shape[0]
     trained_hidden, trained_labels = hidden, labels.long()
+    of_teacher = None if teacher is None else check_teacher(teacher, positions, vocabulary_size)
+    if isinstance(of_teacher, Teacher) and of_teacher.hidden.dtype == torch.float32:
+        of_teacher = of_teacher._replace(hidden=of_teacher.hidden.to(hidden.dtype))
     if count < positions:
         trained_hidden, trained_labels = hidden.index_select(0, index), trained_labels[index]
+        of_teacher = None if of_teacher is None else select_positions(of_teacher, index)
 
     with torch.autocast(hidden.device.type, enabled=False):
-        # 3. token vectors, and chunks as large as the weight's gradient, so that there are few passes over the weight
+        # 3. token vectors and token loss, and chunks as large as the weight's gradient, so that there are few passes
+        #    over the weight
         vectors, summary = prepare_embeddings(embeddings, solver, dtype, summary)
-        per_position = 2 * dtype.itemsize * vocabulary_size
+        if own_scale is None and reduction != "mean":
+            own_scale = 1.0
+        loss_terms = make_token_loss(
+            token_loss,
+            settings.token_loss_settings,
+            trained_labels,
+            bias,
+            embeddings,
+            of_teacher,
+            own_scale,
+            hidden.dtype,
+        )
+        if token_loss == "soft_mce":
+            loss_terms = _with_soft_matrix(loss_terms, Embeddings(vectors, summary), solver, vocabulary_size)
+        per_position = (2 + BUFFERS.get(token_loss, 0)) * dtype.itemsize * vocabulary_size
         per_position += solver.bytes_per_position(vocabulary_size, vectors.shape[1], dtype.itemsize)
         chunk = positions_per_chunk(max(1, count), per_position, least_budget=weight.numel() * dtype.itemsize)
 
         # 4. the pass
-        options = HeadOptions(solver, float(settings.mce_weight), float(logit_scale), softcap, chunk, dtype)
+        options = HeadOptions(loss_terms, solver, float(settings.mce_weight), float(logit_scale), softcap, chunk, dtype)
+        if token_loss == "threshold" and reduction == "mean":
+            options = _with_kept_share(
+                options, trained_hidden, weight, bias, Embeddings(vectors, summary), trained_labels
+            )
         summed, grad_enabled = reduction != "none", torch.is_grad_enabled()
         loss, *statistics = _LinearLoss.apply(
             trained_hidden, weight, bias, vectors, summary, trained_labels, options, summed, grad_enabled
@@ -183,7 +273,33 @@ def linear_loss(
         loss = loss / max(1, count)
     elif reduction == "none":
         loss = _spread(loss, index, positions)
-    return MatrixLossOutput(loss, *(_spread(each, index, positions) for each in statistics))
+    return TokenLossOutput(loss, *(_spread(each, index, positions) for each in statistics))
+
+
+def _with_soft_matrix(loss: TokenLoss, embeddings: Embeddings, solver: Solver, vocabulary_size: int) -> TokenLoss:
+    """soft_mce with MCE's token vectors and solver."""
+    assert loss.teacher is not None
+    stored = loss.teacher.ids.shape[1] if isinstance(loss.teacher, TopTokens) else vocabulary_size
+    check_soft_target(loss.settings["top_k"], stored)
+    soft_matrix = functools.partial(soft_terms, embeddings=embeddings, solver=solver, want_gradient=True)
+    return dataclasses.replace(loss, soft_matrix=soft_matrix)
+
+
+def _with_kept_share(
+    options: HeadOptions,
+    hidden: Tensor,  # (n, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    embeddings: Embeddings,
+    labels: Tensor,  # (n,)
+) -> HeadOptions:
+    """The options of a thresholded loss whose mean is over the positions that it keeps: a pass to count them."""
+    ones = torch.ones(hidden.shape[0], dtype=options.dtype, device=hidden.device)
+    with torch.no_grad():
+        needs = (False, False, False, False)
+        ce = head_pass(hidden, weight.to(hidden.dtype), bias, labels, embeddings, options, ones, needs).cross_entropy
+    kept = int(keeps(ce, options.token_loss.settings).sum())
+    return options._replace(token_loss=dataclasses.replace(options.token_loss, own_scale=len(labels) / max(1, kept)))
 
 
 def _spread(

@@ -9,10 +9,12 @@ Defaults are decided in `solver_for` and nowhere else. No tensors here.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matrix_llm.base.errors import RecipeError
+from matrix_llm.loss.choice import recipe_settings
 
 if TYPE_CHECKING:
     from matrix_llm.config import MatrixConfig
@@ -62,10 +64,10 @@ class Solver:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """CE + mce_weight * MCE, and how MCE is computed.
+    """A token loss + mce_weight * MCE, and how MCE is computed.
 
     Raises:
-        RecipeError: a value out of range, or `top_k` with a solver that cannot use it.
+        RecipeError: a value out of range, an unknown token loss, or `top_k` with a solver that cannot use it.
 
     >>> LossSettings(top_k=16).solver_for(32016)
     Solver(name='krylov', steps=6, order=4, sketch_dim=None, top_k=16, centred=False)
@@ -95,6 +97,12 @@ class LossSettings:
 
     embedding_grad: bool = False
     """Whether the gradient of MCE also flows into the token vectors."""
+
+    token_loss: str = "ce"
+    """What MCE is added to: a key of `choice.LOSSES`."""
+
+    token_loss_settings: Mapping[str, Any] | None = None
+    """Its settings, and ntl's number_ids and number_values; None: the defaults."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.mce_weight) and self.mce_weight >= 0):
@@ -129,6 +137,8 @@ class LossSettings:
             top_k=args.mce_top_k,
             embeddings=args.mce_embeddings,
             embedding_grad=args.mce_embedding_grad,
+            token_loss=args.token_loss,
+            token_loss_settings=recipe_settings(args.token_loss, args.token_loss_settings) or None,
         )
 
     def solver_for(self, vocabulary_size: int, *, choose_top_k: bool | None = None) -> Solver:

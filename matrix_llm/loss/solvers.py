@@ -241,13 +241,17 @@ def logit_gradient_(
     q: Tensor,  # (C, V) as `solve_chunk` left it; replaced in place
     terms: ChunkTerms,
     constant: Tensor | float,  # (C, 1) or a number
-    weight: Tensor | float,  # (C, 1) or a number
+    weight: Tensor | float | None,  # (C, 1) or a number; None: the gradient of MCE is not wanted
 ) -> Tensor:
     """q <- q o (constant + weight (g - sum_i q_i g_i)).
 
     `weight` times the chain rule of MCE through the softmax, plus `constant` times q, which is cross-entropy's gradient
     but for its -1 at the label.
     """
+    if weight is None:
+        if terms.kept is not None:
+            q.scatter_(1, terms.kept.ids, terms.kept.q)
+        return q.mul_(constant)
     assert terms.mean is not None  # the solver was asked for a gradient
     if terms.kept is None:
         assert terms.g is not None

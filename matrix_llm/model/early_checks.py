@@ -9,10 +9,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from matrix_llm.base.errors import RecipeError, one_line
 from matrix_llm.config import ModelArguments, Recipe
+from matrix_llm.loss.choice import NEEDS_TEACHER
 from matrix_llm.loss.settings import EMBEDDINGS
 from matrix_llm.model.lm_head import load_embeddings
 from matrix_llm.model.load import build_config, check_generation_settings, load_config
 from matrix_llm.model.pretrained import load_pretrained_config
+from matrix_llm.model.teacher import check_teacher
 from matrix_llm.model.tokenizer import load_tokenizer
 
 
@@ -44,6 +46,8 @@ def check_model(recipe: Recipe, read: PretrainedConfig | None = None) -> None:
         _check_attention(model.attn_implementation, config, training.trust_remote_code)
     if training.mce_embeddings not in EMBEDDINGS and model.tokenizer_vocab_size is None:
         load_embeddings(training.mce_embeddings, config.get_text_config().vocab_size)
+    if training.token_loss in NEEDS_TEACHER and model.tokenizer_vocab_size is None:
+        check_teacher(training, config.get_text_config().vocab_size)
     if not hasattr(config.get_text_config(), "output_router_logits"):
         if training.router_aux_loss_coef:
             raise _no_experts("router_aux_loss_coef", training.router_aux_loss_coef, config)

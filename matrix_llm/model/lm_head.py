@@ -38,6 +38,7 @@ from matrix_llm.information import effective_rank
 from matrix_llm.loss.linear import linear_loss
 from matrix_llm.loss.positions import TrainedPositions
 from matrix_llm.loss.settings import EMBEDDINGS, LossSettings
+from matrix_llm.loss.teachers import Teacher
 from matrix_llm.loss.vocabulary import VocabularySummary, summarise, unit_vectors
 
 
@@ -46,8 +47,9 @@ class MatrixCausalLMOutput(ModelOutput):
     """Output of `model(..., labels=labels, matrix_loss=True)`. Per-position fields are detached, and 0 at label -100.
 
     Args:
-        loss_sum (`torch.Tensor`): CE + mce_weight * MCE summed over the positions that count; carries the gradient.
-        cross_entropy, matrix_cross_entropy, entropy (`torch.Tensor` of shape `(B, T - 1)`): nats.
+        loss_sum (`torch.Tensor`): the token loss + mce_weight * MCE, summed over the positions that count; carries
+            the gradient.
+        cross_entropy, matrix_cross_entropy, token_loss, entropy (`torch.Tensor` of shape `(B, T - 1)`): nats.
         is_top1, label_mask (`torch.Tensor` of shape `(B, T - 1)`): bool.
         aux_loss (`torch.Tensor`, *optional*): a mixture of experts' load-balancing loss.
     """
@@ -55,6 +57,7 @@ class MatrixCausalLMOutput(ModelOutput):
     loss_sum: Tensor | None = None  # ()
     cross_entropy: Tensor | None = None  # (B, T - 1)
     matrix_cross_entropy: Tensor | None = None  # (B, T - 1)
+    token_loss: Tensor | None = None  # (B, T - 1) the value of the loss that MCE is added to
     entropy: Tensor | None = None  # (B, T - 1) of the predicted distribution
     is_top1: Tensor | None = None  # (B, T - 1) the label is the likeliest token
     label_mask: Tensor | None = None  # (B, T - 1) the position counts
@@ -213,6 +216,30 @@ def load_embeddings(path: str, vocabulary_size: int) -> Tensor:
 # ------------------------------------------------------------------------------------------- the loss, in the forward
 
 
+class FrozenHead:
+    """The LM head of a model that is not trained here, with what that model does to its logits.
+
+    Args:
+        model: it, or with PEFT the one that is trained: then the head as it was before the adapters.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._scale, self._softcap = logit_transform(model.config)
+
+    def parameters(self) -> list[Any]:
+        """Weight and bias, to be gathered."""
+        head = lm_head_of(self._model)
+        head = getattr(head, "original_module", head)  # PEFT trains a copy of it
+        return [head.weight, getattr(head, "bias", None)]
+
+    def of(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary_size: int) -> Teacher:
+        """The teacher of these hidden states (B, T, H). Vectors beyond the student's vocabulary are padding."""
+        weight, bias = weight[:vocabulary_size], None if bias is None else bias[:vocabulary_size]
+        hidden = hidden.reshape(-1, hidden.shape[-1]).to(weight.device)
+        return Teacher(hidden.detach(), weight.detach(), bias, self._scale, self._softcap)
+
+
 class MatrixHead:
     """What `model.forward(..., matrix_loss=True)` runs, and what it remembers between micro-batches.
 
@@ -230,9 +257,17 @@ class MatrixHead:
     step: object
     """Any value that changes with the weights. The vocabulary's summary is cached until it changes; None: never."""
 
+    own_scale: float
+    """ntl only: trained positions / those whose label is a number, over the batch whose loss is divided together."""
+
+    teacher: FrozenHead | None
+    """The LM head of the model whose distribution is the target, where there is one."""
+
     def __init__(self, model: PreTrainedModel, settings: LossSettings) -> None:
         self.mce_weight = settings.mce_weight
         self.step = None
+        self.own_scale = 1.0
+        self.teacher = None
         self._settings = settings
         self._text_config = model.config.get_text_config()
         self._scale, self._softcap = logit_transform(model.config)
@@ -251,6 +286,7 @@ class MatrixHead:
         labels: Tensor | None,  # (B, T), or
         shift_labels: Tensor | None,  # (B, T - 1), already shifted
         inputs: dict[str, Any],  # of the backbone: input_ids (B, T) and so on
+        teacher_hidden: Tensor | None = None,  # (B, T, H') hidden states of the teacher, of the same inputs
     ) -> MatrixCausalLMOutput:
         """The summed loss of a micro-batch. Without a trained position it is a zero still connected to the graph."""
         # 1. labels. Before the backbone, so that the host need not wait after it to know how many positions count.
@@ -277,9 +313,17 @@ class MatrixHead:
         wanted = [head.weight, getattr(head, "bias", None)]
         if self._settings.embeddings == "input":
             wanted.append(model.get_input_embeddings().weight)
-        with gathered(*wanted) as (weight, bias, *input_embeddings):
+        of_teacher = [] if teacher_hidden is None or self.teacher is None else self.teacher.parameters()
+        with gathered(*wanted, *of_teacher) as tensors:
+            weight, bias, *input_embeddings = tensors[: len(wanted)]
             embeddings = self._embeddings(weight, *input_embeddings)
             hidden, shift_labels = hidden.to(weight.device), shift_labels.to(weight.device)
+            teacher = None
+            if teacher_hidden is not None and self.teacher is not None:
+                if not labels_are_shifted:
+                    teacher_hidden = teacher_hidden[:, :-1]
+                of_weight, of_bias = tensors[len(wanted) :]
+                teacher = self.teacher.of(teacher_hidden, of_weight, of_bias, vocabulary_size)
             out = linear_loss(
                 hidden.reshape(-1, hidden.shape[-1]),
                 weight,
@@ -292,6 +336,8 @@ class MatrixHead:
                 reduction="sum",
                 summary=self._cached_summary(embeddings, hidden.dtype),
                 trained=trained,
+                own_scale=self.own_scale,
+                teacher=teacher,
             )
 
         # 4. a mixture of experts has its own auxiliary loss
@@ -303,6 +349,7 @@ class MatrixHead:
             loss_sum=out.loss,
             cross_entropy=out.cross_entropy.view(shape),
             matrix_cross_entropy=out.matrix_cross_entropy.view(shape),
+            token_loss=out.value.view(shape),
             entropy=out.entropy.view(shape),
             is_top1=out.is_top1.view(shape),
             label_mask=shift_labels != -100,
@@ -350,7 +397,8 @@ def _load_balancing_loss(text_config: PretrainedConfig, router_logits, attention
 def add_matrix_head(model: PreTrainedModel, settings: LossSettings) -> MatrixHead:
     """Teach `model.forward` the keyword `matrix_loss=True`, which returns a `MatrixCausalLMOutput` without logits.
 
-    Without the keyword the forward is unchanged. Call this on the base model, before DDP, FSDP or DeepSpeed wraps it.
+    Another, `hidden_only=True`, returns the backbone's hidden states alone: those of a teacher, or of a reference.
+    Without the keywords the forward is unchanged. Call this on the base model, before DDP, FSDP or DeepSpeed wraps it.
     The forward runs `model._matrix_head`. A second call replaces it; it may be set to an earlier one again.
 
     Returns:
@@ -369,14 +417,24 @@ def add_matrix_head(model: PreTrainedModel, settings: LossSettings) -> MatrixHea
     original_forward = model.forward
 
     @functools.wraps(type(model).forward)  # `generate` checks its arguments against the signature
-    def forward(self: PreTrainedModel, *args, matrix_loss: bool = False, **kwargs):
-        if not matrix_loss:
+    def forward(
+        self: PreTrainedModel,
+        *args,
+        matrix_loss: bool = False,
+        hidden_only: bool = False,
+        teacher_hidden=None,
+        **kwargs,
+    ):
+        if not matrix_loss and not hidden_only:
             return original_forward(*args, **kwargs)
         if args:
-            raise TypeError("matrix_loss=True takes keyword arguments only.")
+            raise TypeError("matrix_loss=True and hidden_only=True take keyword arguments only.")
         kwargs.pop("num_items_in_batch", None)
+        labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+        if hidden_only:
+            return self.base_model(**kwargs | {"use_cache": False}).last_hidden_state
         head: Any = self._matrix_head  # that of the trainer whose turn it is
-        return head.forward(self, kwargs.pop("labels", None), kwargs.pop("shift_labels", None), kwargs)
+        return head.forward(self, labels, shift_labels, kwargs, teacher_hidden)
 
     model.forward = types.MethodType(forward, model)
     model._matrix_head = matrix_head  # type: ignore[assignment]

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,15 @@ from matrix_llm.base.gpus import GIB, GPUS, usable
 from matrix_llm.config import Recipe
 from matrix_llm.mce import CHUNK_BYTES
 from matrix_llm.model.adapters import add_adapters, lora_config
+from matrix_llm.model.teacher import read_teacher_config
 
 ENGINES = ("no sharding", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2")
+SHARDED = ("ZeRO-3", "FSDP2")  # the weights themselves, a teacher's as well
 BUCKET = 500_000_000  # numbers; DeepSpeed's default
 MAX_LIVE = 1_000_000_000  # gathered numbers that ZeRO-3 keeps at a time, by default
 # bytes a number: half a byte and the doubly quantised scales, or a byte and one scale for each row
 QUANTISED = {None: 0.0, "load_in_4bit": 0.53, "load_in_8bit": 1.0}
-PARTS = ("weights", "copies", "gradients", "optimizer", "activations", "lm_head", "buffers")
+PARTS = ("weights", "copies", "gradients", "optimizer", "activations", "lm_head", "buffers", "teacher")
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,9 @@ class MemoryPlan:
     buffers: float
     """Communication: buckets, and temporarily gathered weights."""
 
+    teacher: float = 0.0
+    """The weights of the teacher that a token loss reads; ZeRO-3 and FSDP2 shard them too."""
+
     @property
     def state(self) -> float:
         """What lasts from step to step: weights, copies, gradients, optimizer."""
@@ -88,7 +93,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> float:
-        return self.state + self.activations + self.lm_head + self.buffers
+        return self.state + self.activations + self.lm_head + self.buffers + self.teacher
 
     def line(self, gpu: str | None = None) -> str:
         """The estimate in words, and whether it fits `gpu`; without `gpu`, the smallest GPU that it fits."""
@@ -217,7 +222,18 @@ def plan_memory(recipe: Recipe, config: PretrainedConfig, length: int, processes
     plans = [_plan_unsharded(sizes), _plan_zero(sizes, 1), _plan_zero(sizes, 2)]
     if recipe.model.quantised_by is None:
         plans += [_plan_zero(sizes, 3), _plan_fsdp2(sizes)]
-    return plans
+    teacher = _teacher_bytes(recipe)
+    return [replace(plan, teacher=teacher / (processes if plan.engine in SHARDED else 1)) for plan in plans]
+
+
+def _teacher_bytes(recipe: Recipe) -> float:
+    training = recipe.training
+    if training.teacher_model_name_or_path is None:
+        return 0.0
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(read_teacher_config(training))
+    half = training.bf16 or recipe.model.dtype in ("bfloat16", "float16")
+    return (2 if half else 4) * sum(p.numel() for p in model.parameters())
 
 
 def _sizes(recipe: Recipe, config: PretrainedConfig, length: int, processes: int) -> Sizes:

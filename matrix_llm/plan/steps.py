@@ -15,7 +15,23 @@ from matrix_llm.base.text import quoted_lines
 from matrix_llm.config import MatrixConfig, Recipe
 from matrix_llm.data.selection import DataReport
 from matrix_llm.data.tokens import IGNORED
+from matrix_llm.loss.choice import recipe_settings
 from matrix_llm.loss.settings import LossSettings
+
+
+def describe_token_loss(training: MatrixConfig) -> str:
+    """The loss that MCE is added to, with its settings: "CE", or e.g. "focal (gamma 2)"."""
+    if training.token_loss == "ce":
+        return "CE"
+    settings = recipe_settings(training.token_loss, training.token_loss_settings)
+    if training.teacher_model_name_or_path is not None:
+        settings["teacher"] = training.teacher_model_name_or_path
+    elif training.token_loss == "asft":
+        settings["reference"] = "the base, without adapters"
+    said = ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in settings.items()
+    )
+    return f"{training.token_loss} ({said})" if said else training.token_loss
 
 
 def describe_loss(training: MatrixConfig, config: PretrainedConfig) -> str:
@@ -23,13 +39,16 @@ def describe_loss(training: MatrixConfig, config: PretrainedConfig) -> str:
 
     E.g. "CE + 1 x MCE, krylov, 6 steps, top 16 of 32016 and tail, no sketch, embeddings lm_head, detached".
     """
-    if training.mce_weight == 0:
+    if not training.uses_matrix_head:
         return "CE (mce_weight: 0 is plain SFT)"
+    loss = describe_token_loss(training)
+    if training.mce_weight == 0:
+        return loss
     vocabulary_size = config.get_text_config().vocab_size
     solver = LossSettings.from_config(training).solver_for(vocabulary_size)
 
     # 1. the weight
-    weight = f"CE + {training.mce_weight:g} x MCE"
+    weight = f"{loss} + {training.mce_weight:g} x MCE"
     if (warmup := training.mce_warmup_steps) >= 1:
         weight += f" (rising over the first {warmup:g} steps)"
     elif warmup > 0:

@@ -18,6 +18,7 @@ from matrix_llm.base.errors import RecipeError, one_line
 from matrix_llm.base.files import read_jsonl, write_text
 from matrix_llm.config import Recipe
 from matrix_llm.data.entries import names_of
+from matrix_llm.loss.choice import LOSSES, recipe_settings
 from matrix_llm.publish.base_model import find_base_model, licence_in
 from matrix_llm.publish.finished_run import (
     CARD,
@@ -105,6 +106,9 @@ def model_card(
         base_note="" if base_model else found.note,
         use_peft=run.use_peft,
         dataset=", ".join(names_of(run.dataset)),
+        token_loss="" if run.token_loss == "ce" else run.token_loss,
+        token_loss_settings=_settings(run),
+        teacher=find_base_model(run.teacher_model_name_or_path).name,
         mce_weight=f"{run.mce_weight:g}",
         warmup=_warmup(run.mce_warmup_steps),
         solver=_solver(run),
@@ -128,6 +132,8 @@ def _front_matter(
         tags.append("lora")
     if run.mce_weight > 0:
         tags.append("matrix-cross-entropy")
+    if run.token_loss in LOSSES and run.token_loss != "ce":
+        tags.append(run.token_loss.replace("_", "-"))
     return ModelCardData(
         model_name=run.title if eval_results else None,  # the Hub wants it for a model-index, and only then
         eval_results=eval_results or None,
@@ -184,6 +190,15 @@ def _measured(entries: list[dict[str, Any]], results: Mapping[str, Any]) -> list
     measured += [(f"last logged {name}", f"{value:.4g}") for name, value in last_values(entries, LOGGED).items()]
     measured += [(name, str(results[name])) for name in ("steps", "train_rows", "train_seconds") if name in results]
     return measured
+
+
+def _settings(run: RunSettings) -> str:
+    """The settings of the token loss, with its defaults: "gamma 2"; "" for CE, which has none."""
+    try:
+        settings = recipe_settings(run.token_loss, run.token_loss_settings)
+    except RecipeError:  # a stored recipe may be anybody's, or of a later version
+        settings = run.token_loss_settings or {}
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def _solver(run: RunSettings) -> str:

@@ -27,7 +27,16 @@ DEFAULTS: dict[str, Any] = {
     for owner, names in {
         ModelArguments: ("model_name_or_path", "use_peft"),
         DataArguments: ("dataset",),
-        MatrixConfig: ("mce_weight", "mce_warmup_steps", "mce_solver", "mce_order", "mce_embeddings"),
+        MatrixConfig: (
+            "token_loss",
+            "token_loss_settings",
+            "teacher_model_name_or_path",
+            "mce_weight",
+            "mce_warmup_steps",
+            "mce_solver",
+            "mce_order",
+            "mce_embeddings",
+        ),
     }.items()
     for name in names
 }
@@ -48,6 +57,15 @@ class RunSettings:
 
     dataset: str | dict | list | None
     """The training rows, as the recipe gives them: "builtin", a path, a name on the Hub, or several of these."""
+
+    token_loss: str
+    """The loss that the matrix cross-entropy is added to: a key of `loss.choice.LOSSES`."""
+
+    token_loss_settings: dict[str, Any] | None
+    """Its settings, as the recipe gives them."""
+
+    teacher_model_name_or_path: str | None
+    """The model whose distribution is its target, if there is one."""
 
     mce_weight: float
     """Weight of the matrix cross-entropy, at least 0; 0 is plain cross-entropy."""
@@ -76,6 +94,9 @@ class RunSettings:
             model_name_or_path=model.model_name_or_path,
             use_peft=model.use_peft,
             dataset=recipe.data.dataset,
+            token_loss=training.token_loss,
+            token_loss_settings=training.token_loss_settings,
+            teacher_model_name_or_path=training.teacher_model_name_or_path,
             mce_weight=training.mce_weight,
             mce_warmup_steps=training.mce_warmup_steps,
             mce_solver=training.mce_solver,
@@ -172,7 +193,7 @@ def read_settings(run: Path) -> RunSettings:
 
 def _check_known(known: dict[str, Any], path: Path) -> None:
     """Refuse settings of another type than train.py takes: a stored recipe may be anybody's."""
-    numbers, texts = ("mce_weight", "mce_warmup_steps", "mce_order"), ("mce_solver",)
+    numbers, texts = ("mce_weight", "mce_warmup_steps", "mce_order"), ("mce_solver", "token_loss")
     for name, value in known.items():
         is_right = True
         if name in numbers:
@@ -181,7 +202,9 @@ def _check_known(known: dict[str, Any], path: Path) -> None:
             is_right = isinstance(value, str)
         elif name == "use_peft":
             is_right = isinstance(value, bool)
-        elif name == "model_name_or_path":
+        elif name == "token_loss_settings":
+            is_right = value is None or isinstance(value, dict)
+        elif name in ("model_name_or_path", "teacher_model_name_or_path"):
             is_right = value is None or isinstance(value, str)
         elif name == "dataset":
             is_right = isinstance(value, (str, dict, list, type(None)))

@@ -8,8 +8,9 @@ from matrix_llm.information import matrix_log
 from matrix_llm.loss import linear, solvers
 from matrix_llm.loss.settings import Solver
 from matrix_llm.loss.solvers import prepare_embeddings, solve_chunk
-from matrix_llm.loss.vocabulary import DIRECTIONS, summarise
+from matrix_llm.loss.vocabulary import DIRECTIONS
 from matrix_llm.mce import linear_matrix_cross_entropy, token_mce
+from tests.support.head_tail import claimed_q
 from tests.support.predictions import scale_to_entropy
 
 F64 = torch.float64
@@ -22,19 +23,6 @@ def problem(n=5, v=90, d=20, *, scale=2.0, seed=0, zero_vectors=(), spectrum=0.5
     logits = scale * torch.randn(n, v, dtype=F64, generator=g)
     labels = torch.randint(0, v, (n,), generator=g)
     return logits, labels, embeddings
-
-
-def claimed_q(q, kept, embeddings):
-    """(N, D, D) the module's Q, differentiable in all probabilities."""
-    e, u = F.normalize(embeddings, dim=-1), summarise(embeddings, F64).directions
-    (v, d), p = e.shape, u.shape[1]
-    others = q * (1 - torch.zeros(len(q), v, dtype=F64).scatter(1, kept, 1.0))
-    exact = torch.einsum("ns,nsi,nsj->nij", q.gather(1, kept), e[kept], e[kept])
-    tail = torch.einsum("nv,vi,vj->nij", others, e @ u, e @ u)
-    if p == d:
-        return exact + u @ tail @ u.T
-    left = ((others * e.square().sum(-1)).sum(-1) - tail.diagonal(dim1=1, dim2=2).sum(-1)) / (d - p)
-    return exact + u @ tail @ u.T + left[:, None, None] * (torch.eye(d, dtype=F64) - u @ u.T)
 
 
 def kept_tokens(q, labels, top_k):

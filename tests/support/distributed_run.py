@@ -11,7 +11,8 @@ The server imports everything once and forks, so that an engine costs only its o
 
 `models` holds a checkpoint for each architecture, loaded by from_pretrained as in matrix_llm/train.py: whole, under
 zero.Init, or on one process only, as the engine wants it. "lora" adds an adapter, and lists the modules that are
-trained whole as well; "fresh_summary" makes every micro-batch summarise the vocabulary again.
+trained whole as well; "teacher" names a folder in `models`; "fresh_summary" makes every micro-batch summarise the
+vocabulary again.
 """
 
 import gc
@@ -84,6 +85,8 @@ def run_case(out: Path, models: Path, settings: dict) -> None:
         settings.pop("lora", None),
         settings.pop("fresh_summary", False),
     )
+    if (teacher := settings.pop("teacher", None)) is not None:
+        settings["teacher_model_name_or_path"] = str(models / teacher)
     adapter = LoraConfig(
         r=4, target_modules=["q_proj", "v_proj", "down_proj"], modules_to_save=lora or None, task_type="CAUSAL_LM"
     )

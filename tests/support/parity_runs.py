@@ -56,17 +56,26 @@ CASES = {
         2,
     ),
     "packed": ({"architecture": "llama", "packing": True, "max_length": 48, "mce_top_k": 16, "mce_steps": 6}, 1),
+    "ntl": ({"architecture": "llama", "token_loss": "ntl", "mce_top_k": 16}, 2),  # a mean of its own, over all ranks
+    "kd": ({"architecture": "llama", "token_loss": "kd", "teacher": "teacher", "mce_top_k": 16}, 2),
+    "asft, LoRA": (
+        {"architecture": "llama", "token_loss": "asft", "lora": [], "learning_rate": 0.01, "mce_top_k": 16},
+        4,
+    ),
 }
 
 
-SHORT = ("packed", "centred", "centred, embedding_grad, lm_head saved")  # five steps
+SHORT = ("packed", "centred", "centred, embedding_grad, lm_head saved", "ntl", "kd", "asft, LoRA")  # five steps
 
 
 def make_models(folder: Path) -> Path:
+    from matrix_llm.model.tokenizer import train_tokenizer
     from tests.support.tiny import tiny_model
 
     for name in {settings["architecture"] for settings, _ in CASES.values()}:
         tiny_model(name).save_pretrained(folder / name)
+    tiny_model("llama_tied", seed=5, vocab_size=260).save_pretrained(folder / "teacher")
+    train_tokenizer(["a b"], 260).save_pretrained(folder / "teacher")
     return folder
 
 

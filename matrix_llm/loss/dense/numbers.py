@@ -13,6 +13,8 @@ from torch import Tensor
 from matrix_llm.base.errors import DataError, ModelError
 from matrix_llm.loss.dense.positions import Positions
 
+SAMPLE = "7 + 48 = 55, so 12*3=36 and 1250/5=250."
+
 
 def number_tokens(tokenizer: Any) -> tuple[Tensor, Tensor]:
     """The tokens that are one ASCII digit, and their values. The tokenizer is not changed.
@@ -21,7 +23,7 @@ def number_tokens(tokenizer: Any) -> tuple[Tensor, Tensor]:
         ids (10,) int64 and values (10,) float32, from 0 to 9.
 
     Raises:
-        ModelError: a digit without a token of its own.
+        ModelError: a digit without a token of its own, or a tokenizer that never uses these tokens.
     """
     vocabulary = tokenizer.get_vocab()
     digits = [str(value) for value in range(10)]
@@ -30,6 +32,12 @@ def number_tokens(tokenizer: Any) -> tuple[Tensor, Tensor]:
         raise ModelError(
             f"token_loss='ntl' needs a token for each of the ten digits, but the tokenizer has none for "
             f"{', '.join(missing)}. Use another model, or another token_loss."
+        )
+    ids = {vocabulary[digit] for digit in digits}
+    if not ids & set(tokenizer.encode(SAMPLE, add_special_tokens=False)):
+        raise ModelError(
+            f"token_loss='ntl' acts on tokens that are one digit, but the tokenizer makes none of {SAMPLE!r}: its "
+            "numbers are longer tokens, or begin with a space. Use another model, or another token_loss."
         )
     return torch.tensor([vocabulary[digit] for digit in digits]), torch.arange(10, dtype=torch.float32)
 
