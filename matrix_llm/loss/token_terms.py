@@ -295,6 +295,7 @@ def _emo(chunk: Chunk, loss: TokenLoss) -> LossTerms:
     s = q.new_empty(len(labels), q.shape[1])
     multiply(vectors[labels], vectors.T, out=s)
     s.mul_(inverse_norm).mul_(-inverse_norm[labels, None]).add_(1)
+    s.clamp_(min=0)  # a cosine of 1 + 1e-7 would make d negative, and the ratio below it a huge negative number
     known = (inverse_norm[labels] != 0)[:, None]
     s.scatter_(1, labels[:, None], torch.where(known, 0.0, 1.0).to(s.dtype))
     s = s[inverse]

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from matrix_llm.base.errors import DataError, ModelError, RecipeError
-from matrix_llm.losses import number_tokens, token_loss
+from matrix_llm.losses import linear_token_loss, number_tokens, token_loss
 from tests.support.token_losses import CASES, F64, MATRIX_CASES, name_of, problem, value_and_gradient
 
 EVERY_CASE = pytest.mark.parametrize("case", CASES + MATRIX_CASES, ids=name_of)
@@ -102,6 +102,11 @@ def test_the_distance_of_emo_is_not_negative_where_another_vector_is_the_labels(
     ce, ce_gradient = value_and_gradient(logits, labels, "ce")
     torch.testing.assert_close(value, ce / 2, rtol=1e-4, atol=0)  # d = 0
     torch.testing.assert_close(gradient, ce_gradient / 2, rtol=0, atol=1e-4)
+
+    hidden = logits.clone().requires_grad_()
+    fused = linear_token_loss(hidden, torch.eye(128), labels, "emo", embeddings=embeddings, reduction="sum")
+    torch.testing.assert_close(fused.value.detach(), ce / 2, rtol=1e-4, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(fused.loss, hidden)[0], ce_gradient / 2, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("loss", "settings"), [("minus_p", {}), ("power", {"alpha": 0.01})])
