@@ -126,7 +126,7 @@ def linear_token_loss(
         embeddings: (V, D) token vectors of MCE, emo and soft_mce, of any norm; None: the LM head's weight, detached.
         teacher: kd, soft_ce, asft and soft_mce: `Teacher(hidden, weight, bias, logit_scale, softcap)`, whose logits are
             made a chunk at a time; `TopTokens(ids, log_probabilities)`, stored before; or whole logits (N, V). A plain
-            tuple is taken for one of the first two.
+            tuple is taken for one of the first two. Other losses do not read it.
         settings: the loss's own settings by name; ntl's number_ids (K,) and number_values (K,) among them.
         ignore_index: the label of positions that do not count.
         logit_scale, softcap: as the model does to its logits; softcap above 0, or None.

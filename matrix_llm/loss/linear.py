@@ -172,13 +172,8 @@ def make_token_loss(
     if teacher is None and name in NEEDS_TEACHER:
         raise RecipeError(f"{name} needs a teacher, whose distribution is its target. Give one.")
 
-    if teacher is not None and name not in NEEDS_TEACHER:
-        raise RecipeError(f"{name} reads no teacher. Remove it, or use one of {', '.join(NEEDS_TEACHER)}.")
-    if (ids is not None or values is not None) and name not in NEEDS_NUMBERS:
-        raise RecipeError(f"{name} reads no number_ids or number_values. Remove them, or use ntl.")
-
     # 2. tensors
-    loss: dict[str, Any] = {"teacher": teacher if name in NEEDS_TEACHER else None}
+    loss: dict[str, Any] = {"teacher": teacher}
     if name in NEEDS_NUMBERS:
         loss["number_ids"] = torch.as_tensor(ids, device=labels.device)
         loss["number_values"] = torch.as_tensor(values, device=labels.device)
@@ -188,8 +183,9 @@ def make_token_loss(
     if name == "emo":
         statistics = torch.float64 if dtype == torch.float64 else torch.float32
         vectors = embeddings.detach()
+        vectors = vectors.to(dtype) if vectors.is_cuda or vectors.dtype == torch.float64 else vectors
         loss["inverse_norm"] = inverse_norms(vectors, statistics)
-        loss["vectors"] = vectors.to(dtype) if vectors.is_cuda else vectors
+        loss["vectors"] = vectors
     return TokenLoss(name, settings, **loss)
 
 
@@ -231,7 +227,9 @@ def linear_loss(
     index = (trained or TrainedPositions(labels, vocabulary_size, ignore_index)).index().to(hidden.device)
     count = index.shape[0]
     trained_hidden, trained_labels = hidden, labels.long()
-    of_teacher = None if teacher is None else check_teacher(teacher, positions, vocabulary_size)
+    of_teacher = None
+    if teacher is not None and token_loss in NEEDS_TEACHER:
+        of_teacher = check_teacher(teacher, positions, vocabulary_size)
     if isinstance(of_teacher, Teacher) and of_teacher.hidden.dtype == torch.float32:
         of_teacher = of_teacher._replace(hidden=of_teacher.hidden.to(hidden.dtype))
     if count < positions:

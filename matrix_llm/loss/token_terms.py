@@ -324,6 +324,7 @@ def _emo(chunk: Chunk, loss: TokenLoss) -> LossTerms:
     # 1. s_j = 1 - cos(e_j, e_y), exactly 0 at the label: 1 - sum q cos would lose all digits where the label is likely
     of_label = inverse_norm[labels, None]
     s = chunk.product.mul_(inverse_norm).mul_(-of_label).add_(1)
+    s.clamp_(min=0)  # a cosine of 1 + 1e-7 would make d negative, and the ratio below it a huge negative number
     s.scatter_(1, labels[:, None], torch.where(of_label != 0, 0.0, 1.0).to(s.dtype))
 
     # 2. d, and the two weights

@@ -53,6 +53,7 @@ CASES = [
     ("soft_mce", {"top_k": 3}),
 ]
 IDS = [f"{name}-{'-'.join(map(str, settings.values()))}" for name, settings in CASES]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 SHAPES = [(7, 3, 1), (33, 8, 6), (257, 16, 13)]  # V, H, N
 
 
@@ -296,18 +297,31 @@ def test_without_a_trained_position_the_loss_is_a_connected_zero(name, mce_weigh
         ("focal", {"settings": {"gamma": -1}}, "gamma"),
         ("nope", {}, "nope"),
         ("kd", {}, "teacher"),
-        ("dft", {"teacher": torch.zeros(2, 3)}, "teacher"),
         ("kd", {"teacher": torch.zeros(2, 4)}, "vocabulary of 4"),
         ("kd", {"teacher": torch.zeros(1, 3)}, "2 positions"),
         ("kd", {"teacher": (torch.tensor([[3], [0]]), torch.zeros(2, 1))}, "id 3"),
         ("ntl", {}, "number_ids"),
-        ("dft", {"settings": {"number_ids": [1], "number_values": [1.0]}}, "ntl"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(name, options, words):
     with pytest.raises(ValueError, match=words) as refused:
         linear_token_loss(torch.zeros(2, 3), torch.eye(3), torch.tensor([0, 1]), name, **options)
     assert "\n" not in str(refused.value)
+
+
+def test_what_a_loss_does_not_read_may_be_given_as_to_the_dense_reference():
+    inputs = Inputs(33, 8, 6)
+    numbers = {"number_ids": NUMBER_IDS, "number_values": NUMBER_VALUES}
+    given = linear_token_loss(*inputs.leaves(), inputs.labels, "dft", teacher=inputs.teacher, settings=numbers)
+    assert torch.equal(given.value, linear_token_loss(*inputs.leaves(), inputs.labels, "dft").value)
+
+
+def test_emo_takes_vectors_of_another_precision():
+    inputs = Inputs(33, 8, 6)
+    leaves = [each.float() for each in inputs.leaves()]
+    out = [linear_token_loss(*leaves, inputs.labels, "emo", embeddings=leaves[1].to(d)).value for d in DTYPES]
+    torch.testing.assert_close(out[0], out[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out[0], out[2], rtol=0.02, atol=0.02)
 
 
 def test_a_soft_target_of_a_whole_large_vocabulary_is_refused():

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from matrix_llm.base.errors import DataError, ModelError, RecipeError
-from matrix_llm.losses import number_tokens, token_loss
+from matrix_llm.losses import linear_token_loss, number_tokens, token_loss
 from tests.support.token_losses import CASES, F64, MATRIX_CASES, name_of, problem, value_and_gradient
 
 EVERY_CASE = pytest.mark.parametrize("case", CASES + MATRIX_CASES, ids=name_of)
@@ -103,6 +103,11 @@ def test_the_distance_of_emo_is_not_negative_where_another_vector_is_the_labels(
     torch.testing.assert_close(value, ce / 2, rtol=1e-4, atol=0)  # d = 0
     torch.testing.assert_close(gradient, ce_gradient / 2, rtol=0, atol=1e-4)
 
+    hidden = logits.clone().requires_grad_()
+    fused = linear_token_loss(hidden, torch.eye(128), labels, "emo", embeddings=embeddings, reduction="sum")
+    torch.testing.assert_close(fused.value.detach(), ce / 2, rtol=1e-4, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(fused.loss, hidden)[0], ce_gradient / 2, rtol=0, atol=1e-4)
+
 
 @pytest.mark.parametrize(("loss", "settings"), [("minus_p", {}), ("power", {"alpha": 0.01})])
 def test_one_minus_p_keeps_its_digits(loss, settings):
@@ -195,6 +200,25 @@ def test_what_a_loss_cannot_be_computed_from_is_refused(loss, change, said):
     message = str(error.value)
     assert "\n" not in message
     assert all(each in message for each in said)
+
+
+def test_a_refusal_counts_the_ignored_positions():
+    logits, labels, others = problem(5, 33)
+    logits[3, 7] = others["teacher_logits"][4, 9] = torch.nan
+    with pytest.raises(DataError, match=r"^logits\[3, 7\]"):
+        token_loss(logits, labels, "ce")
+    logits[3, 7] = 0
+    with pytest.raises(DataError, match=r"^teacher_logits\[4, 9\]"):
+        token_loss(logits, labels, "kd", **others)
+
+
+def test_numbers_that_the_model_cannot_have_matter_only_where_the_label_is_one():
+    logits, labels, others = problem(5, 33)
+    logits[:, others["number_ids"]] = -torch.inf
+    labels[:] = torch.tensor([5, -100, 7, 8, 9])
+    value, gradient = value_and_gradient(logits, labels, "ntl", **others, reweigh=True)
+    assert (value == 0).all()
+    assert (gradient == 0).all()
 
 
 def test_labels_that_are_no_integers_are_a_type_error():

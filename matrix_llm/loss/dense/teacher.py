@@ -23,7 +23,7 @@ def _log_probabilities(
 ) -> Tensor:
     """log t, (N, V): -inf outside the teacher's top_k tokens, if given."""
     assert positions.teacher_logits is not None
-    log_t = torch.log_softmax(positions.teacher_logits.detach() / temperature, dim=-1)
+    log_t = torch.log_softmax(positions.teacher_logits / temperature, dim=-1)
     if top_k is None or top_k >= log_t.shape[1]:
         return log_t
     kept = log_t.topk(top_k, dim=-1)
