@@ -58,6 +58,8 @@ class MatrixConfig(SFTConfig):
     """The model whose distribution is the target of kd, soft_ce, soft_mce and asft: a folder or a Hub id."""
     mce_weight: float = setting(1.0, at_least=0)
     """Weight of the MCE term: loss = token_loss + mce_weight * MCE; 0 is plain SFT, at no extra cost."""
+    mce_target: str = setting("label", choices=["label", "teacher"])
+    """What MCE aims at: the label, or the 16 likeliest tokens of the teacher of token_loss."""
     mce_warmup_steps: float = setting(0, at_least=0)
     """Steps over which the weight rises linearly to mce_weight; below 1, that share of all steps, as warmup_steps."""
     mce_solver: str = setting("krylov", choices=["exact", "krylov", "taylor"])

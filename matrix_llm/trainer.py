@@ -46,7 +46,7 @@ from trl.trainer.utils import get_peak_flops
 from matrix_llm.base.console import say
 from matrix_llm.base.errors import CheckpointError, DataError, NonFiniteLossError, RecipeError, one_line
 from matrix_llm.config import MatrixConfig
-from matrix_llm.loss.choice import NEEDS_TEACHER, recipe_settings
+from matrix_llm.loss.choice import HAS_FLOOR, NEEDS_TEACHER, recipe_settings
 from matrix_llm.loss.settings import LossSettings
 from matrix_llm.losses import number_tokens
 from matrix_llm.model.adapters import keep_base_unchanged
@@ -329,6 +329,8 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
         )
         if self.args.token_loss != "ce":
             self._sums[mode].add(token_loss=outputs.token_loss.sum())
+        if self.args.token_loss in HAS_FLOOR:  # what is left to learn: the (matrix) KL divergence
+            self._sums[mode].add(divergence=(outputs.token_loss - outputs.floor).sum())
         if self._number_ids is not None:
             self._sums[mode].add(numbers=self._count_numbers(inputs))
         if self.aux_loss_enabled:

@@ -121,6 +121,20 @@ def test_one_batch_equals_eight_micro_batches_and_the_dense_reference(loss, tmp_
     assert history(at_once, "token_loss")[0] == pytest.approx(expected.item(), rel=2e-3 if loss == "soft_mce" else 1e-4)
 
 
+def test_mce_towards_the_teacher_is_trained_and_its_divergence_logged(tmp_path, tiny_tokenizer, teacher):
+    trainer = make(tmp_path, tiny_tokenizer, "soft_ce", {}, teacher, mce_target="teacher", mce_weight=0.5)
+    data = trainer.train_dataset
+    trainer.train()
+    values = {key: history(trainer, key) for key in ("loss", "token_loss", "mce", "divergence")}
+    for loss, value, mce, divergence in zip(*values.values(), strict=True):
+        assert loss == pytest.approx(value + 0.5 * mce, rel=1e-5)
+        assert 0 < divergence < value
+    label = make(tmp_path / "b", tiny_tokenizer, "soft_ce", {}, teacher, mce_weight=0.5, data=data)
+    label.train()
+    assert history(label, "token_loss")[0] == pytest.approx(values["token_loss"][0], rel=1e-5)
+    assert history(label, "mce")[0] != pytest.approx(values["mce"][0], rel=1e-3)
+
+
 def test_the_true_cross_entropy_is_logged_beside_the_loss(tmp_path, tiny_tokenizer):
     plain = make(tmp_path / "a", tiny_tokenizer, "ce", mce_weight=0.0)
     focal = make(tmp_path / "b", tiny_tokenizer, "focal", mce_weight=0.0)
@@ -259,6 +273,15 @@ def test_a_resumed_run_ends_with_the_same_bits(loss, tmp_path, tiny_tokenizer, t
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"mce_target": "teacher"}, r"mce_target='teacher'.*token_loss='ce'.*kd"),
+        (
+            {"mce_target": "teacher", "token_loss": "kd", "teacher_model_name_or_path": "x", "mce_weight": 0.0},
+            r"mce_target='teacher'.*mce_weight=0.0",
+        ),
+        (
+            {"mce_target": "teacher", "token_loss": "kd", "teacher_model_name_or_path": "x", "mce_solver": "taylor"},
+            r"mce_target='teacher'.*mce_solver='taylor'",
+        ),
         ({"token_loss": "emmo"}, r"token_loss='emmo'.*emo"),
         ({"token_loss": "focal", "token_loss_settings": {"gama": 2}}, r"gama.*gamma"),
         ({"token_loss": "focal", "token_loss_settings": {"gamma": -1}}, r"gamma=-1"),

@@ -5,14 +5,15 @@ from typing import Any
 
 from matrix_llm.base.errors import RecipeError
 from matrix_llm.base.values import nearest
+from matrix_llm.loss.choice import HAS_FLOOR
 
 # Which way each metric improves. transformers takes every name that does not end in "loss" as higher-is-better.
 HIGHER_IS_BETTER = {
-    **dict.fromkeys(["ce", "mce", "token_loss", "entropy", "aux_loss", "peak_memory_gib"], False),
+    **dict.fromkeys(["ce", "mce", "token_loss", "divergence", "entropy", "aux_loss", "peak_memory_gib"], False),
     **dict.fromkeys(["accuracy", "mean_token_accuracy", "effective_rank", "tokens_per_second", "mfu"], True),
 }
 # What an evaluation of held-out rows returns. Speeds are not a measure of a checkpoint.
-MEASURED = ["loss", "ce", "mce", "token_loss", "entropy", "mean_token_accuracy", "aux_loss"]
+MEASURED = ["loss", "ce", "mce", "token_loss", "divergence", "entropy", "mean_token_accuracy", "aux_loss"]
 
 
 def is_higher_better(metric: str) -> bool | None:
@@ -75,6 +76,11 @@ def check_metric(training: Any, given: Mapping[str, Any]) -> None:
     if wanted.endswith("token_loss") and training.token_loss == "ce":
         raise RecipeError(
             f"metric_for_best_model={metric!r} with token_loss='ce': that is eval_ce. Write it, or choose a token_loss."
+        )
+    if wanted.endswith("divergence") and training.token_loss not in HAS_FLOOR:
+        raise RecipeError(
+            f"metric_for_best_model={metric!r} with token_loss={training.token_loss!r}: only {' and '.join(HAS_FLOOR)} "
+            "measure it. Write `metric_for_best_model: eval_loss`."
         )
     # 4. CE and MCE are not measured of a run that trains another loss: its eval_loss is that loss
     others = {"loss_type": training.loss_type == "dft", "label_smoothing_factor": training.label_smoothing_factor > 0}

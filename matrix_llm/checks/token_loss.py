@@ -32,6 +32,19 @@ def check_token_loss(training: MatrixConfig) -> None:
             f"teacher_model_name_or_path={teacher!r} with token_loss={name!r}, which reads no teacher. Remove it, or "
             f"set token_loss to one of {', '.join(NEEDS_TEACHER)}."
         )
+    if training.mce_target == "teacher":
+        clashes = {
+            "token_loss": (name not in NEEDS_TEACHER, "has no teacher", f"Choose one of {', '.join(NEEDS_TEACHER)}"),
+            "mce_weight": (training.mce_weight == 0, "leaves MCE out", "Give a weight above 0"),
+            "mce_solver": (training.mce_solver == "taylor", "takes a label only", "Set it to krylov"),
+            "mce_embedding_grad": (training.mce_embedding_grad, "has a gradient for labels only", "Set it to false"),
+        }
+        for key, (clash, reason, way_out) in clashes.items():
+            if clash:
+                raise RecipeError(
+                    f"mce_target='teacher' with {key}={getattr(training, key)!r}, which {reason}. {way_out}, or set "
+                    "mce_target to label."
+                )
     loss = f"token_loss={name!r} and mce_weight={training.mce_weight:g}"
     if (epsilon := training.label_smoothing_factor) > 0 and training.uses_matrix_head:
         way_out = "Remove one of them."

@@ -25,6 +25,9 @@ REQUIRED = object()
 NEEDS_TEACHER = ("asft", "kd", "soft_ce", "soft_mce")
 """Losses that read the logits of a second model."""
 
+HAS_FLOOR = ("soft_ce", "soft_mce")
+"""Losses whose smallest value is not 0 but the teacher's own (matrix) entropy."""
+
 NEEDS_EMBEDDINGS = ("emo", "soft_mce")
 """Losses that read the token vectors."""
 

@@ -60,6 +60,7 @@ class HeadPass(NamedTuple):
     matrix_cross_entropy: Tensor  # (N,) nats
     value: Tensor  # (N,) of the token loss
     objective: Tensor  # (N,) what is trained: the value, or what ntl makes of it
+    floor: Tensor  # (N,) the part of the value that no student can lower; 0 where it is not known
     entropy: Tensor  # (N,) nats, of the predicted distribution
     is_top1: Tensor  # (N,) bool: the label is the likeliest token
     grads: HeadGradients  # of sum_n position_weight_n * loss_n
@@ -72,6 +73,7 @@ class ChunkResult(NamedTuple):
     matrix_cross_entropy: Tensor  # (C,) nats
     value: Tensor  # (C,) of the token loss
     objective: Tensor  # (C,) what is trained
+    floor: Tensor  # (C,) the part of the value that no student can lower
     entropy: Tensor  # (C,) nats
     is_top1: Tensor  # (C,) bool: the label is the likeliest token
     grad: Tensor | None  # (C, V) the gradient of the logits before cap and scale, in q's buffer
@@ -101,7 +103,8 @@ def _finish(
     grad: Tensor | None,  # (C, V)
 ) -> ChunkResult:
     objective = terms.value if terms.objective is None else terms.objective
-    return ChunkResult(ce, mce, terms.value, objective, entropy, is_top1, grad)
+    floor = torch.zeros_like(ce) if terms.floor is None else terms.floor
+    return ChunkResult(ce, mce, terms.value, objective, floor, entropy, is_top1, grad)
 
 
 def _scaled(weight: Tensor, coefficient: Tensor | None) -> Tensor:
@@ -157,20 +160,28 @@ def _chunk_by_torch(
     # From here on, only the token loss and the cap need z: the loss may overwrite it where there is no cap.
     of_loss = loss_terms(Chunk(z, q, log_z, of_label, labels, top, at), token_loss, buffers)
 
-    # 3. MCE
-    terms = solve_chunk(
-        solver,
-        q,
-        labels,
-        embeddings,
-        likeliest=likeliest,
-        want_gradient=want_logits and options.mce_weight != 0,
-        position_weight=weight.squeeze(1) * options.mce_weight,
-        grad_vectors=grad_vectors,
-    )
+    # 3. MCE, towards the label or the teacher's distribution
+    of_target = None
+    if of_loss.target is not None:
+        assert token_loss.soft_matrix is not None
+        mce, of_target = token_loss.soft_matrix(q, *of_loss.target)
+        terms = ChunkTerms(mce, None, None)
+    else:
+        terms = solve_chunk(
+            solver,
+            q,
+            labels,
+            embeddings,
+            likeliest=likeliest,
+            want_gradient=want_logits and options.mce_weight != 0,
+            position_weight=weight.squeeze(1) * options.mce_weight,
+            grad_vectors=grad_vectors,
+        )
 
     # 4. the logits' gradient
-    grad = _gradient_by_torch(z, q, labels, weight, terms, of_loss, options) if want_logits else None
+    grad = None
+    if want_logits:
+        grad = _gradient_by_torch(z, q, labels, weight, terms, of_loss, of_target, options)
     return _finish(of_loss, log_z - of_label, terms.value, entropy, of_label >= largest, grad)
 
 
@@ -181,11 +192,14 @@ def _gradient_by_torch(
     weight: Tensor,  # (C, 1) d(objective) / d(loss of a position)
     terms: ChunkTerms,  # of MCE
     of_loss: LossTerms,
+    of_target: Tensor | None,  # (C, V) the gradient of MCE in the logits, where its target is the teacher's
     options: HeadOptions,
 ) -> Tensor:
     """(C, V) the gradient of the logits before cap and scale, in q's buffer."""
     of_mce = weight * options.mce_weight if options.mce_weight else None
-    grad = logit_gradient_(q, terms, _scaled(weight, of_loss.of_q), of_mce)
+    grad = logit_gradient_(q, terms, _scaled(weight, of_loss.of_q), None if of_target is not None else of_mce)
+    if of_target is not None and of_mce is not None:
+        grad.addcmul_(of_target, of_mce)
     grad.scatter_add_(1, labels[:, None], -_scaled(weight, of_loss.at_label))
     if of_loss.extra is not None:
         grad.addcmul_(of_loss.extra, weight * of_loss.factor)
@@ -272,7 +286,7 @@ def head_pass(
     device = hidden.device
 
     # results, and the two buffers that all chunks share
-    ce, mce, value, objective, entropy = (torch.empty(positions, dtype=dtype, device=device) for _ in range(5))
+    ce, mce, value, objective, floor, entropy = (torch.empty(positions, dtype=dtype, device=device) for _ in range(6))
     is_top1 = torch.empty(positions, dtype=torch.bool, device=device)
     grads = HeadGradients(
         torch.empty_like(hidden) if needs[0] else None,
@@ -316,7 +330,8 @@ def head_pass(
             )
         else:
             result = _chunk_by_kernels(z, y, chunk, q, w, features, embeddings, options, want_logits, kernels)
-        ce[chunk], mce[chunk], value[chunk], objective[chunk], entropy[chunk], is_top1[chunk] = result[:6]
+        ce[chunk], mce[chunk], value[chunk], objective[chunk], floor[chunk], entropy[chunk] = result[:6]
+        is_top1[chunk] = result.is_top1
 
         # 5. gradients of hidden, weight and bias
         if result.grad is None:
@@ -330,4 +345,4 @@ def head_pass(
             add_product(grads.weight, grad.T, h, first=start == 0)
     if grads.weight is not None and positions == 0:
         grads.weight.zero_()
-    return HeadPass(ce, mce, value, objective, entropy, is_top1, grads)
+    return HeadPass(ce, mce, value, objective, floor, entropy, is_top1, grads)

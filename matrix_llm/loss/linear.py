@@ -27,8 +27,8 @@ from matrix_llm.loss.choice import NEEDS_NUMBERS, NEEDS_TEACHER, check_settings
 from matrix_llm.loss.chunks import positions_per_chunk
 from matrix_llm.loss.fused import HeadGradients, HeadOptions, head_pass
 from matrix_llm.loss.positions import TrainedPositions
-from matrix_llm.loss.settings import LossSettings, Solver
-from matrix_llm.loss.soft_targets import soft_terms
+from matrix_llm.loss.settings import TARGET_TOKENS, LossSettings, Solver
+from matrix_llm.loss.soft_targets import soft_terms, teacher_matrix_entropy
 from matrix_llm.loss.solvers import Embeddings, prepare_embeddings
 from matrix_llm.loss.table import count_buffers
 from matrix_llm.loss.teachers import Teacher, TopTokens, check_soft_target, check_teacher, select_positions
@@ -45,6 +45,7 @@ class TokenLossOutput(NamedTuple):
     value: Tensor  # (N,) of the chosen token loss
     entropy: Tensor  # (N,) nats, of the predicted distribution
     is_top1: Tensor  # (N,) bool: the label is the likeliest token
+    floor: Tensor  # (N,) soft_ce and soft_mce: the teacher's own (matrix) entropy, below which no value falls; else 0
 
 
 def _graph_is_retained() -> bool:
@@ -64,7 +65,7 @@ class _LinearLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, vectors, summary, labels, options, summed, grad_enabled):
         needs = tuple(grad_enabled and n for n in ctx.needs_input_grad[:4])
         ones = torch.ones(hidden.shape[0], dtype=options.dtype, device=hidden.device)
-        ce, mce, value, objective, entropy, is_top1, grads = head_pass(
+        ce, mce, value, objective, floor, entropy, is_top1, grads = head_pass(
             hidden,
             weight.to(hidden.dtype),
             bias,
@@ -80,8 +81,8 @@ class _LinearLoss(torch.autograd.Function):
         ctx.grads = grads  # not save_for_backward: hooks that offload saved tensors would only move it back and forth
         if not summed:
             ctx.save_for_backward(hidden, weight, bias, vectors, labels)
-        ctx.mark_non_differentiable(ce, mce, value, entropy, is_top1)
-        return (loss.sum() if summed else loss), ce, mce, value, entropy, is_top1
+        ctx.mark_non_differentiable(ce, mce, value, entropy, is_top1, floor)
+        return (loss.sum() if summed else loss), ce, mce, value, entropy, is_top1, floor
 
     @staticmethod
     @once_differentiable  # a second derivative is refused: it would be wrong
@@ -223,6 +224,12 @@ def linear_loss(
         )  # as autocast does to the LM head's own product
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
+    if settings.target == "teacher" and embeddings.requires_grad:
+        raise RecipeError(
+            "target='teacher' with embeddings that require grad: the gradient of MCE towards a teacher flows into the "
+            "logits alone. Detach the embeddings, or set target='label'."
+        )
+
     # 2. only positions with a label
     index = (trained or TrainedPositions(labels, vocabulary_size, ignore_index)).index().to(hidden.device)
     count = index.shape[0]
@@ -252,8 +259,10 @@ def linear_loss(
             own_scale,
             hidden.dtype,
         )
-        if token_loss == "soft_mce":
+        if token_loss == "soft_mce" or settings.target == "teacher":
             loss_terms = _with_soft_matrix(loss_terms, Embeddings(vectors, summary), solver, vocabulary_size)
+        if settings.target == "teacher":
+            loss_terms = dataclasses.replace(loss_terms, target_tokens=TARGET_TOKENS)
         per_position = (2 + count_buffers(loss_terms, softcap)) * dtype.itemsize * vocabulary_size
         per_position += solver.bytes_per_position(vocabulary_size, vectors.shape[1], dtype.itemsize)
         chunk = positions_per_chunk(max(1, count), per_position, least_budget=weight.numel() * dtype.itemsize)
@@ -279,12 +288,14 @@ def linear_loss(
 
 
 def _with_soft_matrix(loss: TokenLoss, embeddings: Embeddings, solver: Solver, vocabulary_size: int) -> TokenLoss:
-    """soft_mce with MCE's token vectors and solver."""
+    """A loss with a soft target for MCE, by MCE's token vectors and solver."""
     assert loss.teacher is not None
-    stored = loss.teacher.ids.shape[1] if isinstance(loss.teacher, TopTokens) else vocabulary_size
-    check_soft_target(loss.settings["top_k"], stored)
+    if loss.name == "soft_mce":
+        stored = loss.teacher.ids.shape[1] if isinstance(loss.teacher, TopTokens) else vocabulary_size
+        check_soft_target(loss.settings["top_k"], stored)
     soft_matrix = functools.partial(soft_terms, embeddings=embeddings, solver=solver, want_gradient=True)
-    return dataclasses.replace(loss, soft_matrix=soft_matrix)
+    target_entropy = functools.partial(teacher_matrix_entropy, embeddings=embeddings)
+    return dataclasses.replace(loss, soft_matrix=soft_matrix, target_entropy=target_entropy)
 
 
 def _with_kept_share(

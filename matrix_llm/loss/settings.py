@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from matrix_llm.base.errors import RecipeError
-from matrix_llm.loss.choice import recipe_settings
+from matrix_llm.loss.choice import NEEDS_TEACHER, recipe_settings
 
 if TYPE_CHECKING:
     from matrix_llm.config import MatrixConfig
 
 SOLVERS = ("exact", "krylov", "taylor")
+TARGETS = ("label", "teacher")
+TARGET_TOKENS = 16  # the teacher's likeliest, which make MCE's target
 EMBEDDINGS = ("lm_head", "input", "centred")  # `LossSettings.embeddings` by name; anything else is a file
 
 # Chosen from the tables of docs/solvers.md and docs/performance.md: over all positions of a pretrained model the
@@ -104,6 +106,9 @@ class LossSettings:
     token_loss_settings: Mapping[str, Any] | None = None
     """Its settings, and ntl's number_ids and number_values; None: the defaults."""
 
+    target: str = "label"
+    """What MCE aims at: "label", or "teacher", the distribution of the token loss's teacher."""
+
     def __post_init__(self) -> None:
         if not (math.isfinite(self.mce_weight) and self.mce_weight >= 0):
             raise RecipeError(
@@ -112,6 +117,13 @@ class LossSettings:
         if self.solver not in SOLVERS:
             raise RecipeError(
                 f"solver={self.solver!r} is unknown. Use 'krylov' (the default), 'exact' (the reference) or 'taylor'."
+            )
+        if self.target not in TARGETS:
+            raise RecipeError(f"target={self.target!r} is unknown. Use 'label' or 'teacher'.")
+        if self.target == "teacher" and (self.token_loss not in NEEDS_TEACHER or self.solver == "taylor"):
+            raise RecipeError(
+                f"target='teacher' needs a token_loss with a teacher ({', '.join(NEEDS_TEACHER)}) and a solver other "
+                f"than taylor, not token_loss={self.token_loss!r} and solver={self.solver!r}. Set target='label'."
             )
         for key in ("steps", "order", "sketch_dim", "top_k"):
             value = getattr(self, key)
@@ -137,6 +149,7 @@ class LossSettings:
             top_k=args.mce_top_k,
             embeddings=args.mce_embeddings,
             embedding_grad=args.mce_embedding_grad,
+            target=args.mce_target,
             token_loss=args.token_loss,
             token_loss_settings=recipe_settings(args.token_loss, args.token_loss_settings) or None,
         )

@@ -56,10 +56,13 @@ def loss_terms(chunk: Chunk, loss: TokenLoss, buffers: Buffers) -> LossTerms:
             teachers.make_logits(loss.teacher, chunk.at, product)
         chunk = chunk._replace(product=product)
 
-    # 2. the terms
+    # 2. MCE's target, where that is the teacher's: before the loss overwrites the product
+    target = teachers.likeliest(chunk, loss, loss.target_tokens) if loss.target_tokens else None
+
+    # 3. the terms
     terms = TERMS[loss.name]
     if loss.name not in IN_BLOCKS:
-        return terms(chunk, loss)
+        return terms(chunk, loss)._replace(target=target)
     extra = chunk.z if buffers.extra is None else buffers.extra[: len(chunk.labels)]
     parts = []
     for block in blocks(chunk.z):
@@ -67,7 +70,7 @@ def loss_terms(chunk: Chunk, loss: TokenLoss, buffers: Buffers) -> LossTerms:
         assert part.extra is not None
         extra[block] = part.extra
         parts.append(part._replace(extra=None))
-    return _join(parts)._replace(extra=extra)
+    return _join(parts)._replace(extra=extra, target=target)
 
 
 def _join(parts: list[LossTerms]) -> LossTerms:

@@ -116,6 +116,15 @@ def make_logits(teacher: Teacher, at: slice, out: Tensor) -> None:
         out.div_(teacher.softcap).tanh_().mul_(teacher.softcap)
 
 
+def likeliest(chunk: Chunk, loss: TokenLoss, count: int) -> tuple[Tensor, Tensor]:
+    """The teacher's likeliest tokens: ids (C, k), and their probabilities scaled to sum to 1, (C, k); k <= count."""
+    logits = _logits(loss, chunk)
+    if isinstance(loss.teacher, TopTokens):
+        count = min(count, loss.teacher.ids.shape[1])
+    values, ids = logits.topk(min(count, logits.shape[1]), dim=-1)
+    return ids, torch.softmax(values, -1)
+
+
 def _keep_likeliest(log_t: Tensor, top_k: int) -> Tensor:
     """-inf everywhere but at the `top_k` largest of each position; in place."""
     values, ids = log_t.topk(top_k, dim=-1)
@@ -172,7 +181,8 @@ def _soft_ce(chunk: Chunk, loss: TokenLoss) -> LossTerms:
     t_logits = _logits(loss, chunk)
     t = torch.softmax(t_logits, -1)
     value = _expectation(t, chunk.log_z[:, None] - chunk.z)
-    return LossTerms(value, None, torch.zeros_like(value), t, -1.0)
+    entropy = torch.special.entr(t).sum(-1)
+    return LossTerms(value, None, torch.zeros_like(value), t, -1.0, floor=entropy)
 
 
 def _asft(chunk: Chunk, loss: TokenLoss) -> LossTerms:
@@ -195,14 +205,11 @@ def _soft_mce(chunk: Chunk, loss: TokenLoss) -> LossTerms:
     """-tr(P log Q) with P = sum_i t_i e_i e_i^T over the teacher's likeliest tokens."""
     assert chunk.q is not None
     assert loss.soft_matrix is not None
-    t_logits = _logits(loss, chunk)
-    top_k = loss.settings["top_k"] or t_logits.shape[1]
-    if isinstance(loss.teacher, TopTokens):
-        top_k = min(top_k, loss.teacher.ids.shape[1])
-    logits, ids = t_logits.topk(min(top_k, t_logits.shape[1]), dim=-1)
-    value, gradient = loss.soft_matrix(chunk.q, ids, torch.softmax(logits, -1))
+    assert loss.target_entropy is not None
+    ids, target = likeliest(chunk, loss, loss.settings["top_k"] or chunk.z.shape[1])
+    value, gradient = loss.soft_matrix(chunk.q, ids, target)
     zero = torch.zeros_like(value)
-    return LossTerms(value, zero, zero, gradient)
+    return LossTerms(value, zero, zero, gradient, floor=loss.target_entropy(ids, target))
 
 
 def check_soft_target(top_k: int | None, tokens: int) -> None:

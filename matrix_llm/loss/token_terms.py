@@ -80,6 +80,8 @@ class LossTerms(NamedTuple):
     factor: Tensor | float = 1.0  # (C, 1) or a number, of `extra`
     columns: tuple[Tensor, Tensor] | None = None  # ids (C, K) and what is added there (C, K)
     objective: Tensor | None = None  # (C,) what is trained where it is not the value; None: the value
+    floor: Tensor | None = None  # (C,) the part of the value that no student can lower: the teacher's own entropy
+    target: tuple[Tensor, Tensor] | None = None  # of MCE: ids (C, k) and probabilities (C, k); None: the label
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,14 @@ class TokenLoss:
     """A `teachers.Teacher`, `teachers.TopTokens` or logits (n, V), of the trained positions. NEEDS_TEACHER only."""
 
     soft_matrix: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]] | None = None
-    """q (C, V), ids (C, k) and probabilities (C, k) of the target -> value, gradient in the logits. soft_mce only."""
+    """q (C, V), ids (C, k) and probabilities (C, k) of the target -> value, gradient in the logits. For soft_mce and
+    target_tokens."""
+
+    target_entropy: Callable[[Tensor, Tensor], Tensor] | None = None
+    """ids (C, k) and probabilities (C, k) of the target -> its matrix entropy. soft_mce only."""
+
+    target_tokens: int = 0
+    """The teacher's likeliest tokens that are MCE's target; 0: the label is."""
 
     @property
     def top(self) -> int:

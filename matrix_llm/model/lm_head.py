@@ -49,7 +49,7 @@ class MatrixCausalLMOutput(ModelOutput):
     Args:
         loss_sum (`torch.Tensor`): the token loss + mce_weight * MCE, summed over the positions that count; carries
             the gradient.
-        cross_entropy, matrix_cross_entropy, token_loss, entropy (`torch.Tensor` of shape `(B, T - 1)`): nats.
+        cross_entropy, matrix_cross_entropy, token_loss, floor, entropy (`torch.Tensor` of shape `(B, T - 1)`): nats.
         is_top1, label_mask (`torch.Tensor` of shape `(B, T - 1)`): bool.
         aux_loss (`torch.Tensor`, *optional*): a mixture of experts' load-balancing loss.
     """
@@ -58,6 +58,7 @@ class MatrixCausalLMOutput(ModelOutput):
     cross_entropy: Tensor | None = None  # (B, T - 1)
     matrix_cross_entropy: Tensor | None = None  # (B, T - 1)
     token_loss: Tensor | None = None  # (B, T - 1) the value of the loss that MCE is added to
+    floor: Tensor | None = None  # (B, T - 1) the part of it that no student can lower
     entropy: Tensor | None = None  # (B, T - 1) of the predicted distribution
     is_top1: Tensor | None = None  # (B, T - 1) the label is the likeliest token
     label_mask: Tensor | None = None  # (B, T - 1) the position counts
@@ -350,6 +351,7 @@ class MatrixHead:
             cross_entropy=out.cross_entropy.view(shape),
             matrix_cross_entropy=out.matrix_cross_entropy.view(shape),
             token_loss=out.value.view(shape),
+            floor=out.floor.view(shape),
             entropy=out.entropy.view(shape),
             is_top1=out.is_top1.view(shape),
             label_mask=shift_labels != -100,

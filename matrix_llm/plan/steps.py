@@ -16,7 +16,7 @@ from matrix_llm.config import MatrixConfig, Recipe
 from matrix_llm.data.selection import DataReport
 from matrix_llm.data.tokens import IGNORED
 from matrix_llm.loss.choice import recipe_settings
-from matrix_llm.loss.settings import LossSettings
+from matrix_llm.loss.settings import TARGET_TOKENS, LossSettings
 
 
 def describe_token_loss(training: MatrixConfig) -> str:
@@ -49,6 +49,8 @@ def describe_loss(training: MatrixConfig, config: PretrainedConfig) -> str:
 
     # 1. the weight
     weight = f"{loss} + {training.mce_weight:g} x MCE"
+    if training.mce_target == "teacher":
+        weight += f" towards the teacher's top {TARGET_TOKENS}"
     if (warmup := training.mce_warmup_steps) >= 1:
         weight += f" (rising over the first {warmup:g} steps)"
     elif warmup > 0:

@@ -235,6 +235,51 @@ def test_a_teacher_may_be_logits_or_its_stored_likeliest_tokens(name, form, monk
     torch.testing.assert_close(out.value, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("form", ["hidden states", "logits"])
+@pytest.mark.parametrize("name", ["kd", "asft", "soft_ce", "soft_mce"])
+def test_mce_may_aim_at_the_teacher_as_well(name, form, monkeypatch):
+    """At its 16 likeliest tokens, scaled to sum to 1; in chunks of 4, and with a soft-cap."""
+    monkeypatch.setattr("matrix_llm.loss.linear.positions_per_chunk", lambda *_, **__: 4)
+    inputs = Inputs(33, 8, 6)
+    made, expected = inputs.leaves(), inputs.leaves()
+    out = inputs.fused(
+        name, {}, made, mce_weight=0.7, softcap=5.0, reduction="sum",
+        teacher=inputs.teacher if form == "hidden states" else inputs.teacher_logits,
+        matrix=LossSettings(solver="exact", target="teacher", token_loss="kd"),
+    )  # fmt: skip
+    out.loss.backward()
+    z = dense_logits(expected, 1.0, 5.0)
+    value = token_loss(z, inputs.labels, name, **inputs.needs(name))
+    given = {"teacher_logits": inputs.teacher_logits, "embeddings": inputs.weight}
+    mce = token_loss(z, inputs.labels, "soft_mce", **given, top_k=16)
+    (value.sum() + 0.7 * mce.sum()).backward()
+    torch.testing.assert_close(out.matrix_cross_entropy, mce.detach(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(out.value, value.detach(), rtol=1e-9, atol=1e-9)
+    assert_same_gradients(made, expected)
+
+
+@pytest.mark.parametrize("name", ["soft_ce", "soft_mce"])
+def test_the_floor_is_what_a_student_equal_to_its_teacher_reaches(name):
+    inputs = Inputs(33, 8, 6)
+    counted = inputs.labels != -100
+    z = (inputs.hidden @ inputs.weight.T)[counted]
+    out = inputs.fused(name, {}, inputs.leaves(), teacher=Teacher(inputs.hidden, inputs.weight))
+    torch.testing.assert_close(out.floor, out.value, rtol=1e-7, atol=1e-7)
+    if name == "soft_ce":
+        q = z.softmax(-1)
+        torch.testing.assert_close(out.floor[counted], torch.special.entr(q).sum(-1), rtol=1e-9, atol=1e-9)
+    other = inputs.fused(name, {}, inputs.leaves())
+    assert (other.value - other.floor)[counted].min() > 0
+
+
+def test_mce_towards_a_teacher_needs_one():
+    with pytest.raises(RecipeError, match=r"target='teacher'.*kd"):
+        linear_token_loss(
+            torch.zeros(1, 3), torch.eye(3), torch.tensor([0]), "dft",
+            matrix=LossSettings(target="teacher", token_loss="kd"),
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=IDS)
 def test_half_precision_is_near_float64(name, settings, dtype):
