@@ -10,6 +10,9 @@ which for k = 1 is krylov.py's quadrature. T = sum_j q_j u_j u_j^T comes from th
 any orthonormal basis of the space gives the same value. So a column that depends on those before it (a repeated token,
 one without weight, k > D, a space that is exhausted) simply becomes zero.
 
+All of it is done in float64: a teacher may have weight on tokens that the student holds for next to impossible, and
+float32 cannot tell their eigenvalues of Q from rounding noise.
+
 Legend: C positions, V vocabulary, D embedding width, k target tokens, K block steps, n = k K basis columns.
 """
 
@@ -20,13 +23,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from matrix_llm.information import log_divided_differences
+from matrix_llm.information import matrix_log
 from matrix_llm.loss.chunks import positions_per_chunk
-from matrix_llm.loss.krylov import BREAKDOWN, EIGENVALUE_FLOOR, probability_gradient
+from matrix_llm.loss.krylov import BREAKDOWN, probability_gradient
 
 
 class BlockQuadrature(NamedTuple):
-    """What K block steps tell about -tr(P log Q)."""
+    """What K block steps tell about -tr(P log Q), in the dtype of q."""
 
     value: Tensor  # (C,)  -tr(B B^T log T)
     g: Tensor | None  # (C, V)  d/dq, where asked for
@@ -45,9 +48,8 @@ def block_quadrature(
 
     Each step multiplies k columns by E twice, the last one once.
     """
-    steps = min(steps, vectors.shape[1])
-    columns = steps * target.shape[1]
-    chunk = positions_per_chunk(len(q), 2 * q.element_size() * columns * q.shape[1])
+    steps, vectors = min(steps, vectors.shape[1]), vectors.double()
+    chunk = positions_per_chunk(len(q), 2 * vectors.element_size() * steps * target.shape[1] * q.shape[1])
     parts = [
         _solve_chunk(q[at], vectors, target_ids[at], target[at], steps, want_gradient)
         for at in (slice(start, start + chunk) for start in range(0, len(q), chunk))
@@ -60,8 +62,9 @@ def _solve_chunk(
     q: Tensor, vectors: Tensor, target_ids: Tensor, target: Tensor, steps: int, want_gradient: bool
 ) -> BlockQuadrature:
     # 1. an orthonormal basis of the block Krylov space, and the coordinates of all tokens in it
-    (positions, k), (vocabulary_size, width) = target.shape, vectors.shape
-    start = vectors[target_ids] * target.sqrt().unsqueeze(-1)  # (C, k, D), the rows of S^T
+    (positions, k), (vocabulary_size, width), dtype = target.shape, vectors.shape, q.dtype
+    q = q.double()
+    start = vectors[target_ids] * target.double().sqrt().unsqueeze(-1)  # (C, k, D), the rows of S^T
     basis = start.new_zeros(positions, steps * k, width)
     coordinates = start.new_empty(positions, steps * k, vocabulary_size)
     block = start
@@ -73,13 +76,12 @@ def _solve_chunk(
             block = ((q.unsqueeze(1) * coordinates[:, at]).flatten(0, 1) @ vectors).unflatten(0, (positions, k))
 
     # 2. T and B; a missing column is 0 in both, and adds nothing
-    t = torch.bmm(q.unsqueeze(1) * coordinates, coordinates.mT).double()
-    inside = torch.bmm(basis, start.mT).double()  # (C, n, k) B
+    t = torch.bmm(q.unsqueeze(1) * coordinates, coordinates.mT)
+    value, derivative = log_at_block((t + t.mT) / 2, torch.bmm(basis, start.mT))
 
-    # 3. the logarithm
-    value, derivative = log_at_block((t + t.mT) / 2, inside, EIGENVALUE_FLOOR[q.dtype])
-    g = probability_gradient(coordinates, derivative.to(q.dtype)) if want_gradient else None
-    return BlockQuadrature(value.to(q.dtype), g)
+    # 3. the derivative at every token
+    g = probability_gradient(coordinates, derivative).to(dtype) if want_gradient else None
+    return BlockQuadrature(value.to(dtype), g)
 
 
 def append_orthonormal_(
@@ -90,7 +92,7 @@ def append_orthonormal_(
     """Gram-Schmidt, each vector twice against all before it. One that is in their span up to rounding becomes zero."""
     for i in range(block.shape[1]):
         before, v = basis[:, : filled + i], block[:, i]
-        noise = BREAKDOWN[block.dtype] * torch.linalg.vector_norm(v, dim=-1)
+        noise = BREAKDOWN[torch.float64] * torch.linalg.vector_norm(v, dim=-1)
         for _ in range(2):
             overlap = torch.bmm(before, v.unsqueeze(-1))
             v = torch.baddbmm(v.unsqueeze(-1), before.mT, overlap, alpha=-1).squeeze(-1)
@@ -102,17 +104,15 @@ def append_orthonormal_(
 def log_at_block(
     t: Tensor,  # (C, n, n) symmetric PSD, float64
     start: Tensor,  # (C, n, k) B, float64
-    floor: float,  # eigenvalues below it are clamped
 ) -> tuple[Tensor, Tensor]:
-    """-tr(B B^T log T) (C,), and M = Dlog_T[B B^T] (C, n, n).
+    """-tr(B B^T log T) (C,), and M = Dlog_T[B B^T] (C, n, n), with `matrix_log`'s floor under the eigenvalues.
 
     A position with NaN gets a NaN value, so that the trainer's guard can name its step and row.
     """
     broken = ~torch.isfinite(t).flatten(1).all(-1)
-    t = torch.where(broken[:, None, None], torch.eye(t.shape[1], dtype=t.dtype, device=t.device), t)  # eigh refuses NaN
-    w, z = torch.linalg.eigh(t)
-    w = w.clamp(min=floor)
-    along = torch.bmm(z.mT, start)  # B in the eigenbasis
-    value = -(along.square().sum(-1) * w.log()).sum(-1)
-    kernel = log_divided_differences(w) * torch.bmm(along, along.mT)
-    return torch.where(broken, torch.nan, value), z @ kernel @ z.mT
+    p = torch.bmm(start, start.mT)
+    with torch.enable_grad():
+        t = torch.where(broken[:, None, None], 0.0, t).requires_grad_()  # eigh refuses NaN
+        value = -(p * matrix_log(t)).sum((1, 2))
+    (derivative,) = torch.autograd.grad(value, t, -torch.ones_like(value))
+    return torch.where(broken, torch.nan, value.detach()), derivative

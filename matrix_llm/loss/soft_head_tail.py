@@ -25,7 +25,6 @@ from torch import Tensor
 
 from matrix_llm.loss.block_krylov import log_at_block
 from matrix_llm.loss.head_tail import HeadTail, split_tail, tail_form, unit_vectors_of
-from matrix_llm.loss.krylov import EIGENVALUE_FLOOR
 from matrix_llm.loss.vocabulary import BLOCK_ELEMENTS, VocabularySummary
 
 
@@ -79,7 +78,7 @@ def _solve_block(
     start = at_tokens[:, size - target.shape[1] :].mT * target.double().sqrt().unsqueeze(1)  # (C, m, k)
 
     # 4. value, and derivatives at the kept tokens and over the tail
-    value, derivative = log_at_block(big_q, start, EIGENVALUE_FLOOR[dtype])
+    value, derivative = log_at_block(big_q, start)
     at_kept = -(torch.bmm(at_tokens, derivative) * at_tokens).sum(-1).gather(1, first)
     inner = torch.bmm(at_directions, torch.bmm(derivative, at_directions.mT))
     rest = torch.zeros_like(even)  # r

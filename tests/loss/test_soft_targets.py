@@ -316,6 +316,17 @@ def test_float32_is_enough_on_realistic_vectors(solver, entropy):
     assert ((narrow[1] - wide[1]).norm(dim=1) < 1e-3 * wide[1].norm(dim=1) + 1e-6).all()
 
 
+@every_form
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@pytest.mark.parametrize("k", [1, 3])
+def test_no_gradient_exceeds_one_however_surprising_the_target(solver, dtype, k):
+    """-q_j g_j lies between 0 and 1. Eigenvalues of Q below rounding noise would make it thousands."""
+    logits, ids, target, embeddings = problem(60, 200, 40, k, scale=15.0)
+    value, gradient = solve(logits, ids, target, embeddings.to(dtype), solver, dtype=dtype)
+    assert value.max() > 20
+    assert gradient.abs().max() < 1 + 1e-3
+
+
 # ----------------------------------------------------------------------------------------------------------- few steps
 
 
