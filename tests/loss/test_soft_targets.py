@@ -15,6 +15,7 @@ from matrix_llm.loss.block_krylov import block_quadrature
 from matrix_llm.loss.settings import Solver
 from matrix_llm.loss.soft_targets import soft_terms, teacher_matrix_entropy
 from matrix_llm.loss.solvers import prepare_embeddings
+from matrix_llm.loss.vocabulary import DIRECTIONS
 from matrix_llm.mce import token_mce
 from tests.support.head_tail import claimed_q
 from tests.support.predictions import scale_to_entropy
@@ -190,6 +191,15 @@ def test_head_and_tail_reads_no_vector_but_the_kept_ones():
     q = logits.softmax(-1)
     whole = soft_terms(q, ids, target, prepared, solver, want_gradient=True)
     assert_equal(soft_terms(q, ids, target, prepared._replace(vectors=holes), solver, want_gradient=True), whole, 0)
+
+
+@pytest.mark.parametrize(("d", "size"), [(80, 5 + 4 + DIRECTIONS), (20, 20)])
+def test_the_logarithm_is_no_larger_than_the_kept_directions(d, size, monkeypatch):
+    found = []
+    log = soft_head_tail.log_at_block
+    monkeypatch.setattr(soft_head_tail, "log_at_block", lambda t, start: found.append(t.shape) or log(t, start))
+    solve(*problem(3, 300, d, 4), keeping(5))
+    assert found == [(3, size, size)]
 
 
 def test_the_callers_likeliest_tokens_are_taken():
