@@ -258,7 +258,7 @@ def _measure(recipe: Recipe, model: Any, tokenizer: Any, positions: Positions, c
             measured = Measured(hidden, labels, head, choices.get("lm_head", vectors), ce, mce, products)
             chosen = choose_losses(recipe.training, labels, tokenizer)
             result["token_losses"] = compare_losses(chosen, measured, weight, groups)
-            clock.finish(f"{len(chosen.candidates)} other token losses and their gradients")
+            clock.finish(f"{len(chosen.candidates)} other token losses")
             del measured
         # 4. the solver's error, on as many positions as the reference can treat
         result["solver"][name] = _solver(mce, ce, positions, head, vectors, weight)

@@ -251,7 +251,8 @@ def _read_moves(mine: Mapping[str, Any], ces: Mapping[str, Any]) -> list[str]:
         {kind: each["share_of_gradient"] or 0.0 for kind, each in of["by_kind"].items()} for of in (mine, ces)
     )
     gains = max(here, key=lambda kind: here[kind] - there[kind])
-    moves = (("labels with CE >= 2", to, fro), (gains, here[gains], there[gains]))
+    where = f"{gains} tokens" if gains in ("end", "other") else gains
+    moves = (("labels with CE >= 2", to, fro), (where, here[gains], there[gains]))
     return [
         f"{'more' if to > fro else 'less'} of it at {where} ({percent(to)}, CE's {percent(fro)})"
         for where, to, fro in moves

@@ -124,7 +124,7 @@ def choose_losses(training: MatrixConfig, labels: Tensor, tokenizer: Any) -> Cho
     # 2. those that cannot be measured here
     left_out = dict.fromkeys(NEEDS_TEACHER, "no teacher is loaded here")
     if own.loss != "threshold":
-        left_out["threshold"] = 'its "at" has no default: it is shown where a recipe sets it'
+        left_out["threshold"] = 'its "at" has no default; it is shown where a recipe sets it'
     numbers = None
     try:
         ids, values = number_tokens(tokenizer)

@@ -17,7 +17,8 @@ def token_loss(name, cosine, norm, by_ce, by_kind):
     return {"name": name, "gradients": {"all": {"all": whole}, **groups}}
 
 
-CES = token_loss("ce", 1.0, 1.0, {"CE < 0.5": 0.3, "2 to 5": 0.5, "CE >= 5": 0.2}, {"digits": 0.3, "words": 0.7})
+SAME_CE = {"CE < 0.5": 0.3, "2 to 5": 0.5, "CE >= 5": 0.2}
+CES = token_loss("ce", 1.0, 1.0, SAME_CE, {"digits": 0.3, "words": 0.7, "other": 0.0})
 
 
 @pytest.fixture
@@ -120,7 +121,7 @@ def test_and_is_not_said_beyond_it(figures, path, value, unsaid):
     assert unsaid not in " ".join(read_figures(figures))
 
 
-SAME_CE, SAME_KIND = {"CE < 0.5": 0.3, "2 to 5": 0.5, "CE >= 5": 0.2}, {"digits": 0.3, "words": 0.7}
+SAME_KIND = {"digits": 0.3, "words": 0.7}
 
 
 @pytest.mark.parametrize(("cosine", "norm", "by_ce", "by_kind", "said"), [
@@ -134,6 +135,7 @@ SAME_CE, SAME_KIND = {"CE < 0.5": 0.3, "2 to 5": 0.5, "CE >= 5": 0.2}, {"digits"
     (0.5, 1.0, {"2 to 5": 0.5, "CE >= 5": 0.5}, {"digits": 0.2, "words": 0.8},
      "more of it at labels with CE >= 2 (100 %, CE's 70 %) and more of it at words (80 %, CE's 70 %)."),
     (0.5, 1.0, SAME_CE, {"digits": 0.4, "words": 0.6}, "; more of it at digits (40 %, CE's 30 %)."),
+    (0.5, 1.0, SAME_CE, {"other": 0.2, "words": 0.6}, "; more of it at other tokens (20 %, CE's 0 %)."),
     (None, 0.0, {}, {}, "nothing to compare"),
 ])  # fmt: skip
 def test_a_token_losss_sentence_follows_from_its_figures(cosine, norm, by_ce, by_kind, said):
