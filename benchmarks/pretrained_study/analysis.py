@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -155,8 +155,6 @@ def judge(rows: Sequence[Row]) -> Verdicts:
 
 
 def _with_p(found: Contrast, p: float) -> Contrast:
-    from dataclasses import replace
-
     return replace(found, adjusted_p=p)
 
 

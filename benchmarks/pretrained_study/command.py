@@ -20,7 +20,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pretrained_study.design import Sizes, make_arms
+import yaml
+
+from benchmarks.pretrained_study.design import CLIPPING, EPSILON, LARGER, Sizes, make_arms
+from benchmarks.study.design import StudyError
+from benchmarks.study.folder import RUNS
 from benchmarks.study.processes import say
 from matrix_llm.base.errors import MatrixLLMError
 
@@ -61,12 +65,44 @@ def cost_command(model: Path, train: Path) -> None:
     print(cost_table(model, train))
 
 
-def plan_command(recipe: Path, output: Path, rows: int, seeds: int, launch: str, launcher: str, nodes: int) -> None:
-    from benchmarks.study.launch import Launch, plan
+def plan_command(
+    recipe: Path, output: Path, rows: int, seeds: int, launch: str, launcher: str, nodes: int, submit_runs: bool
+) -> None:
+    from benchmarks.study.launch import Launch, plan, submit
 
-    how = Launch(launch, launcher, nodes)
-    for run in plan(recipe, output, range(1, seeds + 1), make_arms(rows), [], how):
-        print("\n".join([f"# {run.name}", *run.commands, ""]))
+    check_recipe(recipe)
+    planned = plan(recipe, output, range(1, seeds + 1), make_arms(rows), [], Launch(launch, launcher, nodes))
+    if submit_runs:
+        submit(planned, output)
+    else:
+        print("\n\n".join("\n".join([f"# {run.name}", *run.commands]) for run in planned))
+
+
+def check_recipe(recipe: Path) -> None:
+    """Refuse a recipe whose clipping or epsilon is not the one that `ce_larger` divides.
+
+    Raises:
+        StudyError: it sets another.
+    """
+    settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
+    for key, value in {"max_grad_norm": CLIPPING, "adam_epsilon": EPSILON}.items():
+        if float(settings.get(key, value)) != value:
+            raise StudyError(
+                f"{recipe} sets {key}={settings[key]}, but the arm ce_larger is {value} / {LARGER} there, as is right "
+                f"where all other arms have {value}. Remove {key} from the recipe."
+            )
+
+
+def collect_command(output: Path, rows: int, benchmarks: str) -> None:
+    from benchmarks.study.collect import collect
+
+    say(f"{collect(output, benchmarks.split(','), make_arms(rows))} runs added to {output / RUNS}")
+
+
+def size_command() -> None:
+    from benchmarks.pretrained_study.large import hours_table, sample_table
+
+    print(f"{hours_table()}\n\n{sample_table()}")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -76,6 +112,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report_command,
     "cost": cost_command,
     "plan": plan_command,
+    "collect": collect_command,
+    "size": size_command,
 }
 
 
@@ -109,11 +147,17 @@ def make_parser() -> argparse.ArgumentParser:
     plan = add("plan", "print the commands of the same arms for a large recipe")
     plan.add_argument("recipe", type=Path)
     plan.add_argument("--output", type=Path, default=Path("runs/pretrained-large"))
-    plan.add_argument("--rows", type=int, required=True, help="rows of the recipe's training set, for the control")
+    collect = add("collect", "read finished large runs; then `report` writes their page")
+    collect.add_argument("--output", type=Path, required=True, help="folder of the study")
+    collect.add_argument("--benchmarks", default="gsm8k,math", help="those a run must have been scored on")
+    for command in (plan, collect):
+        command.add_argument("--rows", type=int, required=True, help="rows of the recipe's training set")
     plan.add_argument("--seeds", type=int, default=3, help="seeds 1 to N (default: 3)")
     plan.add_argument("--launch", choices=["local", "slurm"], default="local")
     plan.add_argument("--launcher", default="accelerate launch", help="local: what starts training")
     plan.add_argument("--nodes", type=int, default=1, help="slurm: nodes of a training job")
+    plan.add_argument("--submit", action="store_true", dest="submit_runs", help="run the commands instead")
+    add("size", "print what the same study costs at 7B, and the sample that finds the paper's gain")
     return parser
 
 

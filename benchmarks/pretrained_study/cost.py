@@ -1,4 +1,4 @@
-"""What a run costs on this machine, measured, and what the same study would cost at 7B.
+"""What a run costs on this machine, measured.
 
 python benchmarks/pretrained_study.py cost --model models/smollm2-135m --train gsm8k/train.jsonl
 """

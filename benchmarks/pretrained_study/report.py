@@ -177,7 +177,7 @@ def arms_table(rows: Sequence[Row]) -> str:
             values = [row[metric] for row in own if row.get(metric) is not None]
             spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.4f}{spread}" if values else "")
-        rates = ", ".join(sorted({f"{row['rate']:g}" for row in own}))
+        rates = ", ".join(sorted({f"{row['rate']:g}" for row in own if "rate" in row}))
         lines.append([arm.name, arm.description, rates, str(len(own)), *cells])
     return markdown_table(["arm", "what", "rate", "seeds", "held-out CE", *DESCRIBED.values()], lines)
 

@@ -43,8 +43,8 @@ class Split:
 
     def __init__(self, folder: Path, trained_layers: int) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.full: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32)
-        self.full.to(self.device)
+        load: Any = AutoModelForCausalLM.from_pretrained
+        self.full = load(folder, trust_remote_code=False, dtype=torch.float32).to(self.device)
         self.is_whole = trained_layers == 0
         self.upper: Any = self.full
         if not self.is_whole:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.design import ARMS, StudyError
+from benchmarks.study.design import ARMS, Arm, StudyError
 from benchmarks.study.figures import distinct_n, training_figures
 from benchmarks.study.folder import MEASURED, PROBLEMS, RUNS, append_row, known_runs
 from benchmarks.study.launch import SAMPLED
@@ -16,13 +16,13 @@ from matrix_llm.base.files import read_jsonl
 from matrix_llm.run.run_folder import NON_FINITE
 
 
-def collect(output: Path, benchmarks: Sequence[str] = ("gsm8k", "math")) -> int:
+def collect(output: Path, benchmarks: Sequence[str] = ("gsm8k", "math"), arms: Sequence[Arm] = ARMS) -> int:
     """Add the rows of the runs in OUT/ARM-sSEED that have none yet, and return how many were added.
 
     A run is added once it is trained, measured and scored on all `benchmarks`, or once its loss became non-finite.
     """
-    known, added = known_runs(output), 0
-    for arm in ARMS:
+    known, added = known_runs(output, arms), 0
+    for arm in arms:
         for folder in sorted(output.glob(f"{arm.name}-s*"), key=lambda path: (len(path.name), path.name)):
             seed = folder.name.removeprefix(f"{arm.name}-s")
             if not seed.isdigit() or (arm.name, int(seed)) in known:

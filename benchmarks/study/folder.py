@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.study.design import BY_NAME, StudyError
+from benchmarks.study.design import ARMS, Arm, StudyError
 from benchmarks.study.processes import ROOT
 from matrix_llm.base.files import read_jsonl, write_text
 
@@ -41,15 +41,15 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def known_runs(output: Path) -> set[tuple[str, int]]:
+def known_runs(output: Path, arms: Sequence[Arm] = ARMS) -> set[tuple[str, int]]:
     """(arm, seed) of every run that has its row.
 
     Raises:
         StudyError: a row of an arm whose settings have changed since.
     """
-    rows = read_jsonl(output / RUNS)
+    rows, by_name = read_jsonl(output / RUNS), {arm.name: arm for arm in arms}
     for row in rows:
-        if "settings" in row and row["arm"] in BY_NAME and row["settings"] != dict(BY_NAME[row["arm"]].overrides):
+        if "settings" in row and row["arm"] in by_name and row["settings"] != dict(by_name[row["arm"]].overrides):
             raise StudyError(
                 f"{output / RUNS} holds runs of {row['arm']} with other settings, {row['settings']}. "
                 "Use another --output, or remove those rows."

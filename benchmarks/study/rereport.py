@@ -37,7 +37,7 @@ def lay_out(page: Path, folder: Path) -> list[Path]:
     studies: dict[str, list[dict[str, object]]] = {}
     for row in read_jsonl(raw("sensitivity.jsonl")):
         studies.setdefault(row.pop("study"), []).append(row)
-    folders = []
+    folders: list[Path] = []
     for name, rows in studies.items():
         folders.append(folder / f"sensitivity-{len(folders)}")
         write_text(folders[-1] / RUNS, jsonl(rows))

@@ -119,7 +119,9 @@ def test_the_secondary_contrasts_are_corrected_together():
 def test_the_way_of_two_arms_is_compared_with_that_of_two_seeds():
     of_seed = {1: np.array([1.0, 0, 0]), 2: np.array([0, 1.0, 0])}
     sketches = {
-        (arm, seed): way + np.array([0, 0, shift]) for arm, shift in (("ce", 0), ("mce", 1.0)) for seed, way in of_seed.items()
+        (arm, seed): way + np.array([0, 0, shift])
+        for arm, shift in (("ce", 0), ("mce", 1.0))
+        for seed, way in of_seed.items()
     }
     found = travel_cosines(sketches)
     assert found["ce and mce, one seed"] == pytest.approx(1 / np.sqrt(2))
