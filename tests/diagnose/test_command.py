@@ -294,6 +294,19 @@ def test_a_file_that_is_no_diagnosis_is_refused_for_the_card(tmp_path, capsys):
     assert "diagnosis.json" in capsys.readouterr().err
 
 
+def test_token_losses_of_another_kind_are_refused_and_their_names_cannot_break_the_card(tmp_path, diagnosed, capsys):
+    run = write_run(tmp_path)
+    figures = json.loads(json.dumps(diagnosed[1]))
+    figures["token_losses"]["losses"][0]["name"] = "a | b\n## <img src=x>"
+    (run / "diagnosis.json").write_text(json.dumps(figures))
+    assert hub(["card", str(run)]) == 0
+    assert "\n| a \\| b ## \\<img src=x> | " in (run / "README.md").read_text()
+    figures["token_losses"]["losses"][0]["value"] = "much"
+    (run / "diagnosis.json").write_text(json.dumps(figures))
+    assert hub(["card", str(run)]) == 2
+    assert "diagnosis.json" in capsys.readouterr().err
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
