@@ -58,6 +58,8 @@ def soft_terms(
             "solver='taylor' has no soft targets: the series is only there to repeat the paper's one-token form. "
             "Use 'krylov' (the default) or 'exact'."
         )
+    if len(q) == 0:
+        return q.new_zeros(0), torch.zeros_like(q) if want_gradient else None
     as_many_columns = solver.steps * target.shape[1] >= embeddings.vectors.shape[1]
     if solver.name == "exact" or (solver.top_k is None and as_many_columns):
         return _exact_terms(q, target_ids, target, embeddings, want_gradient)

@@ -374,6 +374,15 @@ def test_the_series_is_refused_with_a_way_out():
         solve(logits, ids, target, embeddings, Solver("taylor", 6, 4, None, None))
 
 
+@pytest.mark.parametrize("solver", [EXACT, FEW, keeping(5)], ids=["exact", "4 steps", "5 kept"])
+def test_no_positions_give_nothing(solver):
+    logits, ids, target, embeddings = (x[:0] if len(x) == 3 else x for x in problem())
+    prepared = prepare_embeddings(embeddings, solver, F64)
+    value, gradient = soft_terms(logits.softmax(-1), ids, target, prepared, solver, want_gradient=True)
+    assert (value.shape, gradient.shape) == ((0,), (0, 33))
+    assert teacher_matrix_entropy(ids, target, prepared).shape == (0,)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("of", ["logits", "target"])
 def test_nan_reaches_the_value_of_its_position_alone(solver, of):
