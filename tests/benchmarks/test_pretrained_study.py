@@ -85,7 +85,9 @@ def test_dividing_the_two_thresholds_is_multiplying_the_loss(tmp_path, folder):
     larger = next(arm.overrides for arm in make_arms(8) if arm.name == "ce_larger")
     assert larger == {"mce_weight": 0, "max_grad_norm": CLIPPING / LARGER, "adam_epsilon": EPSILON / LARGER}
     clipping = 6.0  # of the four gradients, 9.2, 7.4, 2.9 and 4.9, CE clips two and LARGER times CE three
-    ce, scaled = {"mce_weight": 0, "max_grad_norm": clipping}, larger | {"max_grad_norm": clipping / LARGER}
+    epsilon = 1e-3  # large enough to be seen
+    ce = {"mce_weight": 0, "max_grad_norm": clipping, "adam_epsilon": epsilon}
+    scaled = larger | {"max_grad_norm": clipping / LARGER, "adam_epsilon": epsilon / LARGER}
     for overrides in (scaled, ce):
         split = Split(folder, 0)
         list(train(split, cached(split, found, tmp_path / "cache"), places, overrides, 1e-2, 2))
@@ -95,7 +97,7 @@ def test_dividing_the_two_thresholds_is_multiplying_the_loss(tmp_path, folder):
     groups = [[p for p in split.trained if (p.ndim > 1) == wanted] for wanted in (True, False)]
     decays = [WEIGHT_DECAY, 0.0]
     optimizer = torch.optim.AdamW(
-        [{"params": g, "weight_decay": d} for g, d in zip(groups, decays, strict=True)], lr=1e-2, eps=EPSILON
+        [{"params": g, "weight_decay": d} for g, d in zip(groups, decays, strict=True)], lr=1e-2, eps=epsilon
     )
     for step in range(4):
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1e-2 * (1 + np.cos(np.pi * step / 4)) / 2

@@ -42,6 +42,14 @@ def test_tost_calls_a_difference_at_its_margin_equal_at_most_as_often_as_alpha()
     assert not power.equivalence([0.2], 0.3).equal
 
 
+def test_the_papers_gain_is_carried_in_points_in_odds_and_relatively():
+    gain = power.paper_gain(0.5)
+    odds = (0.723 / 0.277) / (0.692 / 0.308)
+    assert gain["points"] == pytest.approx(0.031)
+    assert gain["odds"] == pytest.approx(odds / (1 + odds) - 0.5)
+    assert gain["relative"] == pytest.approx(0.5 * 0.031 / 0.692)
+
+
 def test_sample_sizes_have_the_power_they_promise():
     gain, discordant, rng = 0.05, 0.2, np.random.default_rng(3)
     n = power.problems_for_mcnemar(gain, discordant)
