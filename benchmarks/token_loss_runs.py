@@ -118,13 +118,11 @@ def resume(run: Run, arguments: argparse.Namespace, output: Path) -> None:
         return
     half = arguments.steps // 2
     saving = ("--save_strategy", "steps", "--save_steps", str(half), "--save_total_limit", "2")
-    whole = output.with_name(f"{output.name}.parts")
-    train(run, arguments, whole, *saving)
-    shutil.rmtree(output, ignore_errors=True)
-    shutil.rmtree(whole / f"checkpoint-{arguments.steps}")
-    whole.rename(output)
+    if not (output / f"checkpoint-{half}").is_dir():
+        train(run, arguments, output, *saving)
+    shutil.rmtree(output / f"checkpoint-{arguments.steps}", ignore_errors=True)
     for name in ("results.json", "model.safetensors", "README.md"):
-        (output / name).unlink()
+        (output / name).unlink(missing_ok=True)
     train(run, arguments, output, *saving, "--resume_from_checkpoint", str(output / f"checkpoint-{half}"))
     for checkpoint in output.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
