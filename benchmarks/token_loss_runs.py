@@ -114,7 +114,7 @@ def weights_of(folder: Path) -> str:
 
 def resume(run: Run, arguments: argparse.Namespace, output: Path) -> None:
     """Train one run twice, the second time from a checkpoint at half of the steps."""
-    if (output / "results.json").is_file():
+    if (output / "weights.sha256").is_file():
         return
     half = arguments.steps // 2
     saving = ("--save_strategy", "steps", "--save_steps", str(half), "--save_total_limit", "2")
