@@ -23,13 +23,13 @@ CONTROL_SHARE = 0.8
 class Sizes:
     """How large the study is; each is an option of `prepare`, and all are kept with the study."""
 
-    rows: int = 1600
+    rows: int = 1000
     """Rows that a seed draws from the pool, each trained on once."""
     batch_rows: int = 8
     """Rows of one optimizer step."""
-    pool: int = 4000
+    pool: int = 3000
     """Rows of the training set that the seeds of the study draw from."""
-    tuning_pool: int = 1800
+    tuning_pool: int = 1200
     """Rows that the tuning seeds draw from; none is in the pool."""
     tuning_heldout: int = 200
     """Rows that a tuned rate is judged on; none is in a pool."""

@@ -1,7 +1,7 @@
 """Which rows the study has, and which of them a seed draws, in which order: the same for every arm.
 
-pool             4,000 rows of GSM8K's training set    the study's seeds draw from these
-tuning_pool      1,800 others                          the tuning seeds do
+pool             3,000 rows of GSM8K's training set    the study's seeds draw from these
+tuning_pool      1,200 others                          the tuning seeds do
 tuning_heldout     200 others                          judge the rates
 heldout            400 rows of GSM8K's test set        the primary measure
 math               100 rows of MATH's test set         what is forgotten

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks.pretrained_study.analysis import choose_rates, choose_seeds, judge, travel_cosines
-from benchmarks.pretrained_study.design import MARGIN, PILOT_SEEDS, RATES, SEED_CHOICES, TUNING_SEEDS, make_arms
+from benchmarks.pretrained_study.design import MARGIN, PILOT_SEEDS, RATES, SEED_CHOICES, TUNING_SEEDS, Sizes, make_arms
 from benchmarks.pretrained_study.folder import RUNS, TUNING
 from benchmarks.pretrained_study.report import BEGIN, END, headline, write_report
 from benchmarks.study.design import StudyError
@@ -160,5 +160,10 @@ def test_the_preregistration_names_the_design():
         assert f"`{arm.name}`" in text
     for rate in RATES:
         assert f"{rate:g}" in text
+    sizes = Sizes()
+    steps = sizes.rows // sizes.batch_rows
+    numbers = [f"{n:,}" for n in (sizes.pool, sizes.rows, sizes.tuning_pool, sizes.tuning_heldout, sizes.heldout)]
+    for words in (*numbers, f"{steps} steps", f"{round(0.8 * steps)} steps", f"last {sizes.trained_layers} of 30"):
+        assert words in text
     for word in ("TOST", "0.5 %", "8, 12 or 16", "void"):
         assert word in text

@@ -33,11 +33,11 @@ def test_the_interval_of_the_detectable_difference_covers_the_true_one_as_often_
 
 def test_tost_calls_a_difference_at_its_margin_equal_at_most_as_often_as_alpha():
     rng = np.random.default_rng(2)
-    at_margin = [power.equivalence(rng.normal(1.0, 0.5, 8), 1.0) for _ in range(3000)]
-    assert np.mean([found.equal for found in at_margin]) == pytest.approx(0.05, abs=0.015)
+    at_margin = [power.equivalence(rng.normal(1.0, 0.5, 8), 1.0) for _ in range(1000)]
+    assert np.mean([found.equal for found in at_margin]) == pytest.approx(0.05, abs=0.02)
     assert all(found.equal == (found.p < 0.05) for found in at_margin)
-    equal = np.mean([power.equivalence(rng.normal(0, 0.5, 8), 0.5).equal for _ in range(3000)])
-    assert power.equivalence_power(0.5, 8, 0.5) == pytest.approx(equal, abs=0.03)
+    equal = np.mean([power.equivalence(rng.normal(0, 0.5, 8), 0.5).equal for _ in range(1000)])
+    assert power.equivalence_power(0.5, 8, 0.5) == pytest.approx(equal, abs=0.045)
     assert power.equivalence([0.2, 0.2], 0.3).equal
     assert not power.equivalence([0.2], 0.3).equal
 
