@@ -41,8 +41,10 @@ from matrix_llm.base.threads import wait_passively
 from .grader.answers import CONVENTIONS, VERIFIED, Verdict, extract_answer, grade
 from .report.comparison import describe
 from .report.scores import question, score, share_right
+from .text import shorten
 
 OWN_TO_A_RUN = ("model", "revision", "model_fingerprint", "lora")  # settings that two runs are expected to differ in
+SUMMARY_TYPES = {"benchmark": str, "convention": str, "settings": dict, "versions": dict, "generations": str}
 REPEATS, SIGN_FLIPS = 10_000, 100_000  # draws of the bootstrap, and of the sign-flip test
 
 
@@ -123,13 +125,28 @@ def load_summary(path: Path) -> dict[str, Any]:
             f"{path} is not the summary of a run: it lacks benchmark or verdicts. Give OUT/NAME.json, "
             "such as runs/a/gsm8k.json."
         )
-    samples = summary.get("samples_per_problem", 1)
-    if type(samples) is not int or samples < 1:
+    fault = _find_fault(summary)
+    if fault is not None:
         raise EvalError(
-            f"{path} is not the summary of a run: samples_per_problem={samples!r} must be 1 or more. Start the "
-            "evaluation again: it writes the summary anew."
+            f"{path} is not the summary of a run: {fault}. Start the evaluation again: it writes the summary anew."
         )
     return summary
+
+
+def _find_fault(summary: Mapping[str, Any]) -> str | None:
+    """What in a summary is of a type that no run writes; None if nothing is."""
+    for name, kind in SUMMARY_TYPES.items():
+        if not isinstance(summary.get(name), kind | None):
+            what = "a text" if kind is str else "an object"
+            return f"{name}={shorten(repr(summary[name]), 60)} must be {what}"
+    for problem, correct in summary["verdicts"].items():
+        verdicts = correct if isinstance(correct, list) else [correct]
+        if not all(verdict is None or type(verdict) is bool for verdict in verdicts):
+            return f"the verdict on {problem} is {shorten(repr(correct), 60)}, where each is true, false or null"
+    samples = summary.get("samples_per_problem", 1)
+    if type(samples) is not int or samples < 1:
+        return f"samples_per_problem={samples!r} must be 1 or more"
+    return None
 
 
 def _generations_beside(path: Path, summary: Mapping[str, Any]) -> Path:

@@ -32,7 +32,7 @@ def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[di
         EvalError: there is no such file, it is of another format, or a row is not an object.
     """
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+        what = "is a folder" if path.is_dir() else "is a pipe or a device" if path.exists() else "does not exist"
         raise EvalError(f"{path} {what}. Give a {FORMATS} file.")
     if path.suffix == ".parquet":
         rows = _read_parquet(path, columns)
@@ -42,10 +42,14 @@ def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[di
         rows = _read_csv(path)
     else:
         raise EvalError(f"{path} ends in {path.suffix!r}, which is not a known format. Give a {FORMATS} file.")
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise EvalError(f"{path}: row {number} is of type {type(row).__name__}, not an object with named fields.")
-        yield row
+    try:
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict):
+                kind = type(row).__name__
+                raise EvalError(f"{path}: row {number} is of type {kind}, not an object with named fields.")
+            yield row
+    except OSError as error:
+        raise EvalError(f"{path} cannot be read ({error.strerror}). Give another {FORMATS} file.") from None
 
 
 def _read_json(path: Path) -> Iterator[Any]:

@@ -16,6 +16,7 @@ if not __package__:  # run as a script: import from the repository, not from thi
 
 import argparse
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -54,10 +55,8 @@ def read_generations(path: Path, benchmark: str) -> tuple[list[dict[str, Any]], 
     give `sample`.
     """
     if not path.is_file():
-        raise EvalError(
-            f"{path} {'is a folder' if path.is_dir() else 'does not exist'}. Give a file of JSON lines, "
-            "such as runs/a/gsm8k.jsonl."
-        )
+        what = "is a folder" if path.is_dir() else "is a pipe or a device" if path.exists() else "does not exist"
+        raise EvalError(f"{path} {what}. Give a file of JSON lines, such as runs/a/gsm8k.jsonl.")
     # 1. Read line by line: a bad line is noted, and the others still count.
     rows: list[dict[str, Any]] = []
     bad: list[tuple[int, str]] = []
@@ -78,7 +77,7 @@ def read_generations(path: Path, benchmark: str) -> tuple[list[dict[str, Any]], 
             else:
                 name = str(row["id"]) if row.get("id") is not None else f"line {number}"
                 for response in given.pop("responses"):
-                    sample = row["sample"] if isinstance(row.get("sample"), int) else seen[name]
+                    sample = row["sample"] if type(row.get("sample")) is int else seen[name]
                     seen[name] += 1
                     rows.append({"id": name, "sample": sample, "line": number, **given, "response": response})
     # 2. A file without any generation is an error.
@@ -113,7 +112,10 @@ def _fields(row: Any, benchmark: str) -> dict[str, Any]:
         gold = last_boxed(source) if source is not None else gold
     elif isinstance(gold, str):
         gold = gold.rsplit("####", 1)[-1]
-    if isinstance(gold, bool) or not isinstance(gold, str | int | float) or not str(gold).strip():
+    if isinstance(gold, float) and gold.is_integer():
+        gold = int(gold)  # pandas writes 18 as 18.0, and published conventions compare texts
+    is_finite = not isinstance(gold, float) or math.isfinite(gold)
+    if isinstance(gold, bool) or not isinstance(gold, str | int | float) or not str(gold).strip() or not is_finite:
         solution = " or a solution with \\boxed" if benchmark == "math" else ""
         raise ValueError(
             f"no gold answer under {' or '.join(FIELDS['gold'])}{solution}; its fields are {', '.join(map(str, row))}"
@@ -130,6 +132,13 @@ def regrade(path: Path, benchmark: str) -> dict[str, Any]:
         places = places_by_problem(rows)
     except ValueError as error:
         raise EvalError(f"{path}: {error}") from None
+    for problem, each in places.items():
+        golds = list(dict.fromkeys(rows[place]["gold"] for place in each))
+        if len(golds) > 1:
+            raise EvalError(
+                f"{path}: rows of the id {problem!r} have other golds ({golds[0]!r} and {golds[1]!r}), so they are no "
+                "samples of one problem. Make ids unique, or leave them out."
+            )
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for place, row in enumerate(rows):
         verdicts = {convention: graded[convention][place] for convention in CONVENTIONS}
@@ -274,6 +283,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"\n{options.out}: all of this as JSON")
     except EvalError as error:
         return fail(str(error), 1)
+    except OSError as error:
+        return fail(f"{options.generations} cannot be read ({error.strerror}). Give another file of JSON lines.", 1)
     return 0
 
 

@@ -12,9 +12,11 @@ A row that cannot be read raises; none is left out.
 
 import ast
 import hashlib
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from matrix_llm.base.errors import EvalError
@@ -112,7 +114,8 @@ def read_olympiad(row: Row, place: Place) -> Problem:
     answers = _list(_cell(row, "final_answer"))
     if not answers:
         raise place.error(row, "has no gold answer", "Needed is 'final_answer', a list of texts.")
-    golds = [re.sub(r"(?<!\\)\$", "", answer).strip().strip(",").strip() for answer in answers]
+    texts = [_text(answer, row, place, "final_answer") for answer in answers]
+    golds = [re.sub(r"(?<!\\)\$", "", text).strip().strip(",").strip() for text in texts]
     if not all(golds):
         raise place.error(row, f"has an empty text in 'final_answer': {answers}", "Remove it.")
     context, question = _none(_cell(row, "context")), _question(row, place, PROBLEM)
@@ -146,33 +149,36 @@ def read_instance(row: Row, place: Place) -> Problem:
 
 
 def _cell(row: Row, name: str) -> Any:
-    """The value of a column, whose name may be capitalised ("Problem"); None if there is none."""
-    if name in row:
-        return row[name]
-    return next((value for key, value in row.items() if str(key).lower() == name), None)
+    """The value of a column, whose name may be capitalised ("Problem"); None if there is none, or NaN, which is how
+    pandas writes that.
+    """
+    value = row[name] if name in row else next((row[key] for key in row if str(key).lower() == name), None)
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _question(row: Row, place: Place, names: tuple[str, ...]) -> str:
     text = next((found for name in names if isinstance(found := _cell(row, name), str)), None)
     if not text:
         raise place.error(row, f"has no text under {' or '.join(map(repr, names))}", "Rename the column.")
+    if re.search("[\ud800-\udfff]", text):
+        raise place.error(row, "has half of a surrogate pair in its question, which no tokenizer reads", "Remove it.")
     return text
 
 
 def _id(row: Row, place: Place) -> str:
-    given = next((row[name] for name in ("id", "ID", "unique_id") if row.get(name) not in (None, "")), place.fallback)
+    given = next((cell for name in ("id", "unique_id") if (cell := _cell(row, name)) not in (None, "")), place.fallback)
     return str(given).removesuffix(".json")
 
 
 def _level(row: Row) -> int | None:
-    level = re.search(r"\d{1,4}", str(row.get("level", "")))
+    level = re.search(r"\d{1,4}", str(_cell(row, "level")))
     return int(level.group()) if level else None
 
 
 def _subject(row: Row, place: Place) -> str | None:
     """The subject of a row as a text: scores are grouped and sorted by it."""
-    name = "subject" if row.get("subject") else "type"
-    subject = row.get(name)
+    name = "subject" if _cell(row, "subject") else "type"
+    subject = _cell(row, name)
     if isinstance(subject, (dict, list)):
         raise place.error(
             row,
@@ -183,15 +189,18 @@ def _subject(row: Row, place: Place) -> str | None:
 
 
 def _number(value: Any) -> Any:
-    """A float that is whole as an integer: JSON and pandas write 27 as 27.0."""
+    """A whole number without its ".0": pandas writes 27 as 27.0, and published conventions compare texts."""
+    if isinstance(value, str) and re.fullmatch(r"\s*-?\d+\.0\s*", value):
+        return value.strip().removesuffix(".0")
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _text(answer: Any, row: Row, place: Place) -> str:
-    if isinstance(answer, (bool, dict, list)):
-        raise place.error(
-            row, f"has a {type(answer).__name__} as its 'answer'", "An answer is a text or a number: write it so."
-        )
+def _text(answer: Any, row: Row, place: Place, column: str = "answer") -> str:
+    way_out = "An answer is a text or a number: write it so."
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float | Decimal):
+        raise place.error(row, f"has a {type(answer).__name__} as its {column!r}", way_out)
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise place.error(row, f"has the number {answer} as its {column!r}", way_out)
     return str(answer)
 
 
@@ -200,8 +209,8 @@ def _none(value: Any) -> str | None:
     return None if value is None or str(value).strip() in ("", "None", "null") else str(value)
 
 
-def _list(value: Any) -> list[str]:
-    """The texts of a list, or of its Python notation, which is how some copies of a data set hold it."""
+def _list(value: Any) -> list[Any]:
+    """The items of a list, or of its Python notation, which is how some copies of a data set hold it."""
     if isinstance(value, str) and value.strip().startswith("["):
         try:
             value = ast.literal_eval(value.strip())
@@ -209,7 +218,7 @@ def _list(value: Any) -> list[str]:
             return [value]
     if isinstance(value, str) and value.strip():
         return [value]
-    return [str(each) for each in value] if isinstance(value, (list, tuple)) else []
+    return list(value) if isinstance(value, (list, tuple)) else []
 
 
 def _tolerance(row: Row, place: Place) -> float | None:

@@ -292,14 +292,21 @@ def _read_reusable_rows(plan: Plan) -> dict[Key, dict[str, Any]]:
     """Rows on disk that this run would generate again, or that an earlier run made for problems this one leaves out."""
     plan.files.cut_torn_line()
     known, digests = {problem.id for problem in plan.everything}, plan.digests
-    done, others = {}, 0
+    measured = {problem.id: problem for problem in plan.problems}
+    done, others, regolded = {}, 0, 0
     for row in plan.files.read_rows():
-        if row["id"] in known and digests.get(row["id"], row["prompt_sha256"]) == row["prompt_sha256"]:
-            done[row["id"], row["sample"]] = row
-        else:
+        if row["id"] not in known or digests.get(row["id"], row["prompt_sha256"]) != row["prompt_sha256"]:
             others += 1
+            continue
+        if row["id"] in measured:  # the text is as before; its gold may have been corrected since
+            problem = measured[row["id"]]
+            regolded += row["gold"] != problem.gold
+            row = _arrange({**row, **asdict(problem)})
+        done[row["id"], row["sample"]] = row
     if others:
         say(f"{others:,} rows on file have another prompt or problem: they are not reused, and leave the file")
+    if regolded:
+        say(f"{regolded:,} rows on file had another gold: they are graded by the gold that the problems have now")
     return done
 
 
@@ -395,7 +402,11 @@ def _generate_missing(
 
 def make_row(problem: Problem, generation: Generation, digest: str, prompt_tokens: int) -> dict[str, Any]:
     """A line of OUT/NAME.jsonl."""
-    values = {**asdict(problem), **asdict(generation), "prompt_sha256": digest, "prompt_tokens": prompt_tokens}
+    return _arrange({**asdict(problem), **asdict(generation), "prompt_sha256": digest, "prompt_tokens": prompt_tokens})
+
+
+def _arrange(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a line in their order."""
     given = {name: values[name] for name in MORE_FIELDS if values[name] is not None}
     return {name: values[name] for name in ROW_FIELDS} | given
 

@@ -16,10 +16,13 @@ from matrix_llm.base.files import parse_json, write_text
 
 from ..text import say
 
-ROW_FIELDS = (
-    "id", "sample", "prompt_sha256", "problem", "gold", "subject", "level",
-    "response", "finish_reason", "stop_reason", "prompt_tokens", "tokens",
-)  # fmt: skip
+NOTHING = type(None)
+ROW_TYPES: dict[str, tuple[type, ...]] = {
+    "id": (str,), "sample": (int,), "prompt_sha256": (str,), "problem": (str,), "gold": (str,),
+    "subject": (str, NOTHING), "level": (int, NOTHING), "response": (str,), "finish_reason": (str,),
+    "stop_reason": (str, NOTHING), "prompt_tokens": (int,), "tokens": (int,),
+}  # fmt: skip
+ROW_FIELDS = tuple(ROW_TYPES)
 MORE_FIELDS = ("template",)  # where a problem has it
 
 
@@ -48,9 +51,12 @@ class RunFiles:
         """The settings of the rows on disk; None if there are neither."""
         if self.settings.is_file():
             try:
-                return parse_json(self.settings.read_text(encoding="utf-8"))
+                settings = parse_json(self.settings.read_text(encoding="utf-8"))
             except ValueError:
-                raise EvalError(f"{self.settings} cannot be read as JSON. Start over with --overwrite.") from None
+                settings = None
+            if not isinstance(settings, dict):
+                raise EvalError(f"{self.settings} cannot be read as a JSON object. Start over with --overwrite.")
+            return settings
         if self.generations.is_file() or self.partial.is_file():
             raise EvalError(
                 f"{self.folder} holds generations but no {self.settings.name}, so how they were made is unknown. "
@@ -151,8 +157,11 @@ class RowAppender:
 
 
 def _parse_row(line: bytes) -> dict[str, Any] | None:
+    """The generation in a line; None where a field is missing or of another type."""
     try:
         row = parse_json(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and row.keys() >= set(ROW_FIELDS) else None
+    if not isinstance(row, dict) or not row.keys() >= ROW_TYPES.keys():
+        return None
+    return row if all(type(row[name]) in types for name, types in ROW_TYPES.items()) else None

@@ -66,7 +66,11 @@ def find_source(data: str) -> HubData | Path:
         EvalError: it is neither.
     """
     path = Path(data)
-    if path.exists() or path.suffix in SUFFIXES:
+    try:
+        exists = path.exists()
+    except OSError as error:  # a name too long, a folder closed to us
+        raise EvalError(f"--data {data} cannot be read ({error.strerror}). Give another {FORMATS} file.") from None
+    if exists or path.suffix in SUFFIXES:
         return path
     found = HUB.fullmatch(data)
     if found is None:

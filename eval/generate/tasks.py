@@ -8,6 +8,7 @@ Ids, splits, columns and counts are those of the data sets' pages and of public 
 
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,8 +262,12 @@ def _pick(problems: Sequence[Problem], path: Path, source: str) -> list[Problem]
         wanted = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EvalError(f"--ids {path} cannot be read as a JSON list of ids: {first_line(error)}.") from None
-    if not isinstance(wanted, list) or not wanted:
-        raise EvalError(f"--ids {path} must hold a JSON list of at least one id.")
+    if not isinstance(wanted, list) or not wanted or not all(type(name) in (str, int) for name in wanted):
+        raise EvalError(f"--ids {path} must hold a JSON list of at least one id, each a text or a whole number.")
+    wanted = [str(name) for name in wanted]
+    repeated = next((name for name, count in Counter(wanted).items() if count > 1), None)
+    if repeated is not None:
+        raise EvalError(f"--ids {path} lists the id {repeated!r} twice. List each problem once.")
     by_id = {problem.id: problem for problem in problems}
     missing = [name for name in wanted if name not in by_id]
     if missing:

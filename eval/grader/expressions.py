@@ -128,7 +128,7 @@ class Function(Expression):
 
 ZERO, ONE = Number(Fraction(0)), Number(Fraction(1))
 HALF, THIRD = Number(Fraction(1, 2)), Binary("/", ONE, Number(Fraction(3)))
-PERCENT, TEN = Number(Fraction(1, 100)), Number(Fraction(10))
+PERCENT = Number(Fraction(1, 100))
 
 
 def negative(expression: Expression) -> Expression:

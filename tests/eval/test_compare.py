@@ -317,6 +317,10 @@ def test_ungraded_counts_as_wrong_and_is_shown(tmp_path):
             '{"benchmark": "gsm8k", "verdicts": {"test/0": []}, "samples_per_problem": 0}',
             r"samples_per_problem=0.*Start the evaluation",
         ),
+        ("x.json", '{"benchmark": "gsm8k", "verdicts": {"test/0": "true"}}', r"test/0 is 'true', where each is true"),
+        ("x.json", '{"benchmark": "gsm8k", "verdicts": {"test/0": [1]}}', r"test/0 is \[1\], where each is true"),
+        ("x.json", '{"benchmark": "gsm8k", "verdicts": {}, "settings": [1]}', r"settings=\[1\] must be an object"),
+        ("x.json", '{"benchmark": "gsm8k", "verdicts": {}, "generations": 5}', r"generations=5 must be a text"),
         ("", None, r"is a folder\. Name a summary in it: gsm8k\.json\."),
     ],
 )

@@ -1,6 +1,7 @@
 """Generations on file, ours and others', graded again under every convention."""
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -130,6 +131,26 @@ def test_rows_of_one_id_and_lists_of_responses_are_samples(tmp_path):
     ]
 
 
+def test_a_gold_that_pandas_wrote_is_its_whole_number(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"response": "#### 18", "gold": 18.0}\n')
+    assert regrade(path, "gsm8k")["scores"]["strict"]["accuracy"] == 1
+
+
+def test_rows_of_one_id_with_other_golds_are_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"id": "p", "response": "x", "gold": gold}) + "\n" for gold in "12"))
+    with pytest.raises(EvalError, match=r"'p' have other golds .*Make ids unique"):
+        regrade(path, "gsm8k")
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in ((tmp_path / "pipe", "is a pipe or a device"), ("/proc/self/mem", "cannot be read")):
+        assert main([str(name), "--benchmark", "gsm8k"]) == 1
+        assert message in capsys.readouterr().err
+
+
 BAD = [
     (b'{"response": "x", "gold": ', "not JSON"),
     (b"[1, 2]", "a list, not an object"),
@@ -140,6 +161,8 @@ BAD = [
     (b'{"response": "x"}', "no gold answer under gold or "),
     (b'{"response": "x", "gold": " "}', "no gold answer"),
     (b'{"response": "x", "gold": true}', "no gold answer"),
+    (b'{"response": "x", "gold": NaN}', "no gold answer"),
+    (b'{"response": "x", "gold": 1e999}', "no gold answer"),
     (b'{"response": "x", "gold": {"a": 1}}', "no gold answer"),
     (b'{"response": "\xff", "gold": "1"}', "not UTF-8"),
     (b"[" * 100_000, "recursion"),

@@ -20,6 +20,7 @@ from eval.generate.transformers_engine import TransformersEngine
 from matrix_llm.base.errors import EvalError
 from tests.support.paths import ROOT
 
+ROW = dict.fromkeys(ROW_FIELDS, "text") | {"sample": 0, "level": None, "prompt_tokens": 1, "tokens": 1}
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -147,13 +148,13 @@ def test_a_torn_last_line_is_generated_again(run):
 
 
 def test_a_torn_line_leaves_the_file_before_the_next_row_is_added(tmp_path):
-    row = json.dumps(dict.fromkeys(ROW_FIELDS)).encode() + b"\n"
+    row = json.dumps(ROW).encode() + b"\n"
     files = RunFiles(tmp_path, "gsm8k")
     files.partial.write_bytes(row * 2 + row[:20])
     files.cut_torn_line()
     assert len(list(files.read_rows())) == 2
     with files.appending() as file:
-        file.append(dict.fromkeys(ROW_FIELDS))
+        file.append(ROW)
     assert files.partial.read_bytes() == row * 3
 
 
@@ -165,6 +166,39 @@ def test_a_broken_line_in_the_middle_is_refused(run):
     code, _, errors = run("--limit", 4)
     assert code == 1
     assert "line 2" in errors[0]
+
+
+def test_a_corrected_gold_counts_and_its_text_is_not_generated_again(run, tmp_path, monkeypatch):
+    rows = [{"question": f"Mia has {n} pens?", "answer": str(n)} for n in range(3)]
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("--data", path)[0] == 0
+    rows[1] |= {"answer": "777", "type": "new"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(TransformersEngine, "load", lambda *_, **__: pytest.fail("generated again"))
+    code, out, _ = run("--data", path)
+    assert code == 0
+    assert "1 rows on file had another gold" in out
+    kept = [json.loads(line) for line in (run.folder / "gsm8k_own.jsonl").read_text().splitlines()]
+    assert [(row["gold"], row["subject"]) for row in kept] == [("0", None), ("777", "new"), ("2", None)]
+
+
+@pytest.mark.parametrize(("field", "value"), [("id", ["a"]), ("sample", True), ("response", None), ("tokens", "9")])
+def test_a_row_on_file_with_a_field_of_another_type_is_refused(tmp_path, field, value):
+    files = RunFiles(tmp_path, "gsm8k")
+    files.generations.write_text(json.dumps(ROW) + "\n")
+    assert list(files.read_rows()) == [ROW]
+    files.generations.write_text(json.dumps(ROW | {field: value}) + "\n")
+    with pytest.raises(EvalError, match=r"line 1, is not a generation.*--overwrite"):
+        list(files.read_rows())
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "{"])
+def test_settings_that_are_no_object_do_not_pass_for_none(tmp_path, text):
+    files = RunFiles(tmp_path, "gsm8k")
+    files.settings.write_text(text)
+    with pytest.raises(EvalError, match=r"gsm8k.settings.json .*--overwrite"):
+        files.read_settings()
 
 
 def test_rows_of_another_prompt_are_not_reused_but_counted(run):

@@ -1,6 +1,7 @@
 """The benchmarks that --task names: rows as their data sets hold them, and runs that end as those of GSM8K do."""
 
 import json
+import os
 import re
 import sys
 import types
@@ -123,6 +124,10 @@ def test_groups_templates_and_contexts_are_kept(tmp_path):
         ("gsm_symbolic", {"question": "p", "answer": "so\n#### "}, "row 2 has no gold answer"),
         ("math500", {"problem": "p", "answer": ["1", "2"]}, "row 2 has a list as its 'answer'"),
         ("gsm8k", {"question": "p", "answer": True}, "row 2 has a bool as its 'answer'"),
+        ("gsm8k", {"question": "p", "answer": float("nan")}, "row 2 has no gold answer"),
+        ("gsm8k", {"question": "p", "answer": float("inf")}, "row 2 has the number inf as its 'answer'"),
+        ("olympiadbench", {"question": "p", "final_answer": [None]}, "row 2 has a NoneType as its 'final_answer'"),
+        ("gsm8k", {"question": "a\ud800", "answer": "1"}, "row 2 has half of a surrogate pair in its question"),
     ],
 )
 def test_a_row_that_cannot_be_read_is_one_line_with_its_number(tmp_path, task, row, message):
@@ -131,6 +136,45 @@ def test_a_row_that_cannot_be_read_is_one_line_with_its_number(tmp_path, task, r
         load_problems(task, data=written(tmp_path, [whole, row]))
     assert "\n" not in str(caught.value)
     assert "rows.jsonl" in str(caught.value)
+
+
+def test_names_may_be_capitalised_and_whole_numbers_end_in_point_zero(tmp_path):
+    row = {"Unique_ID": "a", "Question": "p", "Answer": "18.0", "Subject": "s", "Level": "Level 3"}
+    (problem,) = load_problems("gsm8k", data=written(tmp_path, [row]))
+    assert (problem.id, problem.gold, problem.subject, problem.level) == ("a", "18", "s", 3)
+    (problem,) = load_problems("gsm_plus", data=written(tmp_path, [{"question": "p", "answer": float("nan")}]))
+    assert problem.gold == "None"  # pandas reads "None" as NaN
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ('[["a"]]', "each a text or a whole number"),
+        ("[null]", "each a text or a whole number"),
+        ('["a", "a"]', "lists the id 'a' twice"),
+        ("[7]", "1 of 1 ids are not in"),
+    ],
+)
+def test_a_list_of_ids_that_cannot_be_followed_is_one_line(tmp_path, ids, message):
+    (tmp_path / "ids.json").write_text(ids)
+    data = written(tmp_path, [{"id": "a", "question": "p", "answer": "1"}])
+    with pytest.raises(EvalError, match=re.escape(message)):
+        load_problems("gsm8k", data=data, ids=str(tmp_path / "ids.json"))
+
+
+def test_what_is_no_file_is_refused_before_it_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for suffix in (".jsonl", ".csv", ".parquet"):
+        (tmp_path / f"broken{suffix}").symlink_to("/proc/self/mem")  # a file whose disk cannot read it
+    for name, message in (
+        ("pipe.jsonl", "is a pipe or a device"),
+        ("broken.jsonl", "cannot be read (Input/output error)"),
+        ("broken.csv", "cannot be read (Input/output error)"),
+        ("broken.parquet", "cannot be read"),
+        ("x" * 300 + ".jsonl", "cannot be read (File name too long)"),
+    ):
+        with pytest.raises(EvalError, match=re.escape(message)):
+            load_problems("gsm8k", data=str(tmp_path / name))
 
 
 def test_rows_of_templates_under_another_task_name_the_right_one(tmp_path):
