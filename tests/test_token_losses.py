@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
 from matrix_llm.base.errors import ModelError, RecipeError
@@ -248,6 +249,17 @@ def test_a_teacher_with_fewer_vectors_is_refused(tmp_path, tiny_tokenizer):
     tiny_tokenizer.save_pretrained(tmp_path / "small")
     with pytest.raises((ModelError, RecipeError), match=r"tokens"):
         make(tmp_path / "run", tiny_tokenizer, "kd", {}, tmp_path / "small")
+
+
+def test_a_teacher_whose_weights_are_not_its_own_is_named_by_its_key(tmp_path, tiny_tokenizer):
+    folder = tmp_path / "gap"
+    tiny_model("qwen2", tie_word_embeddings=False, vocab_size=V).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"^teacher_model_name_or_path=.*gap' lacks lm_head.weight"):
+        make(tmp_path / "run", tiny_tokenizer, "kd", {}, folder)
 
 
 # --------------------------------------------------------------------------------------------------------- resuming

@@ -381,7 +381,7 @@ def test_rows_longer_than_a_learned_position_table_are_counted_and_do_not_reach_
     assert "max_length=256, but the model has 160 positions" in capsys.readouterr().err
     assert main([recipe(model_config=config, too_long=too_long, max_length=None)]) == 0
     shown = capsys.readouterr().out
-    assert "=> max_length       160, the model's number of positions, instead of 1024" in shown
+    assert "=> max_length       160, the number of positions of the model, instead of 1024" in shown
     assert "of 64 rows kept" in shown
 
 

@@ -15,7 +15,7 @@ Legend: N positions, C of one chunk, V vocabulary, H hidden width of the teacher
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,18 +42,28 @@ class TopTokens(NamedTuple):
     log_probabilities: Tensor  # (N, k) over the whole vocabulary; -inf: no token
 
 
-def check_teacher(
-    teacher: Teacher | TopTokens | Tensor | tuple[Tensor, ...], positions: int, vocabulary_size: int
-) -> Teacher | TopTokens | Tensor:
+def _name_form(teacher: Any) -> Teacher | TopTokens | Tensor:
+    """A plain tuple or list as the form that it is: hidden states are numbers, ids are integers."""
+    if isinstance(teacher, (Tensor, Teacher, TopTokens)):
+        return teacher
+    parts = tuple(teacher) if isinstance(teacher, (tuple, list)) else ()
+    if parts and isinstance(parts[0], Tensor):
+        form: Any = Teacher if parts[0].is_floating_point() else TopTokens
+        if 2 <= len(parts) <= len(form._fields):
+            return form(*parts)
+    raise RecipeError(
+        f"the teacher is a {type(teacher).__name__} that is none of its forms. Give Teacher(hidden, weight, bias, "
+        "logit_scale, softcap), TopTokens(ids, log_probabilities), or logits (N, V)."
+    )
+
+
+def check_teacher(teacher: Any, positions: int, vocabulary_size: int) -> Teacher | TopTokens | Tensor:
     """The teacher as one of the three forms, with shapes that fit.
 
     Raises:
-        ValueError: it has other positions, or another vocabulary.
+        ValueError: it has other positions or another vocabulary, or is none of the forms.
     """
-    if not isinstance(teacher, (Tensor, Teacher, TopTokens)):
-        first = teacher[0]
-        bias = teacher[2] if len(teacher) > 2 else None
-        teacher = Teacher(first, teacher[1], bias) if first.is_floating_point() else TopTokens(first, teacher[1])
+    teacher = _name_form(teacher)
     if isinstance(teacher, TopTokens):
         if teacher.ids.shape != teacher.log_probabilities.shape or teacher.ids.shape[:1] != (positions,):
             raise ValueError(
@@ -65,7 +75,7 @@ def check_teacher(
                 f"the teacher's tokens reach id {int(teacher.ids.max())}, but the student has {vocabulary_size}. "
                 "Distillation compares token by token: use a teacher with the student's vocabulary."
             )
-        return teacher
+        return teacher._replace(ids=teacher.ids.long())  # int32 cannot index
     own = teacher if isinstance(teacher, Tensor) else teacher.hidden
     size = teacher.shape[-1] if isinstance(teacher, Tensor) else teacher.weight.shape[0]
     if own.ndim != 2 or own.shape[0] != positions:

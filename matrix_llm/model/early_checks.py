@@ -9,12 +9,13 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from matrix_llm.base.errors import RecipeError, one_line
 from matrix_llm.config import ModelArguments, Recipe
-from matrix_llm.loss.choice import NEEDS_TEACHER
+from matrix_llm.loss.choice import NEEDS_NUMBERS, NEEDS_TEACHER
 from matrix_llm.loss.settings import EMBEDDINGS
+from matrix_llm.losses import number_tokens
 from matrix_llm.model.lm_head import load_embeddings
 from matrix_llm.model.load import build_config, check_generation_settings, load_config
 from matrix_llm.model.pretrained import load_pretrained_config
-from matrix_llm.model.teacher import check_teacher
+from matrix_llm.model.teacher import check_base, check_same_tokens, check_teacher, load_teacher_tokenizer
 from matrix_llm.model.tokenizer import load_tokenizer
 
 
@@ -46,8 +47,10 @@ def check_model(recipe: Recipe, read: PretrainedConfig | None = None) -> None:
         _check_attention(model.attn_implementation, config, training.trust_remote_code)
     if training.mce_embeddings not in EMBEDDINGS and model.tokenizer_vocab_size is None:
         load_embeddings(training.mce_embeddings, config.get_text_config().vocab_size)
-    if training.token_loss in NEEDS_TEACHER and model.tokenizer_vocab_size is None:
-        check_teacher(training, config.get_text_config().vocab_size)
+    if training.token_loss == "asft" and training.teacher_model_name_or_path is None:
+        check_base([model.init_lora_weights] if model.use_peft else None)
+    if training.token_loss in (*NEEDS_TEACHER, *NEEDS_NUMBERS) and model.tokenizer_vocab_size is None:
+        _check_tokens(recipe, config, read)
     if not hasattr(config.get_text_config(), "output_router_logits"):
         if training.router_aux_loss_coef:
             raise _no_experts("router_aux_loss_coef", training.router_aux_loss_coef, config)
@@ -66,6 +69,18 @@ def _config_before_rows(
     # The tokenizer may turn out smaller than asked for, so a smaller vocab_size is not refused yet
     size = min(model.tokenizer_vocab_size, model.model_config.get("vocab_size") or model.tokenizer_vocab_size)
     return build_config(model, cast(Any, _TokenizerToTrain(size)))
+
+
+def _check_tokens(recipe: Recipe, config: PretrainedConfig, read: PretrainedConfig | None) -> None:
+    """Refuse a teacher with other tokens than the model's, and for ntl a model without a token for each digit."""
+    training = recipe.training
+    tokenizer = load_tokenizer(recipe.model, trust_remote_code=training.trust_remote_code, read=read)
+    if training.token_loss in NEEDS_NUMBERS:
+        number_tokens(tokenizer)
+        return
+    check_teacher(training, config.get_text_config().vocab_size)
+    if training.teacher_model_name_or_path is not None:
+        check_same_tokens(tokenizer, load_teacher_tokenizer(training), training.teacher_model_name_or_path)
 
 
 def _check_attention(attention: str, config: PretrainedConfig, trust_remote_code: bool) -> None:

@@ -53,12 +53,14 @@ def load_model(
     seed: int = 42,
     trust_remote_code: bool = False,
     read: PretrainedConfig | None = None,
+    key: str = "model_name_or_path",
 ) -> PreTrainedModel:
     """The model in `args.dtype`, from a checkpoint or with random weights drawn from `seed`; its special ids are the
     tokenizer's.
 
     Args:
         read: the configuration of `model_name_or_path`, where it has been read already.
+        key: the setting that holds its name, for errors.
 
     Raises:
         RecipeError: no such model, a model_config that does not fit, tokens without an embedding.
@@ -83,10 +85,8 @@ def load_model(
         options["output_loading_info"] = True
         if read is not None:
             options["config"] = load_pretrained_config(args, trust_remote_code, read)
-        model, info = load_pretrained(
-            "model_name_or_path", args.model_name_or_path, AutoModelForCausalLM.from_pretrained, **options
-        )
-        for sentence in check_weights(model, info, f"model_name_or_path={args.model_name_or_path!r}"):
+        model, info = load_pretrained(key, args.model_name_or_path, AutoModelForCausalLM.from_pretrained, **options)
+        for sentence in check_weights(model, info, f"{key}={args.model_name_or_path!r}"):
             logger.warning(sentence)
         set_seed(seed)  # for the adapters, which are drawn before Trainer sets its seed
 
@@ -95,10 +95,6 @@ def load_model(
         check_vocabulary(tokenizer, embeddings)
     set_special_ids(model, tokenizer)
     return model
-
-
-# Settings of GenerationConfig that mean something only where tokens are sampled
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 def repair_generation_settings(model: PreTrainedModel) -> None:

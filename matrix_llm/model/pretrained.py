@@ -42,9 +42,10 @@ def load_pretrained(key: str, name: str | None, loader: Any, **options: Any) -> 
             ) from error
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         cannot = "is a folder that cannot be read" if os.path.isdir(path) else "is neither a folder nor on the Hub"
-        raise RecipeError(
-            f"{key}={name!r} {cannot}: {reason} Correct the name, log in, or download it first and give the folder."
-        ) from error
+        way_out = "Correct the name, log in, or download it first and give the folder."
+        if os.path.isfile(os.path.join(path, "adapter_config.json")):
+            way_out = f"It holds adapters alone. Add them to their base, and give that: matrix-llm merge {name} FOLDER"
+        raise RecipeError(f"{key}={name!r} {cannot}: {reason} {way_out}") from error
 
 
 def _refuse_gguf(key: str, path: str) -> None:

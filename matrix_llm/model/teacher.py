@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -42,6 +42,38 @@ def read_teacher_config(training: MatrixConfig) -> PretrainedConfig:
     """
     name, remote = training.teacher_model_name_or_path, training.trust_remote_code
     return load_pretrained(KEY, name, AutoConfig.from_pretrained, trust_remote_code=remote)
+
+
+def load_teacher_tokenizer(training: MatrixConfig) -> PreTrainedTokenizerBase:
+    """The teacher's own tokenizer, to be compared with the student's.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    name, remote = training.teacher_model_name_or_path, training.trust_remote_code
+    return load_pretrained(KEY, name, AutoTokenizer.from_pretrained, trust_remote_code=remote)
+
+
+def check_base(adapter_starts: Iterable[bool | str] | None) -> None:
+    """Refuse asft without a teacher where the base cannot be its reference.
+
+    Args:
+        adapter_starts: the init_lora_weights of each adapter; None: no adapters are trained.
+
+    Raises:
+        RecipeError: no adapters, or adapters that start by changing the base.
+    """
+    if adapter_starts is None:
+        raise RecipeError(
+            f"token_loss='asft' needs the model as it was before training, but {KEY} is not given and no adapters "
+            f"are trained (use_peft). Give the base model itself as {KEY}."
+        )
+    for start in adapter_starts:
+        if isinstance(start, str) and start.startswith(("pissa", "olora")):
+            raise RecipeError(
+                f"token_loss='asft' with init_lora_weights={start!r}, which changes the base: without its adapters "
+                f"it is another model. Give the base model as {KEY}, or set init_lora_weights: true."
+            )
 
 
 def check_teacher(training: MatrixConfig, vocabulary_size: int) -> None:
@@ -107,15 +139,14 @@ class TeacherModel:
         remote = args.trust_remote_code
 
         # 1. the same tokens, before the weights
-        own = load_pretrained(KEY, name, AutoTokenizer.from_pretrained, trust_remote_code=remote)
-        check_same_tokens(tokenizer, own, name)
+        check_same_tokens(tokenizer, load_teacher_tokenizer(args), name)
 
         # 2. the weights
         dtype = "bfloat16" if args.bf16 else str(student.dtype).removeprefix("torch.")
         attention = student.config._attn_implementation
         settings = ModelArguments(model_name_or_path=name, dtype=dtype, attn_implementation=attention)
         with _whole_on_every_process():
-            model = load_model(settings, tokenizer, seed=args.seed, trust_remote_code=remote)
+            model = load_model(settings, tokenizer, seed=args.seed, trust_remote_code=remote, key=KEY)
         model.requires_grad_(False)
         theirs, ours = (_size(lm_head_of(each).weight) for each in (model, student))
         if theirs < ours:
@@ -147,18 +178,8 @@ class BaseModel:
     """
 
     def __init__(self, trainer: Any, peft_model: Any) -> None:
-        if not is_peft_model(peft_model):
-            raise RecipeError(
-                f"token_loss='asft' needs the model as it was before training, but {KEY} is not given and no adapters "
-                f"are trained (use_peft). Give the base model itself as {KEY}."
-            )
-        starts = {name: config.init_lora_weights for name, config in peft_model.peft_config.items()}
-        for start in starts.values():
-            if isinstance(start, str) and start.startswith(("pissa", "olora")):
-                raise RecipeError(
-                    f"token_loss='asft' with init_lora_weights={start!r}, which changes the base: without its adapters "
-                    f"it is another model. Give the base model as {KEY}, or set init_lora_weights: true."
-                )
+        has_adapters = is_peft_model(peft_model)
+        check_base([each.init_lora_weights for each in peft_model.peft_config.values()] if has_adapters else None)
         self._trainer, self._peft_model = trainer, peft_model
         self.head = FrozenHead(peft_model.get_base_model())
 

@@ -21,7 +21,10 @@ from matrix_llm.run.run_folder import PARTIAL, RESULTS
 
 INPUTS = "inputs"
 # Settings that may name a file or a folder which decides what is computed
-FILES = ("deepspeed", "mce_embeddings", "chat_template_path", "tokenizer_name_or_path", "model_name_or_path")
+FILES = (
+    "deepspeed", "mce_embeddings", "chat_template_path", "tokenizer_name_or_path", "model_name_or_path",
+    "teacher_model_name_or_path",
+)  # fmt: skip
 OF_A_MODEL = {".json", ".jinja", ".model", ".txt", ".safetensors", ".bin"}  # not its card or its pictures
 
 Inputs = dict[str, list[list[str]]]  # setting -> [name as given, digest] of each thing it names

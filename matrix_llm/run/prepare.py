@@ -30,6 +30,7 @@ from matrix_llm.data.selection import DataReport
 from matrix_llm.data.streaming import StreamedSet, TokenStream
 from matrix_llm.data.tokens import Encoder
 from matrix_llm.model.load import load_config, position_limit
+from matrix_llm.model.teacher import read_teacher_config
 from matrix_llm.model.tokenizer import load_tokenizer
 from matrix_llm.run.decode import ANSWER_MARKER, final_answer, prompts_of
 
@@ -311,12 +312,18 @@ def limit_max_length(recipe: Recipe, *, say: Callable[[str], None], read: Pretra
     """
     training, scratch = recipe.training, recipe.model.model_config is not None
     positions = position_limit(load_config(recipe.model, None, trust_remote_code=training.trust_remote_code, read=read))
+    whose = "the model"
+    if training.teacher_model_name_or_path is not None:  # it reads the same rows
+        theirs = position_limit(read_teacher_config(training))
+        if theirs is not None and (positions is None or theirs < positions):
+            positions, scratch = theirs, False
+            whose = f"teacher_model_name_or_path={training.teacher_model_name_or_path!r}"
     if positions is None:
         return
     multiple = int(training.pad_to_multiple_of or 1)  # a row that is not too long may be padded beyond the positions
     if multiple > positions:
         raise RecipeError(
-            f"{recipe.path}: pad_to_multiple_of={multiple}, but the model has {positions} positions, and cannot read "
+            f"{recipe.path}: pad_to_multiple_of={multiple}, but {whose} has {positions} positions, and cannot read "
             "further. Remove it, or set it to 8."
         )
     limit = positions - positions % multiple
@@ -326,10 +333,11 @@ def limit_max_length(recipe: Recipe, *, say: Callable[[str], None], read: Pretra
         more = ", or max_position_embeddings in model_config" if scratch else ""
         more += f" (the largest multiple of pad_to_multiple_of={multiple})" if multiple > 1 else ""
         raise RecipeError(
-            f"{recipe.path}: max_length={training.max_length}, but the model has {positions} positions, and cannot "
+            f"{recipe.path}: max_length={training.max_length}, but {whose} has {positions} positions, and cannot "
             f"read further. Set max_length to at most {limit}{more}."
         )
-    say(f"=> max_length       {limit}, the model's number of positions, instead of {training.max_length or 'no limit'}")
+    instead = training.max_length or "no limit"
+    say(f"=> max_length       {limit}, the number of positions of {whose}, instead of {instead}")
     training.max_length = limit
 
 

@@ -235,6 +235,18 @@ def test_a_teacher_may_be_logits_or_its_stored_likeliest_tokens(name, form, monk
     torch.testing.assert_close(out.value, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("form", [tuple, list])
+def test_a_plain_tuple_is_a_teacher_with_all_its_parts(form):
+    inputs = Inputs(33, 8, 6)
+    parts = Teacher(*inputs.teacher[:2], bias=torch.linspace(-1, 1, 33).double(), logit_scale=0.5, softcap=3.0)
+    leaves = inputs.leaves()
+    values = [inputs.fused("kd", {}, leaves, teacher=each).value for each in (parts, form(parts))]
+    assert torch.equal(*values)
+    values, ids = torch.log_softmax(inputs.teacher_logits, -1).topk(5)
+    stored = [inputs.fused("kd", {}, leaves, teacher=form((each, values))).value for each in (ids, ids.int())]
+    assert torch.equal(*stored)
+
+
 @pytest.mark.parametrize("form", ["hidden states", "logits"])
 @pytest.mark.parametrize("name", ["kd", "asft", "soft_ce", "soft_mce"])
 def test_mce_may_aim_at_the_teacher_as_well(name, form, monkeypatch):
@@ -345,6 +357,8 @@ def test_without_a_trained_position_the_loss_is_a_connected_zero(name, mce_weigh
         ("kd", {"teacher": torch.zeros(2, 4)}, "vocabulary of 4"),
         ("kd", {"teacher": torch.zeros(1, 3)}, "2 positions"),
         ("kd", {"teacher": (torch.tensor([[3], [0]]), torch.zeros(2, 1))}, "id 3"),
+        ("kd", {"teacher": {"hidden": torch.zeros(2, 3), "weight": torch.eye(3)}}, r"is a dict.*Teacher\(hidden"),
+        ("kd", {"teacher": (torch.zeros(2, 3),)}, r"is a tuple.*Teacher\(hidden"),
         ("ntl", {}, "number_ids"),
     ],
 )

@@ -1,13 +1,19 @@
 """What the model's configuration tells is checked before rows are read: in a run and in a plan."""
 
+import json
+
 import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
-from matrix_llm.base.errors import RecipeError
+from matrix_llm.base.errors import ModelError, RecipeError
 from matrix_llm.config import load_recipe
 from matrix_llm.model.early_checks import check_model
+from matrix_llm.model.tokenizer import train_tokenizer
 from tests.support.tiny import TINY
 
 BLOOM = {"model_type": "bloom", "hidden_size": 16, "n_layer": 1, "n_head": 2}
@@ -68,3 +74,55 @@ def test_token_vectors_that_do_not_fit_the_vocabulary_are_refused(check, tiny_to
         check(mce_embeddings=str(tmp_path / "vectors.safetensors"), **own)
     save_file({"e": torch.zeros(len(tiny_tokenizer), 8)}, tmp_path / "fits.safetensors")
     check(mce_embeddings=str(tmp_path / "fits.safetensors"), **own)
+
+
+@pytest.fixture
+def own(tmp_path, tiny_tokenizer):
+    """A recipe's settings for a tokenizer that is at hand."""
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    return {"tokenizer_vocab_size": None, "tokenizer_name_or_path": str(tmp_path / "tokenizer")}
+
+
+def write_teacher(folder, tokenizer=None, model_type="llama"):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type, "vocab_size": 300}))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return {"token_loss": "kd", "teacher_model_name_or_path": str(folder)}
+
+
+def test_a_teacher_with_other_tokens_or_none_is_refused(check, own, tiny_tokenizer, tmp_path):
+    check(**own, **write_teacher(tmp_path / "same", tiny_tokenizer))
+    other = train_tokenizer(["another text zq zq zq zq"], 270)
+    with pytest.raises(RecipeError, match=r"teacher_model_name_or_path=.*other vocabulary.*tokenizer"):
+        check(**own, **write_teacher(tmp_path / "other", other))
+    with pytest.raises(RecipeError, match=r"teacher_model_name_or_path=.*bare.*tokenizer"):
+        check(**own, **write_teacher(tmp_path / "bare"))
+    lora = write_teacher(tmp_path / "lora", tiny_tokenizer)
+    (tmp_path / "lora" / "config.json").rename(tmp_path / "lora" / "adapter_config.json")
+    with pytest.raises(
+        RecipeError, match=r"teacher_model_name_or_path=.*adapters alone.*matrix-llm merge .*lora FOLDER$"
+    ):
+        check(**own, **lora)
+
+
+def test_ntl_needs_a_token_for_each_digit(check, own, tmp_path):
+    check(**own, token_loss="ntl")
+    vocabulary = {"<s>": 0, "</s>": 1, "<pad>": 2, "x": 3}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="x")), bos_token="<s>", eos_token="</s>",
+        pad_token="<pad>", unk_token="x",
+    )  # fmt: skip
+    tokenizer.save_pretrained(tmp_path / "words")
+    with pytest.raises(ModelError, match=r"token_loss='ntl'.*ten digits"):
+        check(**own | {"tokenizer_name_or_path": str(tmp_path / "words")}, token_loss="ntl")
+
+
+@pytest.mark.parametrize(
+    ("adapters", "words"),
+    [({}, "no adapters"), ({"use_peft": True, "init_lora_weights": "pissa"}, "init_lora_weights='pissa'")],
+)
+def test_asft_without_a_reference_is_refused(check, own, adapters, words):
+    with pytest.raises(RecipeError, match=f"asft.*{words}.*teacher_model_name_or_path"):
+        check(**own, token_loss="asft", **adapters)
+    check(**own, token_loss="asft", use_peft=True)

@@ -95,6 +95,19 @@ def test_each_thing_that_decides_what_is_computed_is_compared(recipe, tmp_path, 
         check_inputs(tmp_path / "run" / "checkpoint-2", now)
 
 
+def test_a_teacher_that_changed_is_named(recipe, tmp_path):
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "config.json").write_text("{}")
+    path = recipe(token_loss="kd", teacher_model_name_or_path=str(teacher))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.partial.json").write_text(json.dumps({"inputs": inputs_of(load_recipe(path))}))
+    check_inputs(tmp_path / "run" / "checkpoint-2", inputs_of(load_recipe(path)))
+    (teacher / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(RecipeError, match=r"teacher_model_name_or_path: .*teacher' has other content"):
+        check_inputs(tmp_path / "run" / "checkpoint-2", inputs_of(load_recipe(path)))
+
+
 def test_a_run_of_an_earlier_version_still_resumes(recipe, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "results.partial.json").write_text("{}")

@@ -190,7 +190,7 @@ def test_a_max_length_beyond_the_models_positions_is_refused_and_an_open_one_is_
         loaded = recipe(**positions(100), **given)
         limit_max_length(loaded, say=print)
         assert loaded.training.max_length == 100
-        assert ("100, the model's number of positions, instead of no limit" in capsys.readouterr().out) == (
+        assert ("100, the number of positions of the model, instead of no limit" in capsys.readouterr().out) == (
             given["max_length"] is None
         )
     loaded = recipe(**positions(160), max_length=None)
@@ -208,6 +208,22 @@ def test_padding_stays_within_the_models_positions_too(recipe):
     loaded = recipe(**positions(100), max_length=None, pad_to_multiple_of=16)
     limit_max_length(loaded, say=print)
     assert loaded.training.max_length == 96
+
+
+def test_rows_stay_within_the_teachers_positions_too(recipe, tmp_path, capsys):
+    config = {"model_type": "gpt2", "vocab_size": 300, "n_positions": 48}
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps(config))
+    taught = {"token_loss": "kd", "teacher_model_name_or_path": str(tmp_path / "teacher")}
+    with pytest.raises(RecipeError, match=r"max_length=64, but teacher_model_name_or_path=.* 48 positions.*most 48\.$"):
+        limit_max_length(recipe(**positions(100), max_length=64, **taught), say=print)
+    loaded = recipe(**positions(100), max_length=None, **taught)
+    limit_max_length(loaded, say=print)
+    assert loaded.training.max_length == 48
+    assert "48, the number of positions of teacher_model_name_or_path=" in capsys.readouterr().out
+    loaded = recipe(**positions(40), max_length=None, **taught)
+    limit_max_length(loaded, say=print)
+    assert loaded.training.max_length == 40
 
 
 @pytest.mark.parametrize("key", ["assistant_only_loss", "completion_only_loss"])
