@@ -285,6 +285,10 @@ def test_a_resumed_run_ends_with_the_same_bits(loss, tmp_path, tiny_tokenizer, t
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        (
+            {"token_loss": "soft_mce", "teacher_model_name_or_path": "x", "mce_embedding_grad": True},
+            r"mce_embedding_grad=True.*soft_mce",
+        ),
         ({"mce_target": "teacher"}, r"mce_target='teacher'.*token_loss='ce'.*kd"),
         (
             {"mce_target": "teacher", "token_loss": "kd", "teacher_model_name_or_path": "x", "mce_weight": 0.0},

@@ -32,6 +32,11 @@ def check_token_loss(training: MatrixConfig) -> None:
             f"teacher_model_name_or_path={teacher!r} with token_loss={name!r}, which reads no teacher. Remove it, or "
             f"set token_loss to one of {', '.join(NEEDS_TEACHER)}."
         )
+    if name == "soft_mce" and training.mce_embedding_grad:
+        raise RecipeError(
+            "mce_embedding_grad=True with token_loss='soft_mce', whose gradient flows into the logits alone. Set "
+            "mce_embedding_grad to false."
+        )
     if training.mce_target == "teacher":
         clashes = {
             "token_loss": (name not in NEEDS_TEACHER, "has no teacher", f"Choose one of {', '.join(NEEDS_TEACHER)}"),
