@@ -144,8 +144,8 @@ def regrade(path: Path, benchmark: str) -> dict[str, Any]:
         verdicts = {convention: graded[convention][place] for convention in CONVENTIONS}
         told = {key: row[key] for key in ("id", "sample", "line", "problem", "gold", "response")}
         for kind in _kinds(list(verdicts.values())):
-            each = {convention: asdict(verdict) for convention, verdict in verdicts.items()}
-            found[kind].append({**told, "verdicts": each})
+            shown = {convention: asdict(verdict) for convention, verdict in verdicts.items()}
+            found[kind].append({**told, "verdicts": shown})
     samples = [len(each) for each in places.values()]
     return {
         "file": str(path),

@@ -52,7 +52,7 @@ def test_any_engine_and_any_accumulation_match_one_process(engine, case, runner)
     found = differences(got, expected)
     weights = found.pop("weights")  # Adam divides by the gradient's size, so rounding moves them: up to 1.14e-5 on AVX2
     assert max(found.values()) < TOLERANCE, found
-    assert weights < (5 if case == "kd" else 2) * TOLERANCE
+    assert weights < (20 if case == "kd" else 2) * TOLERANCE
 
 
 def test_twenty_steps_move_weights_and_loss_by_far_more_than_the_tolerance(runner):
