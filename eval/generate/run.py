@@ -295,7 +295,8 @@ def _read_reusable_rows(plan: Plan) -> dict[Key, dict[str, Any]]:
     measured = {problem.id: problem for problem in plan.problems}
     done, others, regolded = {}, 0, 0
     for row in plan.files.read_rows():
-        if row["id"] not in known or digests.get(row["id"], row["prompt_sha256"]) != row["prompt_sha256"]:
+        same_prompt = digests.get(row["id"], row["prompt_sha256"]) == row["prompt_sha256"]
+        if row["id"] not in known or row["sample"] not in range(plan.settings["n"]) or not same_prompt:
             others += 1
             continue
         if row["id"] in measured:  # the text is as before; its gold may have been corrected since
@@ -304,7 +305,7 @@ def _read_reusable_rows(plan: Plan) -> dict[Key, dict[str, Any]]:
             row = _arrange({**row, **asdict(problem)})
         done[row["id"], row["sample"]] = row
     if others:
-        say(f"{others:,} rows on file have another prompt or problem: they are not reused, and leave the file")
+        say(f"{others:,} rows on file have another prompt, problem or sample: they are not reused, and leave the file")
     if regolded:
         say(f"{regolded:,} rows on file had another gold: they are graded by the gold that the problems have now")
     return done

@@ -208,10 +208,10 @@ def test_rows_of_another_prompt_are_not_reused_but_counted(run):
     rows[2]["prompt_sha256"] = "0" * 64
     rows[4]["id"] = "unknown"
     (run.folder / "gsm8k.jsonl").write_text(
-        "".join(json.dumps(dict(row, response="old")) + "\n" for row in (rows[2], rows[4]))
+        "".join(json.dumps(dict(row, response="old")) + "\n" for row in (rows[2], rows[4], dict(rows[5], sample=1)))
     )
     _, out, _ = run("--limit", 6)
-    assert "2 rows on file have another prompt or problem" in out
+    assert "3 rows on file have another prompt, problem or sample" in out
     assert (run.folder / "gsm8k.jsonl").read_bytes() == whole
 
 

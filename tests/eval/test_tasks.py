@@ -110,7 +110,7 @@ def test_groups_templates_and_contexts_are_kept(tmp_path):
         ("aime24", {"problem": "p", "answer": None}, "row 2 has no gold answer"),
         ("aime24", {"problem": "", "answer": 1}, "row 2 has no text"),
         ("amc23", {"problem": "p", "answer": 0.5}, "row 2 has the answer '0.5'"),
-        ("amc23", {"problem": "p", "answer": float("nan")}, "row 2 has the answer 'nan'"),
+        ("amc23", {"problem": "p", "answer": float("nan")}, "row 2 has no gold answer"),
         ("olympiadbench", {"question": "p", "answer": "1"}, "row 2 has no gold answer"),
         ("olympiadbench", {"question": "p", "final_answer": []}, "row 2 has no gold answer"),
         ("olympiadbench", {"question": "p", "final_answer": ["1", "$$"]}, "row 2 has an empty text"),
