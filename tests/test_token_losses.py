@@ -337,3 +337,11 @@ def test_a_loss_function_of_the_callers_own_is_refused(tmp_path, tiny_tokenizer)
             tiny_model(), args, train_dataset=rows(), processing_class=tiny_tokenizer,
             compute_loss_func=lambda *a, **k: 0,
         )  # fmt: skip
+
+
+def test_a_teacher_that_does_more_to_its_logits_is_named_by_its_key(tmp_path, tiny_tokenizer, teacher, monkeypatch):
+    from matrix_llm.model import lm_head
+
+    monkeypatch.setattr(lm_head, "logit_transform", lambda config: (2.0 if config.model_type == "qwen2" else 1.0, None))
+    with pytest.raises(RecipeError, match=r"teacher_model_name_or_path=.*cannot be a teacher.*another teacher"):
+        make(tmp_path, tiny_tokenizer, "kd", {}, teacher)

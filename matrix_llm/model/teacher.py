@@ -19,7 +19,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from matrix_llm.base.errors import RecipeError
+from matrix_llm.base.errors import ModelError, RecipeError
 from matrix_llm.base.modes import evaluation_mode
 from matrix_llm.config import MatrixConfig, ModelArguments
 from matrix_llm.loss.choice import recipe_settings
@@ -124,7 +124,7 @@ class TeacherModel:
         accelerator: shards the teacher as it does the student.
 
     Raises:
-        RecipeError: no such model, or another vocabulary.
+        RecipeError: no such model, another vocabulary, or a model whose logits are not known to be those of its head.
     """
 
     def __init__(
@@ -148,10 +148,13 @@ class TeacherModel:
         with _whole_on_every_process():
             model = load_model(settings, tokenizer, seed=args.seed, trust_remote_code=remote, key=KEY)
         model.requires_grad_(False)
-        theirs, ours = (_size(lm_head_of(each).weight) for each in (model, student))
-        if theirs < ours:
+        try:
+            theirs = _size(lm_head_of(model).weight)
+            add_matrix_head(model, LossSettings(mce_weight=0))
+        except ModelError as error:
+            raise RecipeError(f"{KEY}={name!r} cannot be a teacher: {error} Use another teacher.") from None
+        if theirs < (ours := _size(lm_head_of(student).weight)):
             raise _too_few(name, theirs, ours)
-        add_matrix_head(model, LossSettings(mce_weight=0))
         self.head = FrozenHead(model)
         self._model = _shard(model, accelerator)
 
@@ -170,7 +173,7 @@ class BaseModel:
     """The student with its adapters off.
 
     Args:
-        model: as it is trained, wrapped by DDP, FSDP or DeepSpeed.
+        trainer: whose model, wrapped by DDP, FSDP or DeepSpeed, is run.
         peft_model: the `PeftModel` in it.
 
     Raises:
