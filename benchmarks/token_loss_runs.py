@@ -5,8 +5,8 @@
 Each loss is trained for --steps steps of recipes/smollm2.yaml, without MCE (the line "ce + mce" has it), on the same
 rows in the same order from the same weights. Three of them are trained a second time in two parts, stopped at half of
 the steps and resumed: the weights must be the same to the last bit. A finished run is not repeated, and its weights are
-removed; the table is made from the runs' metrics.jsonl, and `--table` prints it without training. --teacher is what
-kd, soft_ce and soft_mce aim at; ASFT's reference is --model itself.
+removed. The table is made from rows.jsonl, the figures of every step; `--table docs/token_loss_runs.jsonl` prints that
+of docs/losses.md. --teacher is what kd, soft_ce and soft_mce aim at; ASFT's reference is --model itself.
 
 These are no measure of which loss is better: one seed, one learning rate for all, and few steps.
 """
@@ -128,40 +128,42 @@ def resume(run: Run, arguments: argparse.Namespace, output: Path) -> None:
         shutil.rmtree(checkpoint)
 
 
-def lines(out: Path) -> list[list[str]]:
-    """The table, for the runs that are finished."""
-    found = []
+KEPT = ("step", "loss", "token_loss", "ce", "mce", "entropy", "mean_token_accuracy", "grad_norm", "eval_ce")
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    """The figures of every step of the finished runs, and whether a resumed run ended with the same bits."""
+    rows = []
     for run in RUNS:
-        folder = out / run.folder
+        folder, again = out / run.folder, out / f"{run.folder}.resumed"
         if not (folder / "results.json").is_file():
             continue
-        entries = read_jsonl(folder / "metrics.jsonl")
-        steps = [entry for entry in entries if "grad_norm" in entry]
-        held_out = [entry for entry in entries if "eval_ce" in entry]
-        first, last = steps[0], steps[-5:]
+        for entry in read_jsonl(folder / "metrics.jsonl"):
+            figures = {key: float(f"{entry[key]:.6g}") for key in KEPT if key in entry}
+            if "grad_norm" in figures or "eval_ce" in figures:
+                rows.append({"run": run.name, **figures})
+        if (again / "weights.sha256").is_file():
+            rows.append({"run": run.name, "resumed_to_same_bits": weights_of(folder) == weights_of(again)})
+    return rows
 
-        def mean(key: str, of: list[dict[str, Any]] = last) -> str:
-            return f"{sum(entry[key] for entry in of) / len(of):.3f}"
 
-        value = "token_loss" if "token_loss" in first else "ce"
-        again = out / f"{run.folder}.resumed"
-        same = ""
-        if (again / "results.json").is_file():
-            same = "yes" if weights_of(folder) == weights_of(again) else "NO"
-        found.append(
-            [
-                run.name,
-                f"{first[value]:.3f}",
-                mean(value),
-                f"{first['ce']:.3f}",
-                mean("ce"),
-                f"{held_out[0]['eval_ce']:.3f}",
-                f"{held_out[-1]['eval_ce']:.3f}",
-                f"{first['grad_norm']:.2f}",
-                mean("grad_norm"),
-                same,
-            ]
-        )
+def lines(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """The table: a line for each run."""
+    found = []
+    for name in dict.fromkeys(row["run"] for row in rows):
+        own = [row for row in rows if row["run"] == name]
+        steps = [row for row in own if "grad_norm" in row]
+        held_out = [row["eval_ce"] for row in own if "eval_ce" in row]
+        same = [row["resumed_to_same_bits"] for row in own if "resumed_to_same_bits" in row]
+
+        def figures(key: str, digits: int = 3, steps: list[dict[str, Any]] = steps) -> list[str]:
+            """Of the first step, and the mean of the last five."""
+            last = sum(row.get(key, row["ce"]) for row in steps[-5:]) / len(steps[-5:])
+            return [f"{steps[0].get(key, steps[0]['ce']):.{digits}f}", f"{last:.{digits}f}"]
+
+        value, true, norm = figures("token_loss"), figures("ce"), figures("grad_norm", 2)
+        again = {True: "yes", False: "NO"}[same[0]] if same else ""
+        found.append([name, *value, *true, f"{held_out[0]:.3f}", f"{held_out[-1]:.3f}", *norm, again])
     return found
 
 
@@ -182,7 +184,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="rows in a step")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--losses", nargs="*", help="names of the table; default: all")
-    parser.add_argument("--table", action="store_true", help="print the table of what is finished")
+    parser.add_argument("--table", metavar="ROWS.jsonl", help="print the table of these rows, and train nothing")
     arguments = parser.parse_args()
     out = Path(arguments.out)
     for run in RUNS if not arguments.table else []:
@@ -194,9 +196,10 @@ def main() -> None:
             weights_of(out / f"{run.folder}.resumed")
         weights_of(out / run.folder)
         print(f"=> {run.name} is done", flush=True)
-    found = markdown_table(HEADER, lines(out))
-    print(found)
-    write_text(out / "table.md", found + "\n")
+    rows = read_jsonl(Path(arguments.table)) if arguments.table else rows_of(out)
+    if not arguments.table:
+        write_text(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    print(markdown_table(HEADER, lines(rows)))
 
 
 if __name__ == "__main__":

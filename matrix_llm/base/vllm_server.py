@@ -32,7 +32,7 @@ def is_server(engine: str) -> bool:
 def what_is_wrong(address: str) -> str | None:
     """Why this cannot be the address of a server, as a clause; None if it can.
 
-    >>> what_is_wrong("http://me:secret@localhost:8000")
+    >>> what_is_wrong("http://me@localhost:8000")
     'holds a user name or password, which would be written down: put the key of the server into VLLM_API_KEY'
     >>> what_is_wrong("http://localhost:8000") is None
     True
