@@ -252,6 +252,10 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
         self._matrix_head.teacher = teacher.head
         return teacher
 
+    def _teacher_states(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """What the student's forward takes of the teacher."""
+        return {} if self._teacher is None else {"teacher_hidden": self._teacher.hidden(inputs)}
+
     def _base_model(self) -> PreTrainedModel:
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if is_peft_model(model) else model
@@ -296,9 +300,8 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
             inputs["output_router_logits"] = True
         self._set_step(mode)
         self._set_own_scale(inputs, num_items_in_batch)
-        extra = {} if self._teacher is None else {"teacher_hidden": self._teacher.hidden(inputs)}
         try:
-            outputs = model(**inputs, use_cache=False, matrix_loss=True, **extra)
+            outputs = model(**inputs, **self._teacher_states(inputs), use_cache=False, matrix_loss=True)
         except ValueError as error:
             if "Image features and image tokens do not match" in str(error) and self.args.max_length is not None:
                 raise DataError(
@@ -699,6 +702,7 @@ class MatrixTrainer(AtomicCheckpoints, SFTTrainer):
             vocabulary=base.config.get_text_config().vocab_size,
             half=self.args.bf16 or self.args.fp16 or base.dtype != torch.float32,
             description=f"{type(base).__name__} with attn_implementation={base.config._attn_implementation!r}",
+            more=self._teacher_states,
         )
         if isinstance(self._teacher, TeacherModel):
             check_isolation(

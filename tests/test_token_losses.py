@@ -169,6 +169,19 @@ def test_ntl_held_out_is_a_mean_over_numbers(tmp_path, tiny_tokenizer):
     assert found["eval_loss"] == pytest.approx(expected.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("loss", ["kd", "asft", "ntl"])
+def test_packed_rows_train_and_have_the_same_loss(loss, tmp_path, tiny_tokenizer, teacher):
+    """Packing is checked through the same forward, which needs the teacher's hidden states too."""
+    data, found = number_rows(tiny_tokenizer, 8), []
+    for packing in (False, True):
+        given, peft = (teacher if loss == "kd" else None), (lora() if loss == "asft" else None)
+        changes = {"packing": packing, "max_length": 48, "gradient_checkpointing": True, "eval_strategy": "steps"}
+        trainer = make(tmp_path / str(packing), tiny_tokenizer, loss, {}, given, peft, data, **changes)
+        found.append(trainer.evaluate()["eval_token_loss"])  # before training, on the same held-out rows
+        trainer.train()
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
 # ------------------------------------------------------------------------------------------- teachers and references
 
 

@@ -30,6 +30,7 @@ def check_isolation(
     vocabulary: int,
     half: bool,
     description: str,
+    more: Callable[[dict[str, Any]], dict[str, Any]] = lambda batch: {},
 ) -> None:
     """Compare the loss and entropy of a short row's tokens after another row with those of the row alone.
 
@@ -39,6 +40,7 @@ def check_isolation(
         vocabulary: the number of tokens.
         half: whether the model runs in half precision, where more rounding is expected.
         description: the model, for the error.
+        more: what the forward takes besides a batch: a teacher's hidden states.
 
     Raises:
         RecipeError: the row before it makes a difference, or transformers refuses packed rows for this model.
@@ -56,9 +58,9 @@ def check_isolation(
 
     # 2. loss and entropy of the second row's tokens, except its first, which nothing predicts
     with evaluation_mode(model):
-        expected = _measure(model, prepare(alone))
+        expected = _measure(model, prepare(alone), more)
         try:
-            in_pack = _measure(model, prepare(packed))
+            in_pack = _measure(model, prepare(packed), more)
         except ValueError as refused:  # newer ones say so themselves, e.g. of a kernel that is not installed
             raise RecipeError(
                 f"packing: {description} cannot keep rows packed into one sequence apart: {one_line(refused)}. Set "
@@ -76,7 +78,7 @@ def check_isolation(
         )
 
 
-def _measure(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+def _measure(model: nn.Module, batch: dict[str, Any], more: Callable[[dict[str, Any]], dict[str, Any]]) -> Tensor:
     """(2, T - 1): cross-entropy and entropy of each token of a batch of one sequence."""
-    out = model(**batch, use_cache=False, matrix_loss=True)
+    out = model(**batch, **more(batch), use_cache=False, matrix_loss=True)
     return torch.stack([out.cross_entropy[0], out.entropy[0]]).float()

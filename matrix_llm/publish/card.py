@@ -54,7 +54,10 @@ BENCHMARKS = {  # eval/'s name: (the Hub's title, the data set on the Hub)
     "gsm_symbolic_p1": ("GSM-Symbolic P1", "apple/GSM-Symbolic"),
     "gsm_symbolic_p2": ("GSM-Symbolic P2", "apple/GSM-Symbolic"),
 }
-LOGGED = ("ce", "mce", "mean_token_accuracy", "eval_ce", "eval_mce", "effective_rank")
+LOGGED = (
+    "ce", "mce", "token_loss", "divergence", "mean_token_accuracy",
+    "eval_ce", "eval_mce", "eval_token_loss", "eval_divergence", "effective_rank",
+)  # fmt: skip
 LOGGED_FOR_IMAGES = (
     "loss",
     "online_probe_accuracy",
