@@ -113,6 +113,7 @@ class _LinearLoss(torch.autograd.Function):
 
 
 def _check(
+    settings: LossSettings,
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -121,6 +122,11 @@ def _check(
     reduction: str,
     trained: TrainedPositions | None,
 ) -> None:
+    if settings.target == "teacher" and embeddings.requires_grad:
+        raise RecipeError(
+            "target='teacher' with embeddings that require grad: the gradient of MCE towards a teacher flows into the "
+            "logits alone. Detach the embeddings, or set target='label'."
+        )
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit: they must be (N, H) and (V, H)."
@@ -210,13 +216,13 @@ def linear_loss(
     """`losses.linear_token_loss` (which documents the arguments) with the settings of both terms in one object.
 
     Args:
-        own_scale: factor on ntl's term: with reduction "sum", divided by the trained positions of a larger batch, the
-            trained positions / the number positions of that batch. None: 1, and of this batch for "mean".
+        own_scale: factor on ntl's term. A caller who divides the sum by the trained positions of a larger batch gives
+            those / the positions of that batch whose label is a number. None: 1, and for "mean" that of this batch.
     """
     # 1. checks, and the solver
-    _check(hidden, weight, labels, embeddings, softcap, reduction, trained)
+    _check(settings, hidden, weight, labels, embeddings, softcap, reduction, trained)
     vocabulary_size, positions = weight.shape[0], hidden.shape[0]
-    token_loss = settings.token_loss
+    name = settings.token_loss
     solver = settings.solver_for(vocabulary_size, choose_top_k=not embeddings.requires_grad)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype == torch.float32:
         hidden = hidden.to(
@@ -224,24 +230,13 @@ def linear_loss(
         )  # as autocast does to the LM head's own product
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
-    if settings.target == "teacher" and embeddings.requires_grad:
-        raise RecipeError(
-            "target='teacher' with embeddings that require grad: the gradient of MCE towards a teacher flows into the "
-            "logits alone. Detach the embeddings, or set target='label'."
-        )
-
     # 2. only positions with a label
     index = (trained or TrainedPositions(labels, vocabulary_size, ignore_index)).index().to(hidden.device)
     count = index.shape[0]
     trained_hidden, trained_labels = hidden, labels.long()
-    of_teacher = None
-    if teacher is not None and token_loss in NEEDS_TEACHER:
-        of_teacher = check_teacher(teacher, positions, vocabulary_size)
-    if isinstance(of_teacher, Teacher) and of_teacher.hidden.dtype == torch.float32:
-        of_teacher = of_teacher._replace(hidden=of_teacher.hidden.to(hidden.dtype))
     if count < positions:
         trained_hidden, trained_labels = hidden.index_select(0, index), trained_labels[index]
-        of_teacher = None if of_teacher is None else select_positions(of_teacher, index)
+    of_teacher = _trained_teacher(teacher, name, index, positions, vocabulary_size, hidden.dtype)
 
     with torch.autocast(hidden.device.type, enabled=False):
         # 3. token vectors and token loss, and chunks as large as the weight's gradient, so that there are few passes
@@ -249,27 +244,20 @@ def linear_loss(
         vectors, summary = prepare_embeddings(embeddings, solver, dtype, summary)
         if own_scale is None and reduction != "mean":
             own_scale = 1.0
-        loss_terms = make_token_loss(
-            token_loss,
-            settings.token_loss_settings,
-            trained_labels,
-            bias,
-            embeddings,
-            of_teacher,
-            own_scale,
-            hidden.dtype,
+        token_loss = make_token_loss(
+            name, settings.token_loss_settings, trained_labels, bias, embeddings, of_teacher, own_scale, hidden.dtype
         )
-        if token_loss == "soft_mce" or settings.target == "teacher":
-            loss_terms = _with_soft_matrix(loss_terms, Embeddings(vectors, summary), solver, vocabulary_size)
         if settings.target == "teacher":
-            loss_terms = dataclasses.replace(loss_terms, target_tokens=TARGET_TOKENS)
-        per_position = (2 + count_buffers(loss_terms, softcap)) * dtype.itemsize * vocabulary_size
+            token_loss = dataclasses.replace(token_loss, target_tokens=TARGET_TOKENS)
+        if name == "soft_mce" or settings.target == "teacher":
+            token_loss = _with_soft_matrix(token_loss, Embeddings(vectors, summary), solver, vocabulary_size)
+        per_position = (2 + count_buffers(token_loss, softcap)) * dtype.itemsize * vocabulary_size
         per_position += solver.bytes_per_position(vocabulary_size, vectors.shape[1], dtype.itemsize)
         chunk = positions_per_chunk(max(1, count), per_position, least_budget=weight.numel() * dtype.itemsize)
 
         # 4. the pass
-        options = HeadOptions(loss_terms, solver, float(settings.mce_weight), float(logit_scale), softcap, chunk, dtype)
-        of_kept = token_loss == "threshold" and reduction == "mean"  # its mean is over the positions that it keeps
+        options = HeadOptions(token_loss, solver, float(settings.mce_weight), float(logit_scale), softcap, chunk, dtype)
+        of_kept = name == "threshold" and reduction == "mean"  # its mean is over the positions that it keeps
         if of_kept and options.mce_weight:  # MCE's is not: one scale for both would not do
             options = _with_kept_share(
                 options, trained_hidden, weight, bias, Embeddings(vectors, summary), trained_labels
@@ -279,12 +267,29 @@ def linear_loss(
             trained_hidden, weight, bias, vectors, summary, trained_labels, options, summed, grad_enabled
         )
     if reduction == "mean" and of_kept and not options.mce_weight:
-        loss = loss / keeps(statistics[0], loss_terms.settings).sum().clamp(min=1)
+        loss = loss / keeps(statistics[0], token_loss.settings).sum().clamp(min=1)
     elif reduction == "mean":
         loss = loss / max(1, count)
     elif reduction == "none":
         loss = _spread(loss, index, positions)
     return TokenLossOutput(loss, *(_spread(each, index, positions) for each in statistics))
+
+
+def _trained_teacher(
+    teacher: TeacherLike | None,
+    name: str,  # of the token loss
+    index: Tensor,  # (n,) the trained positions
+    positions: int,  # N
+    vocabulary_size: int,
+    dtype: torch.dtype,  # of the student's hidden states
+) -> Teacher | TopTokens | Tensor | None:
+    """The teacher at the trained positions; None for a loss that reads none."""
+    if teacher is None or name not in NEEDS_TEACHER:
+        return None
+    checked = check_teacher(teacher, positions, vocabulary_size)
+    if isinstance(checked, Teacher) and checked.hidden.dtype == torch.float32:  # as autocast does to the student's
+        checked = checked._replace(hidden=checked.hidden.to(dtype))
+    return checked if index.shape[0] == positions else select_positions(checked, index)
 
 
 def _with_soft_matrix(loss: TokenLoss, embeddings: Embeddings, solver: Solver, vocabulary_size: int) -> TokenLoss:

@@ -56,7 +56,51 @@ def token_loss(
     number_values: Tensor | None = None,  # (M,)
     **settings: Any,
 ) -> Tensor:
-    """The value of a token loss at each position. See `matrix_llm.losses.token_loss`, the public name."""
+    """The value of one token loss at each position, differentiable in the logits: the reference for the fused head.
+
+    With z = logits, q = softmax(z), y = labels, p = q_y, CE = -log p, L = logsumexp(z), t = softmax(teacher_logits),
+    e_j the embeddings scaled to norm 1, and a term in [brackets] that passes no gradient:
+
+        ce                CE                               label_smoothing   (1 - epsilon) CE + epsilon mean_j(-log q_j)
+        dft               [p] CE                           z_loss            CE + weight L^2
+        minus_p           1 - p                            gem               -sum_j [r_j w_j] (log q_y - log q_j)
+        power             (1 - p^alpha) / alpha            ntl               sum_j s_j |v_j - v_y|, s over the numbers
+        threshold         1 - p or CE where p >= at        emo               (CE + [CE / d] d) / 2
+        focal             (1 - p)^gamma CE                 kd                KL(t || q), KL(q || t), or between
+        eaft              [(H_k / scale)^alpha] CE         soft_ce           -sum_j t_j log q_j
+        asft              [p] CE + weight KL(t || q)       soft_mce          -tr(P log Q), P = sum_j t_j e_j e_j^T
+        mce               -e_y^T log(Q) e_y, Q = sum_j q_j e_j e_j^T
+
+    The function of each, in `matrix_llm.loss.dense`, has the whole definition; `matrix_llm.loss.choice.LOSSES` has the
+    settings with defaults and ranges.
+
+    The mean over a batch is sum(values) / (labels != -100).sum(), with two exceptions: "ntl" divides by the positions
+    whose label is a number, and the released code of "threshold" by the positions that are kept.
+
+    Args:
+        logits: (N, V) any float dtype; statistics are float32, or float64 for float64 logits. -inf removes a token.
+        labels: (N,) integers in [0, V), or -100: the position does not count, its value and gradient are 0, and its
+            logits are not read. "kd", "soft_ce" and "soft_mce" read nothing else of the label.
+        loss: one of the names above.
+        embeddings: (V, D) of any norm, for "emo", "mce" and "soft_mce": constants.
+        teacher_logits: (N, V), for "kd", "soft_ce", "soft_mce" and "asft" (its reference model): constants. -inf
+            removes a token, and so does -inf in the model's own logits.
+        number_ids, number_values: (M,) integers and numbers, for "ntl"; `number_tokens(tokenizer)` gives both.
+        settings: those of the loss; the others have their defaults.
+
+    Returns:
+        (N,) in nats ("ntl" and "emo"'s d: in units of the distance), float64 for float64 logits and else float32.
+
+    Raises:
+        RecipeError: an unknown loss or setting, or a value that is not allowed.
+        DataError: shapes that do not fit, something that the loss needs and that is missing, NaN or +inf, a label
+            outside the vocabulary or with a logit of -inf, a divergence that is infinite.
+        TypeError: labels that are not integers.
+
+    >>> import torch
+    >>> token_loss(torch.zeros(2, 4, dtype=torch.float64), torch.tensor([3, -100]), "power", alpha=2)  # (1 - 1/16) / 2
+    tensor([0.4688, 0.0000], dtype=torch.float64)
+    """
     # 1. The loss, its settings, and what it needs
     full = _full_settings(loss, settings)
     _check_logits(logits, labels)
