@@ -80,7 +80,8 @@ def check_teacher(training: MatrixConfig, vocabulary_size: int) -> None:
     """Refuse what the configurations alone show of the teacher, and a soft target that is too wide.
 
     Raises:
-        RecipeError: no such model, fewer tokens than the student, or soft_mce over a whole large vocabulary.
+        RecipeError: no such model, fewer tokens than the student, soft_mce over a whole large vocabulary, or
+            mce_steps where MCE takes none.
     """
     if training.teacher_model_name_or_path is not None:
         theirs = read_teacher_config(training).get_text_config().vocab_size
@@ -88,6 +89,12 @@ def check_teacher(training: MatrixConfig, vocabulary_size: int) -> None:
             raise _too_few(training.teacher_model_name_or_path, theirs, vocabulary_size)
     if training.token_loss == "soft_mce":
         check_soft_target(recipe_settings("soft_mce", training.token_loss_settings)["top_k"], vocabulary_size)
+    solver = LossSettings.from_config(training).solver_for(vocabulary_size)
+    if training.mce_target == "teacher" and training.mce_steps is not None and solver.top_k is not None:
+        raise RecipeError(
+            f"mce_steps={training.mce_steps} with mce_target='teacher' and the {solver.top_k} tokens of mce_top_k: one "
+            f"logarithm, which takes no steps. Remove mce_steps, or set mce_top_k to the vocabulary's {vocabulary_size}."
+        )
 
 
 def _too_few(name: str, theirs: int, ours: int) -> RecipeError:

@@ -60,7 +60,8 @@ def describe_loss(training: MatrixConfig, config: PretrainedConfig) -> str:
     parts = [weight, solver.name]
     if solver.name == "krylov":
         everything = f"the whole vocabulary of {vocabulary_size}"
-        parts.append(f"{solver.steps} steps")
+        if training.mce_target == "label" or solver.top_k is None:  # else one logarithm, which takes no steps
+            parts.append(f"{solver.steps} steps")
         parts.append(f"top {solver.top_k} of {vocabulary_size} and tail" if solver.top_k else everything)
     elif solver.name == "taylor":
         parts.append(f"order {solver.order}")

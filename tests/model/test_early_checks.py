@@ -118,6 +118,14 @@ def test_ntl_needs_a_token_for_each_digit(check, own, tmp_path):
         check(**own | {"tokenizer_name_or_path": str(tmp_path / "words")}, token_loss="ntl")
 
 
+def test_steps_that_mce_towards_a_teacher_does_not_take_are_refused(check, own, tiny_tokenizer, tmp_path):
+    teacher = {**write_teacher(tmp_path / "teacher", tiny_tokenizer), "mce_target": "teacher"}
+    check(**own, **teacher, mce_top_k=8)
+    check(**own, **teacher, mce_steps=4)  # a small vocabulary is solved whole, in steps
+    with pytest.raises(RecipeError, match=r"mce_steps=4.*mce_target='teacher'.*mce_top_k.*Remove mce_steps"):
+        check(**own, **teacher, mce_steps=4, mce_top_k=8)
+
+
 @pytest.mark.parametrize(
     ("adapters", "words"),
     [({}, "no adapters"), ({"use_peft": True, "init_lora_weights": "pissa"}, "init_lora_weights='pissa'")],
