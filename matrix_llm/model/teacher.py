@@ -93,7 +93,7 @@ def check_teacher(training: MatrixConfig, vocabulary_size: int) -> None:
     if training.mce_target == "teacher" and training.mce_steps is not None and solver.top_k is not None:
         raise RecipeError(
             f"mce_steps={training.mce_steps} with mce_target='teacher' and the {solver.top_k} tokens of mce_top_k: one "
-            f"logarithm, which takes no steps. Remove mce_steps, or set mce_top_k to the vocabulary's {vocabulary_size}."
+            f"logarithm, without steps. Remove mce_steps, or set mce_top_k to the vocabulary's {vocabulary_size}."
         )
 
 
