@@ -6,7 +6,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
-from matrix_llm.base.errors import RecipeError
+from matrix_llm.base.errors import ModelError, RecipeError
 from matrix_llm.config import MatrixConfig
 from matrix_llm.losses import number_tokens, token_loss
 from matrix_llm.trainer import MatrixTrainer
